@@ -1,0 +1,195 @@
+"""The command line: `orchestrator VERB`. Parses, calls one function, turns errors into exit codes.
+
+Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted. Imports nothing heavy:
+`orchestrator --help` answers in well under half a second.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.errors import (
+    BaseModelError,
+    ConfigError,
+    DataError,
+    OrchestratorError,
+    RunFolderError,
+    is_disk_full,
+)
+
+INPUT_ERRORS = (ConfigError, DataError, BaseModelError, RunFolderError)
+
+app = typer.Typer(
+    name="orchestrator",
+    help="QLoRA sweeps: one YAML file in, a registered champion adapter out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[Path, typer.Argument(help="The sweep's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as trial.steps=50."),
+]
+RunDirOption = Annotated[
+    Path | None, typer.Option(help="The run folder to make; default: runs/NAME-DATE.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="A running Ray cluster; `auto` finds one. Default: start a local Ray."),
+]
+RunsDir = Annotated[Path, typer.Option(help="Folder of the runs and the local MLflow store.")]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI, then the local store."),
+]
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run_dir: RunDirOption = None,
+    ray_address: RayAddress = None,
+    dry_run: Annotated[bool, typer.Option(help="Show what would run; start nothing.")] = False,
+) -> int:
+    """Run all trials on Ray, register the winner."""
+    if dry_run:
+        from jobs.dry_run import show_plan
+
+        return show_plan(config, overrides or [], run_dir)
+    from jobs.sweep import start_sweep
+
+    return start_sweep(config, overrides or [], run_dir, ray_address)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(help="The run folder of an unfinished sweep.")],
+    ray_address: RayAddress = None,
+) -> int:
+    """Go on with a sweep after a crash or Ctrl-C; finished trials are not trained again."""
+    from jobs.sweep import resume_sweep
+
+    return resume_sweep(run_dir, ray_address)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run_dir: RunDirOption = None,
+    register: Annotated[bool, typer.Option(help="Register the adapter.")] = False,
+) -> int:
+    """Train the file's one concrete trial in this process; its search space is not used."""
+    from jobs.sweep import train_one
+
+    return train_one(config, overrides or [], run_dir, register)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
+    model: Annotated[
+        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an adapter's folder.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    tracking_uri: TrackingUri = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> int:
+    """Generate with a registered adapter on its base model."""
+    from jobs.generate import generate_text
+
+    return generate_text(prompt, model, max_new_tokens, temperature, tracking_uri, runs_dir)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path | None, typer.Argument(help="Default: the newest run.")] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> int:
+    """Write the HTML report of a run anew, and say where it is."""
+    from jobs.views import rewrite_report
+
+    return rewrite_report(run_dir, runs_dir)
+
+
+@app.command()
+def sync(
+    run_dir: Annotated[Path | None, typer.Argument(help="Default: the newest run.")] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> int:
+    """Bring MLflow up to date with a run folder."""
+    from jobs.views import sync_run
+
+    return sync_run(run_dir, runs_dir)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option()] = 5000,
+    runs_dir: RunsDir = Path("runs"),
+    tracking_uri: TrackingUri = None,
+) -> int:
+    """Open the MLflow UI on the local store."""
+    from jobs.views import serve_ui
+
+    return serve_ui(port, tracking_uri, runs_dir)
+
+
+@app.command()
+def schema() -> int:
+    """Print the configuration's JSON schema, for editors."""
+    from jobs.views import print_schema
+
+    return print_schema()
+
+
+@app.command()
+def doctor() -> int:
+    """Say what this machine can do, and what to fix."""
+    from jobs.doctor import examine
+
+    return examine()
+
+
+@data_app.command("stdlib-docs")
+def stdlib_docs(
+    out: Annotated[Path, typer.Option(help="The JSONL file to write.")] = Path("stdlib-docs.jsonl"),
+) -> int:
+    """Make question and answer pairs from the installed Python's docstrings."""
+    from orchestrator.data.stdlib_docs import write_stdlib_docs
+
+    print(f"{write_stdlib_docs(out)} examples in {out}")
+    return 0
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except typer.Exit as error:
+        return error.exit_code
+    except typer.Abort:
+        return 130
+    except OrchestratorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, INPUT_ERRORS) else 1
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(f"error: the disk is full: {error}: free space and run again", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

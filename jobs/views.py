@@ -1,0 +1,59 @@
+"""`orchestrator ui`, `report`, `sync`, `schema`: ways to look at what is there."""
+
+import json
+import subprocess
+from pathlib import Path
+
+from orchestrator.errors import RunFolderError
+from orchestrator.sweep.run_store import RunStore
+
+
+def open_run(run_dir: Path | None, runs_dir: Path) -> RunStore:
+    """The run folder named, or the newest one."""
+    if run_dir is not None:
+        return RunStore.open(run_dir)
+    folders = [path.parent for path in runs_dir.glob("*/sweep.json")]
+    if not folders:
+        raise RunFolderError(f"{runs_dir} holds no run: name a run folder, or --runs-dir")
+    return RunStore.open(max(folders, key=lambda folder: RunStore.open(folder).sweep.created))
+
+
+def rewrite_report(run_dir: Path | None, runs_dir: Path) -> int:
+    from orchestrator.tracking.report import write_report
+
+    print(write_report(open_run(run_dir, runs_dir)))
+    return 0
+
+
+def sync_run(run_dir: Path | None, runs_dir: Path) -> int:
+    from orchestrator.tracking.mlflow_view import MlflowView
+    from orchestrator.tracking.stores import check_reachable, resolve_tracking_uri
+
+    store = open_run(run_dir, runs_dir)
+    uri = resolve_tracking_uri(store.sweep.config)
+    check_reachable(uri)
+    with store.locked():
+        view = MlflowView(store, uri)
+        view.connect()
+        view.sync()
+        view.finish("FINISHED" if store.read("winner") else "KILLED")
+    print(f"{uri} shows {len(store.trials)} trials of {store.folder.name}")
+    return 0
+
+
+def serve_ui(port: int, tracking_uri: str | None, runs_dir: Path) -> int:
+    from orchestrator.tracking.stores import default_store, ui_command
+
+    uri = tracking_uri or default_store(runs_dir)
+    print(f"MLflow UI on http://127.0.0.1:{port} (end it with Ctrl-C)")
+    try:
+        return subprocess.run(ui_command(uri, port), check=False).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def print_schema() -> int:
+    from orchestrator.config import SweepConfig
+
+    print(json.dumps(SweepConfig.model_json_schema(), indent=2))
+    return 0

@@ -1,0 +1,337 @@
+"""The one typed schema: what a user may write, checked whole before anything heavy is imported.
+
+In: a mapping (from YAML, see loading.py). Out: a frozen SweepConfig. Imports pydantic only.
+
+`trial` is one complete, concrete trial. `search.space` stands apart from it and maps dotted fields
+of a trial to choices or ranges; each candidate is made by putting values into the dumped trial and
+validating the whole again, so no field is ever "a number or a distribution".
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Scalar = bool | int | float | str
+
+BUILTIN_DATASETS = ("stdlib-docs",)
+FULL_COMMIT_HASH = r"^[0-9a-f]{40}$"
+
+
+class Strict(BaseModel):
+    """Unknown fields are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BaseModelConfig(Strict):
+    source: str = Field(min_length=1)
+    """A hub id, a local folder, a .gguf file, or `package:NAME/FILE.gguf` for a GGUF file that an
+    installed Python package carries. GGUF is converted to safetensors once and cached."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    trust_remote_code: Annotated[bool, Field(strict=True)] = False
+    """Run code that the model's repository carries. Needs `revision` to be a full commit hash."""
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> "BaseModelConfig":
+        import re
+
+        if self.trust_remote_code and not re.match(FULL_COMMIT_HASH, self.revision or ""):
+            raise ValueError(
+                "trust_remote_code: true needs revision to be a full 40-digit commit hash, "
+                f"but got revision={self.revision!r}"
+            )
+        return self
+
+
+class FieldNames(Strict):
+    """Names of the dataset's columns."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    text: str = "text"
+
+
+class DataConfig(Strict):
+    train: str = Field(min_length=1)
+    """A JSONL, JSON, CSV or Parquet file (`.gz` and `.zst` too), a folder of them, any fsspec URL,
+    a `datasets` hub id, or `stdlib-docs`: question and answer pairs made from the docstrings of the
+    installed Python standard library."""
+
+    held_out: str | None = None
+    """Evaluation examples, given like `train`. Without it a part of `train` is held out."""
+
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Part of `train` that is held out, chosen by a hash of each row's content, so that a row stays
+    on its side when others are added. Not used when `held_out` is given."""
+
+    max_train_examples: PositiveInt | None = None
+    """Use at most this many training examples, the first ones by content hash."""
+
+    max_held_out_examples: PositiveInt | None = 256
+    """Evaluate on at most this many examples, the first ones by content hash."""
+
+    format: Literal["prompt_completion", "chat", "text"] = "prompt_completion"
+    """prompt_completion: the loss is on the completion. chat: a list of {role, content} messages,
+    the loss is on the assistant's turns. text: the loss is on every token."""
+
+    template: Literal["plain", "chat"] = "plain"
+    """How a prompt and a completion become text: `chat` puts them through the tokenizer's chat
+    template as a user and an assistant turn, `plain` joins them. `format: chat` always uses the
+    chat template."""
+
+    fields: FieldNames = FieldNames()
+    """Names of the columns to read."""
+
+    block_length: PositiveInt = 1024
+    """Tokens in one packed block. Several documents share a block; attention stays within each."""
+
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    """What happens to an example of more than `block_length` tokens."""
+
+    rows_per_slice: PositiveInt = 2048
+    """Rows that one sharding task reads, and so the size of one shard."""
+
+    @model_validator(mode="after")
+    def _template_fits_format(self) -> "DataConfig":
+        if self.format == "text" and self.template == "chat":
+            raise ValueError(
+                "template: chat needs format: prompt_completion or chat, but got format: text"
+            )
+        return self
+
+
+class QuantConfig(Strict):
+    bit_width: Literal[4, 8, 16] = 4
+    """Bits per frozen base weight: 4 (quant_type), 8 (LLM.int8) or 16 (not quantised)."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit code. Only with bit_width 4."""
+
+    double_quant: Annotated[bool, Field(strict=True)] = True
+    """Quantise the quantisation constants too; saves 0.37 bits per weight (QLoRA, section 3). Only
+    with bit_width 4."""
+
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """The arithmetic's type. auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, else
+    float32; the choice is made once per sweep and recorded in its plan."""
+
+
+class AdapterConfig(Strict):
+    rank: PositiveInt = 16
+    """The adapter's rank (PEFT's `r`)."""
+
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank, or alpha / sqrt(rank) with rslora."""
+
+    dropout: Fraction = 0.0
+    """Probability of dropping an input element of the low-rank path."""
+
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Linear layers that get an adapter: `all-linear` (all but the output head) or name endings
+    such as [q_proj, v_proj]."""
+
+    rslora: Annotated[bool, Field(strict=True)] = False
+    """Rank-stabilised scaling (arXiv:2312.03732)."""
+
+    @model_validator(mode="after")
+    def _some_target(self) -> "AdapterConfig":
+        if not self.target_modules:
+            raise ValueError("target_modules must name at least one module, or be all-linear")
+        return self
+
+
+class OptimizerConfig(Strict):
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """adamw is torch's; the others are bitsandbytes'. On a CPU, paged ones do not page."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay (AdamW)."""
+
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the norm of the trial's own gradient to this; null never clips."""
+
+
+class ScheduleConfig(Strict):
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    """The learning rate's course after the warm-up; linear and cosine end at zero."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises linearly from zero."""
+
+
+class StrategyConfig(Strict):
+    kind: Literal["replicated", "zero"] = "replicated"
+    """replicated: the GPU holds base, adapters and optimizer. zero: a DeepSpeed engine."""
+
+    stage: Literal[1, 2, 3] | None = None
+    """ZeRO stage: 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
+
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where ZeRO keeps optimizer states."""
+
+    offload_params: Literal["none", "cpu"] = "none"
+    """Where ZeRO keeps parameters that are not in use. Needs stage 3."""
+
+
+class TrialConfig(Strict):
+    """One complete, concrete trial."""
+
+    quant: QuantConfig = QuantConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    strategy: StrategyConfig = StrategyConfig()
+
+    steps: PositiveInt = 100
+    """Optimizer steps."""
+
+    batch_size: PositiveInt = 8
+    """Blocks in one optimizer step."""
+
+    micro_batch_size: PositiveInt | None = None
+    """Blocks in one forward pass; must divide batch_size. null: the whole batch at once."""
+
+    gradient_checkpointing: Annotated[bool, Field(strict=True)] = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+
+    seed: NonNegativeInt = 0
+    """Decides the adapter's first values, the order of the data and dropout."""
+
+
+class RangeConfig(Strict):
+    low: float
+    high: float
+    log: Annotated[bool, Field(strict=True)] = False
+    """Sample on a logarithmic scale."""
+    integer: Annotated[bool, Field(strict=True)] = False
+    """Sample whole numbers only."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RangeConfig":
+        if not self.low < self.high:
+            raise ValueError(f"low < high must hold, but got (low={self.low}, high={self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low > 0, but got low={self.low}")
+        if self.integer and (self.low % 1 or self.high % 1):
+            raise ValueError(
+                f"an integer range needs whole bounds, but got (low={self.low}, high={self.high})"
+            )
+        return self
+
+
+class SearchConfig(Strict):
+    space: dict[str, tuple[Scalar, ...] | RangeConfig] = {}
+    """Dotted field of a trial -> list of choices, or a range {low, high, log, integer}."""
+
+    sampler: Literal["grid", "random", "tpe"] = "grid"
+    """grid tries every combination of lists; random and tpe draw `num_trials` (Optuna)."""
+
+    num_trials: PositiveInt | None = None
+    """Trials to run; for grid, null means all combinations."""
+
+    seed: NonNegativeInt = 0
+    """The same seed asks for the same trials."""
+
+    objective: Literal["eval_loss"] = "eval_loss"
+    """What the winner has the least of: mean loss per token on the held-out examples. Ties go to
+    the smaller bit-width, then the smaller adapter, then the earlier trial. NaN never wins."""
+
+    @model_validator(mode="after")
+    def _sampler_fits_space(self) -> "SearchConfig":
+        ranges = [name for name, values in self.space.items() if isinstance(values, RangeConfig)]
+        if self.sampler == "grid" and ranges:
+            raise ValueError(
+                f"sampler: grid needs lists, but space.{ranges[0]} is a range: "
+                "list its values, or use sampler: random or tpe"
+            )
+        if self.sampler != "grid" and self.num_trials is None:
+            raise ValueError(f"sampler: {self.sampler} needs num_trials")
+        for name, values in self.space.items():
+            if not isinstance(values, RangeConfig) and not values:
+                raise ValueError(f"space.{name} needs at least one value")
+            if not isinstance(values, RangeConfig) and len(set(map(repr, values))) < len(values):
+                raise ValueError(f"space.{name} lists a value twice")
+        return self
+
+
+class EvaluationConfig(Strict):
+    every_steps: PositiveInt | None = None
+    """Evaluate each time a trial has trained this many steps; null: only before and after."""
+
+    batch_size: PositiveInt = 8
+    """Blocks in one forward pass of an evaluation."""
+
+
+class ResourcesConfig(Strict):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where the cluster has GPUs, else cpu."""
+
+    num_workers: PositiveInt | None = None
+    """Workers that train at once; null: one per GPU, or one per CPU core."""
+
+    cpus_per_worker: PositiveInt = 1
+    """CPU cores of one worker, and its threads when it trains on the CPU."""
+
+    slots_per_pack: PositiveInt | None = None
+    """Trials that share one base model in one worker; null lets the planner choose."""
+
+
+class TrackingConfig(Strict):
+    uri: str | None = None
+    """MLflow tracking URI. null: MLFLOW_TRACKING_URI, or SQLite in the runs folder."""
+
+    experiment: str | None = None
+    """MLflow experiment; null: the sweep's name."""
+
+
+class RegistryConfig(Strict):
+    register_winner: Annotated[bool, Field(strict=True)] = True
+    """Register the winner's adapter in the MLflow model registry."""
+
+    model_name: str | None = Field(default=None, pattern=r"^[^/:]+$")
+    """Registered model; null: the sweep's name."""
+
+
+class SweepConfig(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Names the sweep, its run folders and, unless set otherwise, its experiment and model."""
+
+    base_model: BaseModelConfig
+    data: DataConfig
+    trial: TrialConfig = TrialConfig()
+    search: SearchConfig = SearchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    checkpoint_every_steps: PositiveInt = 50
+    """Steps between checkpoints of a trial; a lost worker repeats at most these."""
+
+    max_restarts: NonNegativeInt = 3
+    """Times a trial is started again after the worker that trained it was lost."""
+
+    runs_dir: str = "runs"
+    """Folder for run folders and, by default, the MLflow store."""
+
+    @property
+    def experiment_name(self) -> str:
+        return self.tracking.experiment or self.name
+
+    @property
+    def registered_model_name(self) -> str:
+        return self.registry.model_name or self.name

@@ -1,0 +1,67 @@
+"""Every error a user can meet, each with the rule, the value and the remedy in its message.
+
+OrchestratorError
+├── ConfigError        the user's file is wrong: `file:line: field: rule (got value)`, all at once
+├── DataError          a dataset is missing, empty, or has a row that cannot be used
+├── BaseModelError     the base model cannot be loaded
+├── RunFolderError     the run folder belongs to another sweep, is in use, or is damaged
+├── TrialFailed        reason: loss_not_finite | out_of_memory | disk_full | worker_lost | raised
+├── ClusterError       Ray said no; carries its words
+├── TrackingError      the MLflow tracking server cannot be used
+└── RegistryError      the model registry said no
+
+Instances hold plain strings only, so that they survive pickling on their way through Ray.
+"""
+
+import errno
+
+# What the operating system says when a disk, a quota or a file-size limit is reached.
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class OrchestratorError(Exception):
+    """Base of all errors that end a command with one clear message instead of a traceback."""
+
+
+class ConfigError(OrchestratorError):
+    """Something in the configuration that its author can correct."""
+
+
+class DataError(OrchestratorError):
+    """The dataset cannot be read or used as asked."""
+
+
+class BaseModelError(OrchestratorError):
+    """The base model or its tokenizer cannot be loaded."""
+
+
+class RunFolderError(OrchestratorError):
+    """The run folder cannot be used for this sweep."""
+
+
+class TrialFailed(OrchestratorError):
+    """One trial ended without a result; `reason` is one of the words in the module's docstring."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
+
+class ClusterError(OrchestratorError):
+    """Ray could not be started, reached, or give the resources asked for."""
+
+
+class TrackingError(OrchestratorError):
+    """The tracking server cannot be reached or refused a call."""
+
+
+class RegistryError(OrchestratorError):
+    """The model registry cannot be reached or refused a call."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS

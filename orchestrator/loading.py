@@ -1,0 +1,246 @@
+"""Read a YAML file into a SweepConfig, or report every mistake in it at once.
+
+In: a path and `field=value` overrides. Out: SweepConfig. Each mistake is one line,
+`file:line: field: rule (got value)`, with a suggestion for a misspelt name.
+
+YAML 1.2's numbers and booleans are used, for PyYAML's 1.1 rules change meaning silently: `2e-4`
+would be a string, `off` a boolean, `1:30` the number 90; and a key given twice would be lost.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from orchestrator.config import SweepConfig, TrialConfig
+from orchestrator.errors import ConfigError
+
+FieldPath = tuple[str | int, ...]
+COMMAND_LINE = "--set"
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Raises ConfigError with one line per mistake."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+    return parse_config(text, str(path), overrides)
+
+
+def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> SweepConfig:
+    content, lines = _parse_yaml(text, name)
+    for override in overrides:
+        _set_override(content, override)
+    try:
+        config = SweepConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(error, SweepConfig, content, lines, name))) from error
+    problems = [
+        f"{_place(name, lines, path)}: {'.'.join(map(str, path))}: {message}"
+        for path, message in _candidate_problems(config)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def trial_with(trial: TrialConfig, params: dict[str, Any]) -> TrialConfig:
+    """The trial with dotted fields replaced, validated as a whole.
+
+    Raises:
+        ConfigError: a field does not exist or a value is not allowed.
+    """
+    content = trial.model_dump()
+    for field, value in params.items():
+        *parents, leaf = field.split(".")
+        place = content
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None  # type: ignore[assignment]
+        if not isinstance(place, dict) or leaf not in place or isinstance(place[leaf], dict):
+            raise ConfigError(f"{field} is no field of a trial{_suggestion(field, trial_fields())}")
+        place[leaf] = value
+    try:
+        return TrialConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(error, TrialConfig, content, {}, ""))) from error
+
+
+def trial_fields(model: type[BaseModel] = TrialConfig, prefix: str = "") -> list[str]:
+    """All dotted leaf fields of a trial."""
+    names = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += trial_fields(inner, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars, no duplicate keys, and no dates."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:null|~|)$"), ["n", "~", ""]
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[FieldPath, int]]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{name}:1: the file must be a mapping of fields to values")
+        lines: dict[FieldPath, int] = {(): 1}
+        duplicates: list[str] = []
+        _note_lines(node, (), lines, duplicates, name)
+        if duplicates:
+            raise ConfigError("\n".join(duplicates))
+        return loader.construct_document(node), lines
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
+    finally:
+        loader.dispose()
+
+
+def _note_lines(
+    node: yaml.Node,
+    path: FieldPath,
+    lines: dict[FieldPath, int],
+    duplicates: list[str],
+    name: str,
+) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*path, key.value)
+            line = key.start_mark.line + 1
+            if inner in lines:
+                field = ".".join(map(str, inner))
+                duplicates.append(
+                    f"{name}:{line}: {field}: given twice (first in line {lines[inner]})"
+                )
+            lines[inner] = line
+            _note_lines(value, inner, lines, duplicates, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*path, index)] = value.start_mark.line + 1
+            _note_lines(value, (*path, index), lines, duplicates, name)
+
+
+def _set_override(content: dict[str, Any], override: str) -> None:
+    field, equals, text = override.partition("=")
+    if not equals or not field:
+        raise ConfigError(f"{COMMAND_LINE} {override}: must be written field=value")
+    loader = _Loader(text)
+    try:
+        value = loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{COMMAND_LINE} {override}: the value is not valid YAML") from error
+    finally:
+        loader.dispose()
+    *parents, leaf = field.split(".")
+    if parents[:2] == ["search", "space"]:  # its keys have dots of their own
+        parents, leaf = ["search", "space"], field.removeprefix("search.space.")
+    place = content
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"{COMMAND_LINE} {override}: {parent} is not a group of fields")
+    place[leaf] = value
+
+
+def _candidate_problems(config: SweepConfig) -> Iterable[tuple[FieldPath, str]]:
+    """Each value of the search space must make a valid trial, before any GPU is held."""
+    # Values are tried one at a time; combinations are checked when the trials are made.
+    for field, values in config.search.space.items():
+        path = ("search", "space", field)
+        bounds = values if isinstance(values, tuple) else (values.low, values.high)
+        whole = not isinstance(values, tuple) and values.integer
+        for index, value in enumerate(bounds):
+            try:
+                trial_with(config.trial, {field: int(value) if whole else value})
+            except ConfigError as error:
+                yield (*path, index) if isinstance(values, tuple) else path, str(error)
+                break
+
+
+def _describe(
+    error: ValidationError,
+    model: type[BaseModel],
+    content: Any,
+    lines: dict[FieldPath, int],
+    name: str,
+) -> list[str]:
+    mistakes = {}
+    for detail in error.errors(include_url=False):
+        path = _written_path(detail["loc"], content, detail["type"])
+        field = ".".join(map(str, path)) or "the file"
+        message = _rule(detail, path, model)
+        place = f"{_place(name, lines, path)}: " if name else ""
+        mistakes[(lines.get(path, 0), field, message)] = f"{place}{field}: {message}"
+    return [text for _, text in sorted(mistakes.items(), key=lambda item: item[0][0])]
+
+
+def _rule(detail: Any, path: FieldPath, model: type[BaseModel]) -> str:
+    if detail["type"] == "missing":
+        return "required field is missing"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown field{_suggestion(str(path[-1]), _siblings(path, model))}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "value_error":  # the message names fields and values itself
+        return message
+    return f"{message} (got {detail['input']!r})"
+
+
+def _written_path(loc: tuple[Any, ...], content: Any, kind: str) -> FieldPath:
+    """The error's path without the parts that pydantic adds for a union's branch."""
+    path: list[str | int] = []
+    place = content
+    for index, part in enumerate(loc):
+        if isinstance(place, dict) and part in place:
+            place = place[part]
+        elif isinstance(place, list | tuple) and isinstance(part, int) and part < len(place):
+            place = place[part]
+        elif not (kind == "missing" and index == len(loc) - 1):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _place(name: str, lines: dict[FieldPath, int], path: FieldPath) -> str:
+    while path not in lines and path:
+        path = path[:-1]
+    return f"{name}:{lines.get(path, 1)}"
+
+
+def _siblings(path: FieldPath, model: type[BaseModel]) -> list[str]:
+    for part in path[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,86 @@
+"""Combinations that cannot work, refused before any GPU is taken.
+
+In: a TrialConfig and the device. Out: a list of Problems, empty when the trial can run. Pure.
+Each rule names the fields, the reason and its source; versions are those of constraints.txt.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from orchestrator.config import QuantConfig, TrialConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    rule: str
+    message: str
+    """Names both fields, their values and what to do."""
+
+
+def problems(trial: TrialConfig, device: str) -> list[Problem]:
+    """`device` is cpu or cuda."""
+    return [
+        Problem(rule.__name__.lstrip("_"), message)
+        for rule in RULES
+        for message in rule(trial, device)
+    ]
+
+
+def _micro_batch_divides_batch(trial: TrialConfig, device: str) -> Iterator[str]:
+    micro = trial.micro_batch_size
+    if micro is not None and trial.batch_size % micro:
+        yield (
+            f"micro_batch_size must divide batch_size, but got micro_batch_size={micro}, "
+            f"batch_size={trial.batch_size}"
+        )
+
+
+def _warmup_is_shorter_than_training(trial: TrialConfig, device: str) -> Iterator[str]:
+    if trial.schedule.warmup_steps >= trial.steps:
+        yield (
+            "schedule.warmup_steps must be less than steps, but got "
+            f"schedule.warmup_steps={trial.schedule.warmup_steps}, steps={trial.steps}"
+        )
+
+
+def _four_bit_fields_need_four_bits(trial: TrialConfig, device: str) -> Iterator[str]:
+    quant = trial.quant
+    if quant.bit_width != 4 and quant.quant_type != QuantConfig().quant_type:
+        yield (
+            "quant.quant_type is a 4-bit code, but got "
+            f"quant.quant_type={quant.quant_type}, quant.bit_width={quant.bit_width}"
+        )
+
+
+def _zero_has_a_stage(trial: TrialConfig, device: str) -> Iterator[str]:
+    strategy = trial.strategy
+    if strategy.kind == "zero" and strategy.stage is None:
+        yield "strategy.kind: zero needs strategy.stage: 1, 2 or 3"
+    if strategy.kind == "replicated" and (
+        strategy.stage is not None
+        or strategy.offload_optimizer != "none"
+        or strategy.offload_params != "none"
+    ):
+        yield (
+            "strategy.stage, offload_optimizer and offload_params need strategy.kind: zero, "
+            "but got strategy.kind: replicated"
+        )
+
+
+def _parameter_offload_needs_stage_3(trial: TrialConfig, device: str) -> Iterator[str]:
+    # DeepSpeed keeps parameters whole below stage 3 (deepspeed.ai, ZeRO configuration).
+    strategy = trial.strategy
+    if strategy.kind == "zero" and strategy.offload_params != "none" and strategy.stage != 3:
+        yield (
+            "strategy.offload_params needs strategy.stage: 3, but got "
+            f"strategy.offload_params={strategy.offload_params}, strategy.stage={strategy.stage}"
+        )
+
+
+RULES: tuple[Callable[[TrialConfig, str], Iterator[str]], ...] = (
+    _micro_batch_divides_batch,
+    _warmup_is_shorter_than_training,
+    _four_bit_fields_need_four_bits,
+    _zero_has_a_stage,
+    _parameter_offload_needs_stage_3,
+)

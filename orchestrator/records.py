@@ -1,0 +1,255 @@
+"""The small frozen records that stages hand to each other: specs, events, directives, results.
+
+They cross process borders (pickled by Ray) and lie in the run folder (as JSON). Imports no torch.
+Times are Unix seconds.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
+
+from orchestrator.config import EvaluationConfig, Scalar, TrialConfig
+
+Device = Literal["cpu", "cuda"]
+ComputeDtype = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model on local disk, as transformers reads it."""
+
+    source: str
+    """What the configuration said."""
+    revision: str | None
+    folder: str
+    digest: str
+    """Of its weights and config files."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """One point of the search space."""
+
+    number: int
+    params: dict[str, Scalar]
+    """The searched fields alone, dotted."""
+    config: TrialConfig
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "params": self.params,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self:
+        return cls(record["number"], record["params"], TrialConfig.model_validate(record["config"]))
+
+
+@dataclass(frozen=True)
+class SlotTask:
+    """One attempt at one trial, as a slot gets it."""
+
+    trial: int
+    attempt: int
+    config: TrialConfig
+    attempt_dir: str
+    """The only folder that this attempt may write to; a stale attempt cannot harm a newer one."""
+    checkpoint_dirs: tuple[str, ...] = ()
+    """Checkpoints of this trial to go on from, the furthest first; the first sound one is used."""
+
+
+@dataclass(frozen=True)
+class PackSpec:
+    """What a pack worker needs to load one base model and open its slots."""
+
+    pack: int
+    base_model: BaseModel
+    train_manifest: str
+    held_out_manifest: str
+    template: str
+    """How prompts become text (DataConfig.template), for whoever generates with the adapter."""
+    quant: dict[str, Any]
+    """QuantConfig, dumped; compute_dtype is concrete."""
+    target_modules: tuple[str, ...] | Literal["all-linear"]
+    """Union of what the slots' trials target."""
+    num_slots: int
+    max_rank: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    strategy: dict[str, Any]
+    """StrategyConfig, dumped."""
+    device: Device
+    cpus: int
+    evaluation: EvaluationConfig
+    checkpoint_every_steps: int
+
+
+@dataclass(frozen=True)
+class PackReady:
+    """The base is loaded. Comes once per start of a worker, before anything else."""
+
+    pack: int
+    base_bytes: int
+    """Measured bytes of the frozen base at its bit-width."""
+    num_base_params: int
+    baseline_eval_loss: float
+    """The base's own loss on the held-out examples, without any adapter."""
+    load_s: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Mean values of a trial's steps since its last Progress."""
+
+    trial: int
+    attempt: int
+    time: float
+    step: int
+    """Steps trained so far."""
+    tokens: int
+    """Tokens trained so far, padding excluded."""
+    train_loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    trial: int
+    attempt: int
+    time: float
+    step: int
+    tokens: int
+    eval_loss: float
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    trial: int
+    attempt: int
+    step: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class TrialDone:
+    """A trial was trained to its last step, evaluated, and its adapter saved."""
+
+    trial: int
+    attempt: int
+    time: float
+    eval_loss: float
+    baseline_eval_loss: float
+    train_loss: float
+    steps: int
+    tokens: int
+    tokens_per_s: float
+    train_s: float
+    peak_memory_bytes: int
+    """Of the device on a GPU, of the worker process on a CPU."""
+    model_memory_bytes: int
+    """Base weights, this trial's adapter, its gradient and optimizer states."""
+    num_adapter_params: int
+    adapter_bytes: int
+    adapter_dir: str
+    adapter_digest: str
+
+
+@dataclass(frozen=True)
+class TrialStopped:
+    """A trial ended without a result; the pack goes on."""
+
+    trial: int
+    attempt: int
+    time: float
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class PackLost:
+    """The worker is gone, with the trials in its slots. From the executor."""
+
+    pack: int
+    reason: str
+    """worker_lost, or what the worker raised: out_of_memory | disk_full | raised."""
+    message: str
+
+
+@dataclass(frozen=True)
+class PackLeft:
+    """The worker saved its slots and ended, as it was told to."""
+
+    pack: int
+
+
+Event = (
+    PackReady | Progress | Evaluated | Checkpointed | TrialDone | TrialStopped | PackLost | PackLeft
+)
+
+
+@dataclass(frozen=True)
+class Assign:
+    """Train this task in a free slot."""
+
+    task: SlotTask
+
+
+@dataclass(frozen=True)
+class Leave:
+    """End the worker; save checkpoints first when asked."""
+
+    save: bool
+
+
+Directive = Assign | Leave
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The final state of a trial; written once, never changed."""
+
+    number: int
+    state: Literal["finished", "failed"]
+    attempt: int
+    time: float
+    reason: str = ""
+    message: str = ""
+    eval_loss: float | None = None
+    baseline_eval_loss: float | None = None
+    train_loss: float | None = None
+    steps: int = 0
+    tokens: int = 0
+    tokens_per_s: float = 0.0
+    train_s: float = 0.0
+    peak_memory_bytes: int = 0
+    model_memory_bytes: int = 0
+    num_adapter_params: int = 0
+    adapter_bytes: int = 0
+    adapter_dir: str = ""
+    """Relative to the run folder."""
+    adapter_digest: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self:
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the controller chose to do and why; one line of decisions.jsonl."""
+
+    time: float
+    action: str
+    """start_pack | assign | retry_trial | release_pack | end_trial | interrupt | select_winner."""
+    subject: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,255 @@
+"""The sweep's controller: applies events to the state, asks the policy, carries its actions out.
+
+In: a RunStore with its trials, an Executor, and a function that builds a PackSpec. Out: a trial
+result for every trial, in the run folder. Everything it decides goes to decisions.jsonl first.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.errors import RunFolderError
+from orchestrator.planning.packs import PackKey, PackPlan, pack_key
+from orchestrator.records import (
+    Assign,
+    Decision,
+    Directive,
+    Evaluated,
+    Event,
+    Leave,
+    PackLeft,
+    PackLost,
+    PackReady,
+    PackSpec,
+    Progress,
+    SlotTask,
+    TrialDone,
+    TrialResult,
+    TrialSpec,
+    TrialStopped,
+)
+from orchestrator.sweep.executor import Executor
+from orchestrator.sweep.policy import (
+    AbandonPack,
+    Action,
+    AssignTrial,
+    PackView,
+    ReleasePack,
+    StartPack,
+    SweepView,
+    decide,
+)
+from orchestrator.sweep.run_store import RunStore
+
+POLL_S = 0.5
+# How long packs may take to save and leave after Ctrl-C: a step and a checkpoint, not an epoch.
+LEAVE_TIMEOUT_S = 60.0
+
+log = logging.getLogger(__name__)
+
+AskTrial = Callable[[list[TrialSpec], list[TrialResult]], TrialSpec | None]
+BuildPack = Callable[[int, PackPlan], PackSpec]
+Observer = Callable[[Event], None]
+
+
+@dataclass
+class _Pack:
+    spec: PackSpec
+    key: PackKey
+    attempts: dict[int, int] = field(default_factory=dict)
+    """Attempt number of each trial in its slots."""
+    ready: bool = False
+    idle: bool = False
+    directives: list[Directive] = field(default_factory=list)
+
+
+class Controller:
+    def __init__(
+        self,
+        store: RunStore,
+        executor: Executor,
+        ask: AskTrial,
+        build_pack: BuildPack,
+        num_workers: int,
+        observe: Observer = lambda event: None,
+    ) -> None:
+        self._store = store
+        self._executor = executor
+        self._ask = ask
+        self._build_pack = build_pack
+        self._num_workers = num_workers
+        self._observe = observe
+        config = store.sweep.config
+        self._slots_per_pack = config.resources.slots_per_pack
+        self._max_restarts = config.max_restarts
+        self._trials = {trial.number: trial for trial in store.trials}
+        self._results = {result.number: result for result in store.results}
+        self._losses: dict[int, int] = {}  # worker losses by trial
+        self._packs: dict[int, _Pack] = {}
+        self._next_pack = 0
+        self._stop_at: float | None = None
+
+    def request_stop(self) -> None:
+        """Save all slots at their next report and end; callable from a signal handler."""
+        self._stop_at = time.monotonic() + LEAVE_TIMEOUT_S
+
+    def run(self) -> bool:
+        """Train until every trial is over; False if it was asked to stop before that.
+
+        Raises:
+            RunFolderError: the disk is full.
+        """
+        self._decided("start", "sweep", f"{len(self._results)} trials are over already")
+        while True:
+            if self._stop_at is None:
+                self._ask_for_trials()
+            for action in decide(self._view()):
+                self._carry_out(action)
+            self._let_packs_go_on()
+            if not self._packs:
+                break
+            for pack, events in self._executor.poll(POLL_S):
+                self._take(pack, events)
+            self._give_up_leaving()
+        return self._stop_at is None
+
+    def _ask_for_trials(self) -> None:
+        """Keep the sampler's supply ahead of free slots; `ask` says None when there is no more."""
+        while trial := self._ask(list(self._trials.values()), list(self._results.values())):
+            self._store.add_trial(trial)
+            self._trials[trial.number] = trial
+
+    def _view(self) -> SweepView:
+        taken = {number for pack in self._packs.values() for number in pack.attempts}
+        waiting = tuple(
+            trial
+            for number, trial in sorted(self._trials.items())
+            if number not in taken and number not in self._results
+        )
+        packs = tuple(
+            PackView(
+                number, pack.key, pack.spec.num_slots, len(pack.attempts), pack.ready, pack.idle
+            )
+            for number, pack in self._packs.items()
+        )
+        return SweepView(
+            waiting, packs, self._num_workers, self._slots_per_pack, self._stop_at is not None
+        )
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case StartPack(plan):
+                number = self._next_pack
+                self._next_pack += 1
+                self._decided("start_pack", f"pack {number}", action.reason)
+                spec = self._build_pack(number, plan)
+                self._packs[number] = _Pack(spec, plan.key)
+                self._executor.start_pack(spec)
+            case AssignTrial(pack, trial):
+                self._decided("assign", f"trial {trial}", action.reason)
+                self._assign(self._packs[pack], self._trials[trial])
+            case ReleasePack(pack, save):
+                self._decided("release_pack", f"pack {pack}", action.reason)
+                self._packs[pack].directives = [Leave(save)]
+            case AbandonPack(pack):
+                self._decided("release_pack", f"pack {pack}", action.reason)
+                self._executor.stop_pack(pack)
+                del self._packs[pack]
+
+    def _assign(self, pack: _Pack, trial: TrialSpec) -> None:
+        checkpoints = tuple(str(path) for path in self._store.checkpoints(trial.number))
+        attempt, folder = self._store.start_attempt(trial.number)
+        pack.attempts[trial.number] = attempt
+        pack.directives.append(
+            Assign(SlotTask(trial.number, attempt, trial.config, str(folder), checkpoints))
+        )
+
+    def _let_packs_go_on(self) -> None:
+        for number, pack in self._packs.items():
+            if pack.idle:
+                directives, pack.directives, pack.idle = pack.directives, [], False
+                self._executor.advance(number, directives)
+
+    def _take(self, number: int, events: list[Event]) -> None:
+        if number not in self._packs:
+            return  # an answer that was under way when the pack was given up
+        pack = self._packs[number]
+        pack.idle = True
+        for event in events:
+            self._apply(number, pack, event)
+            self._observe(event)
+
+    def _apply(self, number: int, pack: _Pack, event: Event) -> None:
+        match event:
+            case PackReady():
+                pack.ready = True
+            case Progress() | Evaluated():
+                self._store.add_point(event)
+            case TrialDone():
+                del pack.attempts[event.trial]
+                self._end(self._finished(event))
+            case TrialStopped():
+                del pack.attempts[event.trial]
+                self._end(_failed(event.trial, event.attempt, event.reason, event.message))
+            case PackLeft():
+                self._executor.stop_pack(number)
+                del self._packs[number]
+            case PackLost():
+                self._executor.stop_pack(number)
+                del self._packs[number]
+                self._lost(pack, event)
+
+    def _lost(self, pack: _Pack, event: PackLost) -> None:
+        if event.reason == "disk_full":
+            raise RunFolderError(f"the disk is full: {event.message}")
+        trials = dict(pack.attempts)
+        if not pack.ready:  # it never loaded: whatever waits for this base shares its fate
+            key_waits = [t for t in self._view().waiting if pack_key(t.config) == pack.key]
+            trials |= {trial.number: 0 for trial in key_waits}
+        for trial, attempt in trials.items():
+            losses = self._losses[trial] = self._losses.get(trial, 0) + 1
+            if event.reason != "worker_lost":
+                self._end(_failed(trial, attempt, event.reason, event.message))
+            elif losses > self._max_restarts:
+                message = f"{event.message} ({losses} times, max_restarts={self._max_restarts})"
+                self._end(_failed(trial, attempt, event.reason, message))
+            else:
+                self._decided(
+                    "retry_trial", f"trial {trial}", f"its worker is gone: {event.message}"
+                )
+
+    def _finished(self, event: TrialDone) -> TrialResult:
+        values = {**event.__dict__}
+        number = values.pop("trial")
+        folder = Path(values.pop("adapter_dir")).relative_to(self._store.folder)
+        return TrialResult(number=number, state="finished", adapter_dir=str(folder), **values)
+
+    def _end(self, result: TrialResult) -> None:
+        self._store.finish_trial(result)
+        self._results[result.number] = result
+        reason = result.message or f"held-out loss {result.eval_loss:.4f}"
+        self._decided("end_trial", f"trial {result.number}", f"{result.state}: {reason}")
+
+    def _give_up_leaving(self) -> None:
+        if self._stop_at is not None and time.monotonic() > self._stop_at:
+            log.warning("packs did not leave within %s s: ending them", LEAVE_TIMEOUT_S)
+            for number in list(self._packs):
+                self._executor.stop_pack(number)
+            self._packs.clear()
+
+    def _decided(self, action: str, subject: str, reason: str) -> None:
+        log.info("%s: %s: %s", subject, action, reason)
+        self._store.add_decision(Decision(time.time(), action, subject, reason))
+
+
+def _failed(trial: int, attempt: int, reason: str, message: str) -> TrialResult:
+    return TrialResult(
+        number=trial,
+        state="failed",
+        attempt=attempt,
+        time=time.time(),
+        reason=reason,
+        message=message,
+    )

@@ -1,0 +1,111 @@
+"""The seam between the controller and whatever runs pack workers.
+
+Executor is the protocol; InProcessExecutor runs packs in this very process, one after another, for
+`orchestrator train` and for tests. The Ray executor lives in the cluster package. One contract
+suite, tests/contract/test_executor.py, holds them to the same behaviour.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from orchestrator.errors import TrialFailed, is_disk_full
+from orchestrator.records import Directive, Event, PackLost, PackReady, PackSpec
+
+
+class Worker(Protocol):
+    """What an executor runs: orchestrator.training.pack.PackWorker, or a stand-in."""
+
+    def load(self) -> PackReady: ...
+
+    def advance(self, directives: Sequence[Directive]) -> list[Event]: ...
+
+
+WorkerFactory = Callable[[PackSpec], Worker]
+
+
+class Executor(Protocol):
+    """Runs packs. A pack answers each start or `advance` once, and then waits for the next."""
+
+    def start_pack(self, spec: PackSpec) -> None:
+        """Begin loading; its first answer is PackReady or PackLost."""
+        ...
+
+    def advance(self, pack: int, directives: Sequence[Directive]) -> None:
+        """Let a pack that has answered go on. Returns at once."""
+        ...
+
+    def poll(self, timeout_s: float) -> list[tuple[int, list[Event]]]:
+        """Answers that have come in; waits for the first at most `timeout_s`."""
+        ...
+
+    def stop_pack(self, pack: int) -> None:
+        """End the worker at once, wherever it is. Safe for a pack that is gone."""
+        ...
+
+    def close(self) -> None:
+        """End all workers. Safe to call twice."""
+        ...
+
+
+def pack_worker(spec: PackSpec) -> Worker:
+    from orchestrator.training.pack import PackWorker
+
+    return PackWorker(spec)
+
+
+def answer(pack: int, step: Callable[[], list[Event]]) -> list[Event]:
+    """Run one step of a worker; whatever it raises becomes a PackLost event."""
+    try:
+        return step()
+    except Exception as error:  # one of the two broad edges: a worker's error must reach the sweep
+        return [_lost(pack, error)]
+
+
+class InProcessExecutor:
+    def __init__(self, factory: WorkerFactory = pack_worker) -> None:
+        self._factory = factory
+        self._workers: dict[int, Worker] = {}
+        self._due: dict[int, Callable[[], list[Event]]] = {}
+
+    def start_pack(self, spec: PackSpec) -> None:
+        def load() -> list[Event]:
+            worker = self._workers[spec.pack] = self._factory(spec)
+            return [worker.load()]
+
+        self._due[spec.pack] = load
+
+    def advance(self, pack: int, directives: Sequence[Directive]) -> None:
+        worker = self._workers[pack]
+        self._due[pack] = lambda: worker.advance(directives)
+
+    def poll(self, timeout_s: float) -> list[tuple[int, list[Event]]]:
+        for pack, step in list(self._due.items()):  # the one that has waited longest
+            del self._due[pack]
+            events = answer(pack, step)
+            if any(isinstance(event, PackLost) for event in events):
+                self.stop_pack(pack)
+            return [(pack, events)]
+        return []
+
+    def stop_pack(self, pack: int) -> None:
+        self._workers.pop(pack, None)
+        self._due.pop(pack, None)
+
+    def close(self) -> None:
+        self._workers.clear()
+        self._due.clear()
+
+
+def _lost(pack: int, error: Exception) -> PackLost:
+    if is_disk_full(error):
+        return PackLost(pack, "disk_full", f"{error}: free space, then resume")
+    if isinstance(error, TrialFailed):
+        return PackLost(pack, error.reason, error.message)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return PackLost(
+            pack,
+            "out_of_memory",
+            f"{error}: lower trial.micro_batch_size, data.block_length or "
+            "resources.slots_per_pack, or set trial.gradient_checkpointing: true",
+        )
+    return PackLost(pack, "raised", f"{type(error).__name__}: {error}")

@@ -1,0 +1,183 @@
+"""The whole flow of one sweep, from a locked run folder to a registered champion.
+
+config -> base model -> shards -> trials -> packs -> results -> winner -> report -> registry. Every
+step leaves a record in the run folder and is passed over when its record is there, so that a
+resumed sweep runs the same function. What differs between Ray and one process comes in as Services.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.config import SweepConfig
+from orchestrator.data.manifest import load_manifest, manifest_path
+from orchestrator.data.prepare import PreparedData, RunTasks, prepare
+from orchestrator.errors import TrialFailed
+from orchestrator.files import cache_dir
+from orchestrator.planning.packs import PackPlan
+from orchestrator.records import (
+    BaseModel,
+    ComputeDtype,
+    Decision,
+    Event,
+    PackSpec,
+    TrialResult,
+    TrialSpec,
+)
+from orchestrator.search.space import ask, bounds, first_batch, num_trials
+from orchestrator.sweep.controller import Controller
+from orchestrator.sweep.executor import Executor
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.selection import Winner, select_winner
+
+
+class Display(Protocol):
+    """Where a person follows the sweep."""
+
+    def say(self, line: str) -> None: ...
+
+    def observe(self, event: Event) -> None: ...
+
+
+@dataclass(frozen=True)
+class Services:
+    executor: Executor
+    run_tasks: RunTasks
+    num_workers: int
+    display: Display
+    on_controller: Callable[[Controller], None] = field(default=lambda controller: None)
+    """Is given the controller before it runs, so that signals can reach it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    finished: bool
+    """False if the sweep was asked to stop first."""
+    winner: Winner | None
+
+
+def run_sweep(store: RunStore, services: Services) -> Outcome:
+    """Train all trials and select the winner.
+
+    Raises:
+        TrialFailed: no trial finished with a usable result.
+    """
+    config = store.sweep.config
+    base = _base_model(store, config, services.display)
+    data = _data(store, config, base, services)
+    finished = _train(store, config, base, data, services)
+    if not finished:
+        return Outcome(False, None)
+    winner = select_winner(store.trials, store.results)
+    if winner is None:
+        raise TrialFailed(*_why_no_winner(store.results))
+    store.write("winner", winner.to_json())
+    store.add_decision(
+        Decision(time.time(), "select_winner", f"trial {winner.trial}", winner.reason)
+    )
+    return Outcome(True, winner)
+
+
+def _base_model(store: RunStore, config: SweepConfig, display: Display) -> BaseModel:
+    record = store.read("base_model")
+    if record is not None:
+        return BaseModel(**record)
+    from orchestrator.training.model_source import resolve_base_model
+
+    display.say(f"base model: {config.base_model.source}")
+    base = resolve_base_model(config.base_model)
+    display.say(f"base model: {base.folder} ({base.digest[:12]})")
+    store.write("base_model", base.__dict__)
+    return base
+
+
+def _data(
+    store: RunStore, config: SweepConfig, base: BaseModel, services: Services
+) -> PreparedData:
+    record = store.read("data")
+    if record is not None and all(Path(path).exists() for path in record.values()):
+        return PreparedData(*(load_manifest(Path(record[role])) for role in ("train", "held_out")))
+    from orchestrator.training.model_source import local_folder
+
+    data = prepare(
+        config.data,
+        Path(local_folder(base)),
+        cache_dir(),
+        services.run_tasks,
+        services.display.say,
+    )
+    paths = {
+        manifest.role: str(manifest_path(manifest.folder, manifest.role))
+        for manifest in (data.train, data.held_out)
+    }
+    store.write("data", paths)
+    return data
+
+
+def _train(
+    store: RunStore, config: SweepConfig, base: BaseModel, data: PreparedData, services: Services
+) -> bool:
+    def next_trial(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
+        if len(known) >= num_trials(config.search):
+            return None
+        slots = services.num_workers * (config.resources.slots_per_pack or 1)
+        if len(known) >= first_batch(config.search) and len(known) - len(results) >= slots:
+            return None  # a sampler that learns waits for results
+        return ask(config, store.sweep.device, known, results)
+
+    def build_pack(number: int, plan: PackPlan) -> PackSpec:
+        return pack_spec(store, base, data, number, plan)
+
+    with closing(services.executor) as executor:
+        controller = Controller(
+            store, executor, next_trial, build_pack, services.num_workers, services.display.observe
+        )
+        services.on_controller(controller)
+        return controller.run()
+
+
+def pack_spec(
+    store: RunStore, base: BaseModel, data: PreparedData, number: int, plan: PackPlan
+) -> PackSpec:
+    sweep = store.sweep
+    config = sweep.config
+    room = bounds(config.trial, config.search)
+    quant = dict(plan.key.quant)
+    if quant["compute_dtype"] == "auto":
+        quant["compute_dtype"] = sweep.compute_dtype
+    return PackSpec(
+        pack=number,
+        base_model=base,
+        train_manifest=str(manifest_path(data.train.folder, "train")),
+        held_out_manifest=str(manifest_path(data.held_out.folder, "held_out")),
+        template="chat" if config.data.format == "chat" else config.data.template,
+        quant=quant,
+        target_modules=room.target_modules,
+        num_slots=plan.num_slots,
+        max_rank=room.max_rank,
+        micro_batch_size=plan.key.micro_batch_size,
+        gradient_checkpointing=plan.key.gradient_checkpointing,
+        strategy=dict(plan.key.strategy),
+        device="cuda" if sweep.device == "cuda" else "cpu",
+        cpus=config.resources.cpus_per_worker,
+        evaluation=config.evaluation,
+        checkpoint_every_steps=config.checkpoint_every_steps,
+    )
+
+
+def auto_compute_dtype(device: str) -> ComputeDtype:
+    """bfloat16 where the hardware computes in it: GPUs, and CPUs with AVX512-BF16 or AMX."""
+    if device == "cuda":
+        return "bfloat16"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def _why_no_winner(results: list[TrialResult]) -> tuple[str, str]:
+    reasons = [f"trial {result.number}: {result.reason}: {result.message}" for result in results]
+    first = results[0].reason if results else "raised"
+    return first, "no trial finished:\n  " + "\n  ".join(reasons)

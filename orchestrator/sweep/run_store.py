@@ -1,0 +1,210 @@
+"""The run folder: the single source of truth of one sweep.
+
+    sweep.json                 id, configuration, device, versions
+    base_model.json data.json  what was prepared
+    plan.json                  packs, with reasons
+    decisions.jsonl            what the controller decided, and why
+    trials/007/trial.json      the trial
+    trials/007/progress.jsonl  its loss curve
+    trials/007/attempts/2/     what attempt 2 wrote: checkpoints, adapter, evaluation.json
+    trials/007/result.json     final; when it is there, the trial is over
+    winner.json registration.json report.html
+
+One process owns the folder at a time, by a lock that dies with it. Writes are atomic.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from orchestrator.config import SweepConfig
+from orchestrator.errors import RunFolderError
+from orchestrator.files import (
+    append_json_line,
+    read_json,
+    read_json_lines,
+    record_digest,
+    write_json,
+)
+from orchestrator.records import Decision, Evaluated, Progress, TrialResult, TrialSpec
+
+# Fields that may differ between a start and a resume: they do not change what is trained.
+RESUMABLE_FIELDS = ("resources", "tracking", "registry", "max_restarts", "runs_dir")
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    run_id: str
+    created: float
+    config: SweepConfig
+    device: str
+    compute_dtype: str
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "created": self.created,
+            "config": self.config.model_dump(mode="json"),
+            "device": self.device,
+            "compute_dtype": self.compute_dtype,
+            "versions": self.versions,
+        }
+
+
+class RunStore:
+    """Reads and writes of one run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+
+    @classmethod
+    def create(cls, folder: Path, record: SweepRecord) -> "RunStore":
+        """Raises RunFolderError if the folder already holds a sweep."""
+        store = cls(folder)
+        if store._path("sweep.json").exists():
+            raise RunFolderError(_why_not_empty(store, record.config))
+        write_json(store._path("sweep.json"), record.to_json())
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> "RunStore":
+        store = cls(folder)
+        if not store._path("sweep.json").exists():
+            raise RunFolderError(f"{folder} is no run folder: it has no sweep.json")
+        return store
+
+    def _path(self, *parts: str) -> Path:
+        return self.folder.joinpath(*parts)
+
+    @property
+    def sweep(self) -> SweepRecord:
+        record = read_json(self._path("sweep.json"))
+        return SweepRecord(**{**record, "config": SweepConfig.model_validate(record["config"])})
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Own the folder. The lock is the operating system's: it ends with the process."""
+        lock = FileLock(self._path("lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunFolderError(
+                f"{self.folder} is in use by another process: wait for it, or end it first"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def write(self, name: str, record: Any) -> None:
+        """Write one of the sweep's own records, such as plan or data."""
+        write_json(self._path(f"{name}.json"), record)
+
+    def read(self, name: str) -> Any | None:
+        path = self._path(f"{name}.json")
+        return read_json(path) if path.exists() else None
+
+    def add_decision(self, decision: Decision) -> None:
+        append_json_line(self._path("decisions.jsonl"), decision.to_json())
+
+    @property
+    def decisions(self) -> list[dict[str, Any]]:
+        return read_json_lines(self._path("decisions.jsonl"))
+
+    def trial_dir(self, number: int) -> Path:
+        return self._path("trials", f"{number:03d}")
+
+    def add_trial(self, trial: TrialSpec) -> None:
+        path = self.trial_dir(trial.number) / "trial.json"
+        if not path.exists():
+            write_json(path, trial.to_json())
+
+    @property
+    def trials(self) -> list[TrialSpec]:
+        paths = sorted(self._path("trials").glob("*/trial.json"))
+        return [TrialSpec.from_json(read_json(path)) for path in paths]
+
+    def start_attempt(self, number: int) -> tuple[int, Path]:
+        """The number and folder of a new attempt. Earlier attempts' folders stay as they are."""
+        attempt = max(self._attempts(number), default=0) + 1
+        folder = self.trial_dir(number) / "attempts" / str(attempt)
+        folder.mkdir(parents=True)
+        return attempt, folder
+
+    def checkpoints(self, number: int) -> list[Path]:
+        """Folders of complete checkpoints of all attempts, the furthest first."""
+        folders = self.trial_dir(number).glob("attempts/*/checkpoint-*")
+        return sorted(
+            (folder for folder in folders if (folder / "checkpoint.json").exists()),
+            key=lambda folder: (folder.name, int(folder.parent.name)),
+            reverse=True,
+        )
+
+    def _attempts(self, number: int) -> list[int]:
+        return [int(path.name) for path in self.trial_dir(number).glob("attempts/*")]
+
+    def add_point(self, point: Progress | Evaluated) -> None:
+        row = {"kind": type(point).__name__.lower(), **point.__dict__}
+        append_json_line(self.trial_dir(point.trial) / "progress.jsonl", row)
+
+    def points(self, number: int) -> list[dict[str, Any]]:
+        """The trial's curve, by step: where attempts overlap, the latest one's rows."""
+        rows = read_json_lines(self.trial_dir(number) / "progress.jsonl")
+        latest = {(row["kind"], row["step"]): row for row in rows}
+        return sorted(latest.values(), key=lambda row: (row["step"], row["kind"]))
+
+    def finish_trial(self, result: TrialResult) -> None:
+        path = self.trial_dir(result.number) / "result.json"
+        if path.exists():
+            raise RunFolderError(f"trial {result.number} is over and cannot change ({path})")
+        write_json(path, result.to_json())
+
+    @property
+    def results(self) -> list[TrialResult]:
+        paths = sorted(self._path("trials").glob("*/result.json"))
+        return [TrialResult.from_json(read_json(path)) for path in paths]
+
+
+def new_run_id(name: str, now: float) -> str:
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+
+
+def config_differences(old: SweepConfig, new: SweepConfig) -> list[str]:
+    """Fields that decide what is trained and differ, as `field: old -> new`."""
+    before = _flat(old.model_dump(mode="json", exclude=set(RESUMABLE_FIELDS)))
+    after = _flat(new.model_dump(mode="json", exclude=set(RESUMABLE_FIELDS)))
+    names = sorted(before.keys() | after.keys())
+    return [
+        f"{name}: {before.get(name)} -> {after.get(name)}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def config_digest(config: SweepConfig) -> str:
+    return record_digest(config.model_dump(mode="json", exclude=set(RESUMABLE_FIELDS)))
+
+
+def _why_not_empty(store: RunStore, config: SweepConfig) -> str:
+    differences = config_differences(store.sweep.config, config)
+    if not differences:
+        return f"{store.folder} already holds this sweep: go on with `orchestrator resume`"
+    return (
+        f"{store.folder} holds another sweep ({'; '.join(differences)}): choose another --run-dir"
+    )
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

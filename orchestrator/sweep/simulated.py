@@ -1,0 +1,171 @@
+"""A pack worker that trains nothing: a stand-in for tests of everything around training.
+
+Its loss is a closed form of the trial's rank, learning rate and step, so that who wins is known. It
+writes the files that a real worker writes, in the same order, and can be told to fail.
+"""
+
+import errno
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from orchestrator.config import TrialConfig
+from orchestrator.errors import TrialFailed
+from orchestrator.files import read_json, record_digest, write_json
+from orchestrator.records import (
+    Assign,
+    Checkpointed,
+    Directive,
+    Evaluated,
+    Event,
+    Leave,
+    PackLeft,
+    PackReady,
+    PackSpec,
+    Progress,
+    SlotTask,
+    TrialDone,
+    TrialStopped,
+)
+
+BASELINE_LOSS = 4.0
+TOKENS_PER_STEP = 100
+BYTES_PER_PARAM = {4: 0.53, 8: 1.0, 16: 2.0}
+
+
+def simulated_loss(trial: TrialConfig, step: int) -> float:
+    """Falls with steps, rank and bits, and is least at a learning rate of 1e-3."""
+    mistuned = abs(math.log10(trial.optimizer.learning_rate) + 3)
+    floor = 1.0 + 1.0 / trial.adapter.rank + 0.4 / trial.quant.bit_width + 0.2 * mistuned
+    return floor + (BASELINE_LOSS - floor) * math.exp(-3 * step / trial.steps)
+
+
+class SimulatedWorker:
+    """`faults` maps a trial number to what befalls it at its second step: raise, die, nan or
+    disk_full. A fault of -1 befalls the loading."""
+
+    def __init__(
+        self, spec: PackSpec, faults: Mapping[int, str] | None = None, step_s: float = 0.0
+    ) -> None:
+        self._spec = spec
+        self._faults = faults or {}
+        self._step_s = step_s
+        self._slots: dict[int, _SimulatedSlot] = {}
+
+    def load(self) -> PackReady:
+        _befall(self._faults.get(-1, ""))
+        num_bytes = round(1e6 * BYTES_PER_PARAM[self._spec.quant["bit_width"]])
+        return PackReady(self._spec.pack, num_bytes, 10**6, BASELINE_LOSS, 0.0)
+
+    def advance(self, directives: Sequence[Directive]) -> list[Event]:
+        events: list[Event] = []
+        for directive in directives:
+            match directive:
+                case Assign(task):
+                    assert len(self._slots) < self._spec.num_slots, "no slot is free"
+                    self._slots[task.trial] = _SimulatedSlot(task)
+                case Leave(save):
+                    saved = [slot.save() for slot in self._slots.values()] if save else []
+                    return [*saved, PackLeft(self._spec.pack)]
+        for slot in list(self._slots.values()):
+            time.sleep(self._step_s)
+            events += self._step(slot)
+        return events
+
+    def _step(self, slot: "_SimulatedSlot") -> list[Event]:
+        task = slot.task
+        slot.step += 1
+        if slot.step == 2:
+            try:
+                _befall(self._faults.get(task.trial, ""))
+            except TrialFailed as error:
+                del self._slots[task.trial]
+                now = time.time()
+                return [TrialStopped(task.trial, task.attempt, now, error.reason, error.message)]
+        events: list[Event] = [slot.progress()]
+        if slot.step % self._spec.checkpoint_every_steps == 0:
+            events.append(slot.save())
+        if slot.step >= task.config.steps:
+            del self._slots[task.trial]
+            events += [slot.evaluated(), slot.done()]
+        return events
+
+
+class _SimulatedSlot:
+    def __init__(self, task: SlotTask) -> None:
+        self.task = task
+        self.step = 0
+        if task.checkpoint_dirs:
+            self.step = read_json(Path(task.checkpoint_dirs[0]) / "checkpoint.json")["step"]
+
+    @property
+    def loss(self) -> float:
+        return simulated_loss(self.task.config, self.step)
+
+    @property
+    def tokens(self) -> int:
+        return TOKENS_PER_STEP * self.step
+
+    def save(self) -> Checkpointed:
+        folder = Path(self.task.attempt_dir) / f"checkpoint-{self.step:08d}"
+        write_json(folder / "checkpoint.json", {"step": self.step})
+        return Checkpointed(self.task.trial, self.task.attempt, self.step, str(folder))
+
+    def progress(self) -> Progress:
+        rate = self.task.config.optimizer.learning_rate
+        return Progress(
+            self.task.trial,
+            self.task.attempt,
+            time.time(),
+            self.step,
+            self.tokens,
+            self.loss,
+            rate,
+            1.0,
+            1000.0,
+        )
+
+    def evaluated(self) -> Evaluated:
+        return Evaluated(
+            self.task.trial, self.task.attempt, time.time(), self.step, self.tokens, self.loss
+        )
+
+    def done(self) -> TrialDone:
+        folder = Path(self.task.attempt_dir) / "adapter"
+        config = self.task.config.model_dump(mode="json")
+        write_json(folder / "adapter_config.json", config)
+        num_params = 1000 * self.task.config.adapter.rank
+        return TrialDone(
+            trial=self.task.trial,
+            attempt=self.task.attempt,
+            time=time.time(),
+            eval_loss=self.loss,
+            baseline_eval_loss=BASELINE_LOSS,
+            train_loss=self.loss,
+            steps=self.step,
+            tokens=self.tokens,
+            tokens_per_s=1000.0,
+            train_s=self.tokens / 1000.0,
+            peak_memory_bytes=10**9,
+            model_memory_bytes=10**6 * self.task.config.quant.bit_width,
+            num_adapter_params=num_params,
+            adapter_bytes=4 * num_params,
+            adapter_dir=str(folder),
+            adapter_digest=record_digest(config),
+        )
+
+
+def _befall(fault: str) -> None:
+    match fault:
+        case "raise":
+            raise ValueError("a simulated error")
+        case "die":
+            os._exit(1)
+        case "nan":
+            raise TrialFailed("loss_not_finite", "step 2: loss nan")
+        case "disk_full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        case _:
+            pass

@@ -1,0 +1,88 @@
+"""The sweep in Markdown, as MLflow shows it at the top of the sweep's run.
+
+In: a RunStore. Out: text. Imports no mlflow.
+"""
+
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.summary import SummaryRow, summary_rows
+from orchestrator.tracking.translation import MAX_TAG_CHARS, brief
+
+MAX_ROWS = 20
+
+
+def describe_sweep(store: RunStore) -> str:
+    rows = summary_rows(store)
+    parts = [_headline(store, rows), _winner(store, rows), _table(rows), _commands(store)]
+    return "\n\n".join(part for part in parts if part)[:MAX_TAG_CHARS]
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _headline(store: RunStore, rows: list[SummaryRow]) -> str:
+    config = store.sweep.config
+    space = ", ".join(f"`{field}`" for field in config.search.space) or "nothing"
+    count = {state: sum(row["state"] == state for row in rows) for state in ("finished", "failed")}
+    return (
+        f"## {config.name}\n\nQLoRA adapters for **{_cell(config.base_model.source)}** on "
+        f"**{_cell(config.data.train)}**: {len(rows)} trials over {space} "
+        f"({count['finished']} finished, {count['failed']} failed)."
+    )
+
+
+def _winner(store: RunStore, rows: list[SummaryRow]) -> str:
+    winner = store.read("winner")
+    if winner is None:
+        return "No winner yet."
+    name = next(row["name"] for row in rows if row["winner"])
+    text = f"**Winner: {_cell(name)}.** {_cell(winner['reason'])}."
+    if registration := store.read("registration"):
+        text += (
+            f"\n\nRegistered as `{registration['model_name']}` version {registration['version']}. "
+            f"{_cell(registration['reason'])}."
+        )
+    return text
+
+
+def _table(rows: list[SummaryRow]) -> str:
+    if not rows:
+        return ""
+    fields = list(rows[0]["params"])
+    heads = ["trial", *fields, "eval loss", "gain", "model GiB", "adapter MiB", "state"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows[:MAX_ROWS]:
+        params = [_cell(brief(row["params"].get(field))) for field in fields]
+        known = row["state"] == "finished"
+        lines.append(
+            [
+                str(row["trial"]) + (" 🏆" if row["winner"] else ""),
+                *params,
+                number(row["eval_loss"]),
+                number(row["eval_loss_gain"]),
+                number(row["model_memory_gib"] if known else None, 2),
+                number(row["adapter_mib"] if known else None, 1),
+                _cell(row["state"]),
+            ]
+        )
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    hidden = len(rows) - MAX_ROWS
+    return text + (f"\n\n… and {hidden} more trials." if hidden > 0 else "")
+
+
+def _commands(store: RunStore) -> str:
+    registration = store.read("registration")
+    if registration is None:
+        return f"Next:\n\n```\norchestrator resume {store.folder}\n```"
+    alias = "champion" if registration["champion"] else "candidate"
+    uri = f"models:/{registration['model_name']}@{alias}"
+    return (
+        "Next:\n\n"
+        f'```\norchestrator generate --model "{uri}" --prompt "..."\n```\n\n'
+        f'```python\nmlflow.pyfunc.load_model("{uri}").predict(["..."])\n```'
+    )
+
+
+def _cell(text: str) -> str:
+    """Markdown has no cell with a bar or a line break in it."""
+    return str(text).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,168 @@
+"""An adapter folder as an MLflow model's files, and back.
+
+In: a PEFT folder. Out: a logged model that holds it with adapter_model.py; or the folder again,
+its digest verified. Imports mlflow inside functions only.
+"""
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import yaml
+
+from orchestrator.errors import RegistryError
+from orchestrator.files import file_digest, whole_folder
+from orchestrator.tracking.runs import RUN_ID_TAG
+from orchestrator.tracking.stores import client, environment, mlflow_calls
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_CODE = Path(__file__).with_name("adapter_model.py")
+EXAMPLE = "What does str.split do?"
+# Given, for MLflow would otherwise load the base model in a subprocess to find them out.
+REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+ENVIRONMENT = {
+    # Else a uv.lock in the working folder, with the addresses in it, is stored with the model.
+    "MLFLOW_UV_AUTO_DETECT": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def log_adapter_model(
+    api: "MlflowClient", experiment_id: str, run_id: str, folder: Path, tags: Mapping[str, str]
+) -> str:
+    """Id of the run's logged model with the adapter in it; one that an earlier try made is used."""
+    from mlflow.entities import LoggedModelOutput
+
+    rule = f"tags.`{RUN_ID_TAG}` = '{tags[RUN_ID_TAG]}'"
+    for found in api.search_logged_models([experiment_id], rule):
+        if found.status == "READY" and found.source_run_id == run_id:
+            return str(found.model_id)
+    params = {name: value for name, value in tags.items() if name != RUN_ID_TAG}
+    model = api.create_logged_model(experiment_id, "adapter", run_id, dict(tags), params, "adapter")
+    with TemporaryDirectory() as scratch, environment(ENVIRONMENT):
+        _save_model(Path(scratch) / "model", model.model_id, run_id, folder, tags)
+        api.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
+    api.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+    api.finalize_logged_model(model.model_id, "READY")
+    return str(model.model_id)
+
+
+def download_adapter(uri: str, model_uri: str, to: Path) -> Path:
+    """The PEFT folder of `models:/NAME@ALIAS` or `models:/NAME/VERSION`, verified, as folder `to`.
+
+    Raises:
+        RegistryError: there is no such version, its files are damaged, or `to` holds another one.
+    """
+    import mlflow
+
+    with mlflow_calls(uri, RegistryError), environment(ENVIRONMENT):
+        found = _find_version(client(uri), model_uri)
+        location = client(uri).get_model_version_download_uri(found.name, str(found.version))
+        digest = found.tags.get("adapter_digest", "")
+        if to.exists() and any(to.iterdir()):
+            _verify(to, digest, model_uri)
+            return to
+        with TemporaryDirectory() as scratch:
+            # A folder of its own: from a local store MLflow returns the store's own files else.
+            files = mlflow.artifacts.download_artifacts(
+                artifact_uri=location, dst_path=scratch, tracking_uri=uri
+            )
+            adapter = Path(files) / _adapter_path(Path(files), model_uri)
+            _verify(adapter, digest, model_uri)
+            if to.exists():
+                to.rmdir()
+            with whole_folder(to) as temporary:
+                shutil.copytree(adapter, temporary, dirs_exist_ok=True)
+    return to
+
+
+def _save_model(
+    path: Path, model_id: str, run_id: str, folder: Path, tags: Mapping[str, str]
+) -> None:
+    from mlflow.models import Model, ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.string)]),
+        outputs=Schema([ColSpec(DataType.string)]),
+        params=ParamSchema(
+            [
+                ParamSpec("max_new_tokens", DataType.long, 128),
+                ParamSpec("temperature", DataType.double, 0.0),
+                ParamSpec("top_p", DataType.double, 1.0),
+            ]
+        ),
+    )
+    save_model(
+        path=str(path),
+        mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
+        python_model=str(MODEL_CODE),
+        artifacts={"adapter": str(folder)},
+        signature=signature,
+        input_example=[EXAMPLE],
+        pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
+        metadata=dict(tags),
+    )
+
+
+def _public_version(package: str) -> str:
+    """Without a local part such as +cpu, which no package index serves."""
+    return version(package).partition("+")[0]
+
+
+def _find_version(api: "MlflowClient", model_uri: str) -> "ModelVersion":
+    from mlflow.exceptions import MlflowException
+
+    name, at, alias = model_uri.removeprefix("models:/").partition("@")
+    number = ""
+    if not at:
+        name, _, number = name.rpartition("/")
+    try:
+        if not model_uri.startswith("models:/") or not name or not (alias or number.isdigit()):
+            raise RegistryError(f"{model_uri} is malformed: {_known_models(api)}")
+        if at:
+            return api.get_model_version_by_alias(name, alias)
+        return api.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise RegistryError(f"{model_uri} is not in the registry: {_known_models(api)}") from error
+
+
+def _known_models(api: "MlflowClient") -> str:
+    known = []
+    for model in api.search_registered_models(max_results=100):
+        known += [f"models:/{model.name}@{alias}" for alias in model.aliases]
+    if not known:
+        return "no model has an alias yet; register one with `orchestrator register`"
+    return f"choose one of {', '.join(sorted(known))}, or models:/NAME/VERSION"
+
+
+def _adapter_path(files: Path, model_uri: str) -> str:
+    """Where the model's own MLmodel file says that the adapter is."""
+    try:
+        content = yaml.safe_load((files / "MLmodel").read_text())
+        return str(content["flavors"]["python_function"]["artifacts"]["adapter"]["path"])
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise RegistryError(
+            f"{model_uri} holds no adapter: choose a version that `orchestrator` registered"
+        ) from error
+
+
+def _verify(folder: Path, digest: str, model_uri: str) -> None:
+    weights = folder / ADAPTER_WEIGHTS
+    found = file_digest(weights) if weights.exists() else "nothing"
+    if found != digest:
+        raise RegistryError(
+            f"{weights} is not the adapter of {model_uri}: its digest is {found[:12]}, registered "
+            f"is {digest[:12] or 'nothing'}: remove the folder and try again, or register the "
+            "adapter anew"
+        )

@@ -1,0 +1,179 @@
+"""report.html: the whole sweep on one page that opens without a network.
+
+In: a RunStore, of a finished sweep or not. Out: one file in the run folder. Everything that came
+from a user is escaped. Imports plotly inside functions.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from orchestrator.data.manifest import load_manifest
+from orchestrator.files import write_text
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.page import card, facts, page, section, table
+from orchestrator.tracking.parallel_plot import parallel_fields
+from orchestrator.tracking.plots import (
+    learning_curves,
+    quality_by_memory,
+    rank_by_bit_width,
+)
+from orchestrator.tracking.summary import SummaryRow, summary_rows
+from orchestrator.tracking.translation import brief, perplexity
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["summary_rows", "write_report"]
+
+MAX_DECISIONS = 40
+
+
+def write_report(store: RunStore) -> Path:
+    path = store.folder / "report.html"
+    write_text(path, render_report(store))
+    return path
+
+
+def render_report(store: RunStore) -> str:
+    rows = summary_rows(store)
+    sweep = store.sweep
+    parts = [
+        _headline(store, rows),
+        section("Trials", _trials(rows)),
+        section("Plots", _plots(store, rows)) if rows else "",
+        section("Decisions", _decisions(store.decisions)),
+        section("Data", _data(store)),
+        section("Base model", facts(store.read("base_model") or {})),
+        _configuration(sweep.config.model_dump(mode="json")),
+    ]
+    return page(sweep.run_id, parts)
+
+
+def _headline(store: RunStore, rows: Sequence[SummaryRow]) -> str:
+    sweep = store.sweep
+    counts = ", ".join(
+        f"{sum(row['state'] == state for row in rows)} {state}"
+        for state in ("finished", "failed", "running", "waiting")
+        if any(row["state"] == state for row in rows)
+    )
+    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(sweep.created))
+    winner = store.read("winner")
+    reason = winner["reason"] if winner else "There is no winner yet."
+    return (
+        f"<h1>{escape(sweep.config.name)}</h1>"
+        f'<p class="soft">{escape(sweep.config.base_model.source)} · {len(rows)} trials'
+        f"{f' ({counts})' if counts else ''} · {escape(sweep.device)} · began {began} · "
+        f"{escape(sweep.run_id)}</p>"
+        f'<div class="cards">{"".join(_cards(store, rows))}</div><p>{escape(reason)}</p>'
+    )
+
+
+def _cards(store: RunStore, rows: Sequence[SummaryRow]) -> list[str]:
+    best = next((row for row in rows if row["winner"]), None)
+    if best is None:
+        return []
+    loss, base = best["eval_loss"], best["baseline_eval_loss"]
+    before = f"untrained base {_number(base)}"
+    if loss is not None and base is not None:
+        before += f" · perplexity {perplexity(base):.2f} → {perplexity(loss):.2f}"
+    cards = [
+        card(best["name"], "winner"),
+        card(_number(loss), before),
+        card(f"{best['adapter_mib']:.1f} MiB", "adapter"),
+        card(f"{best['model_memory_gib']:.2f} GiB", "base, adapter and optimizer states"),
+    ]
+    if registration := store.read("registration"):
+        alias = "champion" if registration["champion"] else "candidate"
+        name = f"{registration['model_name']} v{registration['version']}"
+        cards.append(card(name, f"registered as @{alias}: {registration['reason']}"))
+    return cards
+
+
+def _trials(rows: Sequence[SummaryRow]) -> str:
+    fields = list(rows[0]["params"]) if rows else []
+    heads = ["trial", *fields, "state", "held-out loss", "vs. base", "memory GiB", "adapter MiB"]
+    heads += ["tokens/s", "train s", "steps"]
+    num_texts = len(fields) + 2
+    lines = []
+    for row in rows:
+        over = row["state"] == "finished"
+        texts = [str(row["trial"]), *(brief(row["params"].get(field)) for field in fields)]
+        numbers = [
+            _number(row["eval_loss"]),
+            _number(row["eval_loss_gain"] and -row["eval_loss_gain"], "+.4f"),
+            _number(row["model_memory_gib"] if over else None, ".2f"),
+            _number(row["adapter_mib"] if over else None, ".1f"),
+            _number(row["tokens_per_s"] if over else None, ",.0f"),
+            _number(row["train_s"] if over else None, ",.0f"),
+            str(row["steps"]),
+        ]
+        cells = "".join(f"<td>{escape(text)}</td>" for text in texts)
+        cells += f'<td class="{row["state"]}" title="{escape(row["reason"])}">{row["state"]}'
+        cells += f'<br><span class="soft">{escape(row["reason"])}</span></td>'
+        cells += "".join(f'<td class="n">{escape(text)}</td>' for text in numbers)
+        lines.append(f'<tr class="{"winner" if row["winner"] else ""}">{cells}</tr>')
+    return table(heads, lines, num_texts)
+
+
+def _plots(store: RunStore, rows: Sequence[SummaryRow]) -> str:
+    curves = {row["trial"]: store.points(row["trial"]) for row in rows}
+    figures: list[tuple[str, str, Figure | None]] = [
+        ("Held-out loss", "", rank_by_bit_width(rows)),
+        ("Quality against memory", "", quality_by_memory(rows)),
+        ("Learning curves", "wide", learning_curves(rows, curves)),
+        ("Searched fields", "wide", parallel_fields(rows)),
+    ]
+    parts: list[str] = []
+    for title, width, figure in figures:
+        if figure is None:
+            continue
+        html = figure.to_html(
+            full_html=False,
+            include_plotlyjs=not parts,  # once, inside the page, so that it opens offline
+            config={"displayModeBar": False, "responsive": True},
+        )
+        parts.append(f'<div class="{width}"><h3>{title}</h3>{html}</div>')
+    return f'<div class="plots">{"".join(parts)}</div>'
+
+
+def _decisions(decisions: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        f"<tr><td>{time.strftime('%H:%M:%S', time.localtime(decision['time']))}</td>"
+        f"<td>{escape(str(decision['action']))}</td><td>{escape(str(decision['subject']))}</td>"
+        f"<td>{escape(str(decision['reason']))}</td></tr>"
+        for decision in decisions[-MAX_DECISIONS:]
+    ]
+    hidden = len(decisions) - MAX_DECISIONS
+    note = f'<p class="soft">{hidden} earlier ones are in decisions.jsonl</p>' if hidden > 0 else ""
+    return table(["time", "action", "subject", "reason"], lines, 4) + note
+
+
+def _data(store: RunStore) -> str:
+    """Totals of the prepared data, while its manifests are on this machine."""
+    record: dict[str, str] = store.read("data") or {}
+    totals: dict[str, Any] = {}
+    for role, path in record.items():
+        totals[role] = path
+        if Path(path).exists():
+            manifest = load_manifest(Path(path))
+            counts = asdict(manifest.totals) | {"packing_efficiency": manifest.packing_efficiency}
+            totals |= {f"{role} {name.removeprefix('num_')}": n for name, n in counts.items()}
+    return facts(totals)
+
+
+def _configuration(config: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    return (
+        f"<section><details><summary>Configuration</summary><pre>{escape(text)}</pre>"
+        "</details></section>"
+    )
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)

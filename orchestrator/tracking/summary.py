@@ -1,0 +1,102 @@
+"""What a sweep has come to, trial by trial: the rows of every table and plot.
+
+In: a RunStore. Out: SummaryRow records, the best first. Pure; imports neither mlflow nor plotly.
+"""
+
+import math
+from typing import Any, TypedDict
+
+from orchestrator.config import Scalar
+from orchestrator.records import TrialResult, TrialSpec
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.translation import (
+    GIB,
+    MIB,
+    eval_loss_gain,
+    searched,
+    trial_name,
+    trial_state,
+)
+
+
+class SummaryRow(TypedDict):
+    """One trial. Losses are None where they are not known or not finite."""
+
+    trial: int
+    name: str
+    state: str
+    """waiting | running | finished | failed."""
+    reason: str
+    """Why it failed."""
+    winner: bool
+    params: dict[str, Scalar]
+    """The searched fields, by their short names."""
+    rank: int
+    bit_width: int
+    steps: int
+    eval_loss: float | None
+    baseline_eval_loss: float | None
+    eval_loss_gain: float | None
+    model_memory_gib: float
+    peak_memory_gib: float
+    adapter_mib: float
+    train_s: float
+    tokens_per_s: float
+
+
+def summary_rows(store: RunStore) -> list[SummaryRow]:
+    """All trials by held-out loss; those without one follow in the order of their numbers."""
+    results = {result.number: result for result in store.results}
+    winner = store.read("winner") or {}
+    rows = [
+        _row(trial, store.points(trial.number), results.get(trial.number), winner.get("trial"))
+        for trial in store.trials
+    ]
+    return sorted(rows, key=_order)
+
+
+def finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _row(
+    trial: TrialSpec, points: list[dict[str, Any]], result: TrialResult | None, winner: int | None
+) -> SummaryRow:
+    known = result or _so_far(trial, points)
+    return SummaryRow(
+        trial=trial.number,
+        name=trial_name(trial.number, trial.params),
+        state=trial_state(points, result),
+        reason=f"{known.reason}: {known.message}" if known.reason else "",
+        winner=trial.number == winner,
+        params=searched(trial.params),
+        rank=trial.config.adapter.rank,
+        bit_width=trial.config.quant.bit_width,
+        steps=known.steps,
+        eval_loss=finite(known.eval_loss),
+        baseline_eval_loss=finite(known.baseline_eval_loss),
+        eval_loss_gain=finite(eval_loss_gain(known)),
+        model_memory_gib=known.model_memory_bytes / GIB,
+        peak_memory_gib=known.peak_memory_bytes / GIB,
+        adapter_mib=known.adapter_bytes / MIB,
+        train_s=known.train_s,
+        tokens_per_s=known.tokens_per_s,
+    )
+
+
+def _so_far(trial: TrialSpec, points: list[dict[str, Any]]) -> TrialResult:
+    """What a trial that is not over would have come to, had it ended now."""
+    losses = [row["eval_loss"] for row in points if row["kind"] == "evaluated"]
+    return TrialResult(
+        trial.number,
+        "finished",
+        attempt=0,
+        time=0.0,
+        steps=points[-1]["step"] if points else 0,
+        eval_loss=losses[-1] if losses else None,
+    )
+
+
+def _order(row: SummaryRow) -> tuple[bool, bool, float, int]:
+    loss = row["eval_loss"]
+    return (not row["winner"], loss is None, loss if loss is not None else 0.0, row["trial"])

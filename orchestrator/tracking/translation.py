@@ -1,0 +1,163 @@
+"""The one place where a trial's records become MLflow's words: names, params, tags and metrics.
+
+In: TrialSpec, rows of its curve, TrialResult. Out: plain dicts. Pure; imports no mlflow.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.config import TrialConfig
+from orchestrator.records import TrialResult, TrialSpec
+
+GIB = 1 << 30
+MIB = 1 << 20
+MAX_PARAM_CHARS = 6000  # MLflow 3.17, utils/validation.py; a longer one refuses the whole batch
+MAX_TAG_CHARS = 5000  # servers before 2.13 allow no more
+
+# Fields whose last part says too little, or means something else in MLflow.
+SHORT_NAMES = {
+    "optimizer.name": "optimizer",
+    "schedule.kind": "schedule",
+    "strategy.kind": "strategy",
+    "strategy.stage": "zero_stage",
+}
+ONLY_FOR_4_BITS = ("quant.quant_type", "quant.double_quant")
+ONLY_FOR_ZERO = ("strategy.stage", "strategy.offload_optimizer", "strategy.offload_params")
+TITLES = {"bit_width": "{}-bit", "rank": "rank {}", "learning_rate": "lr {}", "alpha": "alpha {}"}
+TITLES_FIRST = ("quant.bit_width", "adapter.rank")
+
+PROGRESS_METRICS = ("train_loss", "learning_rate", "grad_norm", "tokens_per_s", "tokens")
+
+
+def short_name(field: str) -> str:
+    """`adapter.rank` -> `rank`: as params and titles show a dotted field."""
+    return SHORT_NAMES.get(field) or field.rpartition(".")[2]
+
+
+def searched(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The searched fields by short name, bit-width and rank first."""
+    first = [field for field in TITLES_FIRST if field in params]
+    fields = first + [field for field in params if field not in first]
+    return {short_name(field): params[field] for field in fields}
+
+
+def trial_name(number: int, params: Mapping[str, Any]) -> str:
+    """`trial 003 · 4-bit · rank 16`, from the searched fields."""
+    parts = [
+        TITLES.get(name, f"{name} {{}}").format(brief(value))
+        for name, value in searched(params).items()
+    ]
+    return " · ".join([f"trial {number:03d}", *parts])
+
+
+def brief(value: Any) -> str:
+    """A value for a title: three digits tell trials apart."""
+    return f"{value:.3g}" if isinstance(value, float) else shown(value)
+
+
+def shown(value: Any) -> str:
+    """A value in full, as the configuration would write it."""
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def trial_params(config: TrialConfig, compute_dtype: str) -> dict[str, str]:
+    """All fields of a trial that have a meaning for it."""
+    fields = _flat(config.model_dump(mode="json")) | {"quant.compute_dtype": compute_dtype}
+    idle: tuple[str, ...] = () if config.quant.bit_width == 4 else ONLY_FOR_4_BITS
+    if config.strategy.kind != "zero":
+        idle += ONLY_FOR_ZERO
+    return cut({short_name(name): value for name, value in fields.items() if name not in idle})
+
+
+def cut(params: Mapping[str, Any], limit: int = MAX_PARAM_CHARS) -> dict[str, str]:
+    """As MLflow takes params: text, cut to its limit, for one long value must not end a sweep."""
+    return {name: shown(value)[:limit] for name, value in params.items()}
+
+
+def curve_rows(rows: list[dict[str, Any]], result: TrialResult | None) -> list[dict[str, Any]]:
+    """The curve with the final evaluation as its last point, even if it was not reported."""
+    if result is None or result.eval_loss is None:
+        return rows
+    if any(row["kind"] == "evaluated" and row["step"] == result.steps for row in rows):
+        return rows
+    last = {"kind": "evaluated", "step": result.steps, "time": result.time}
+    return [*rows, last | {"eval_loss": result.eval_loss, "attempt": result.attempt}]
+
+
+def point_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    if row["kind"] == "evaluated":
+        loss = float(row["eval_loss"])
+        return finite_or_nan({"eval_loss": loss, "perplexity": perplexity(loss)})
+    return finite_or_nan({name: row[name] for name in PROGRESS_METRICS})
+
+
+def result_metrics(result: TrialResult) -> dict[str, float]:
+    """What is known only at the end. The final eval_loss is in the curve."""
+    metrics: dict[str, float | None] = {
+        "peak_memory_gib": result.peak_memory_bytes / GIB,
+        "model_memory_gib": result.model_memory_bytes / GIB,
+        "adapter_mib": result.adapter_bytes / MIB,
+        "num_adapter_params": result.num_adapter_params,
+        "train_s": result.train_s,
+        "baseline_eval_loss": result.baseline_eval_loss,
+        "eval_loss_gain": eval_loss_gain(result),
+    }
+    known = {name: value for name, value in metrics.items() if value is not None}
+    return finite_or_nan(known) if result.state == "finished" else {}
+
+
+def eval_loss_gain(result: TrialResult) -> float | None:
+    """How much lower the held-out loss is than the untrained base's."""
+    if result.eval_loss is None or result.baseline_eval_loss is None:
+        return None
+    return result.baseline_eval_loss - result.eval_loss
+
+
+def perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def finite_or_nan(metrics: Mapping[str, float]) -> dict[str, float]:
+    """MLflow stores NaN, but turns an infinity into 1.8e308, which flattens every chart."""
+    return {
+        name: float(value) if math.isfinite(value) else math.nan for name, value in metrics.items()
+    }
+
+
+def trial_state(rows: list[dict[str, Any]], result: TrialResult | None) -> str:
+    if result is not None:
+        return result.state
+    return "running" if rows else "waiting"
+
+
+def state_tags(
+    trial: TrialSpec, rows: list[dict[str, Any]], result: TrialResult | None
+) -> dict[str, str]:
+    """Tags of a trial's run that may change while it trains."""
+    attempt = result.attempt if result else max((row["attempt"] for row in rows), default=0)
+    tags = {
+        "orchestrator.state": trial_state(rows, result),
+        "orchestrator.attempt": str(attempt),
+        "mlflow.runName": trial_name(trial.number, trial.params),
+    }
+    if result is not None and result.state == "failed":
+        tags["orchestrator.reason"] = result.reason
+        tags["orchestrator.message"] = result.message[:MAX_TAG_CHARS]
+    return tags
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat

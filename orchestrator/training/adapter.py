@@ -1,0 +1,66 @@
+"""An adapter on disk in PEFT's own format, loadable by plain PEFT, with what it was trained on.
+
+In: the tensors of one slot. Out: a folder with adapter_config.json, adapter_model.safetensors and
+orchestrator.json (base model, quantisation, template).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from orchestrator.config import TrialConfig
+from orchestrator.files import file_digest, whole_folder, write_json
+from orchestrator.records import BaseModel
+from orchestrator.training.quiet import quiet_libraries
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapter(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    trial: TrialConfig,
+    base: BaseModel,
+    facts: dict[str, Any],
+) -> str:
+    """Write the folder whole or not at all; returns the digest of its weights.
+
+    `facts` go to orchestrator.json beside the base model's record and the quantisation.
+    """
+    if not any("lora_B" in name and bool(tensor.any()) for name, tensor in tensors.items()):
+        # An adapter that never changed is an error upstream: DeepSpeed 7900, peft 2892.
+        raise AssertionError("every lora_B is zero: the adapter was not trained")
+    modules = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    with quiet_libraries():
+        from peft import LoraConfig
+        from safetensors.torch import save_file
+
+    config = LoraConfig(
+        r=trial.adapter.rank,
+        lora_alpha=trial.adapter.alpha,
+        lora_dropout=trial.adapter.dropout,
+        use_rslora=trial.adapter.rslora,
+        target_modules=modules,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.folder,
+        inference_mode=True,
+    )
+    with whole_folder(folder) as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(temporary))
+        write_json(
+            temporary / "orchestrator.json",
+            {
+                "base_model": {
+                    "source": base.source,
+                    "revision": base.revision,
+                    "folder": base.folder,
+                    "digest": base.digest,
+                    "trust_remote_code": base.trust_remote_code,
+                },
+                "quant": trial.quant.model_dump(mode="json"),
+                **facts,
+            },
+        )
+    return file_digest(folder / WEIGHTS)

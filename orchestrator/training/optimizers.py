@@ -1,0 +1,105 @@
+"""Optimizers by name, learning-rate schedules, and optimizer states as plain tensors.
+
+One optimizer serves one slot: its only parameter is the slot's flat row. That is also what makes
+bitsandbytes' paged optimizers page, for they page only tensors of 100,000 elements or more.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.config import OptimizerConfig, ScheduleConfig
+
+States = tuple[dict[str, Tensor], dict[str, float]]
+
+
+def build_optimizer(row: nn.Parameter, config: OptimizerConfig) -> torch.optim.Optimizer:
+    return OPTIMIZERS[config.name](row, config)
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """Rate of the optimizer step number `step`, counted from 0, of `steps` in all."""
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    if schedule.kind == "linear":
+        return peak * (1 - done)
+    if schedule.kind == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak
+
+
+def clip_row(gradient: Tensor, max_norm: float | None) -> Tensor:
+    """Scale the gradient row in place to at most `max_norm`; returns its norm before, a scalar."""
+    norm: Tensor = torch.linalg.vector_norm(gradient)
+    if max_norm is not None:
+        gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
+    return norm
+
+
+def optimizer_states(optimizer: torch.optim.Optimizer) -> States:
+    """The states of the optimizer's only parameter: tensors, and plain numbers."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, float] = {}
+    for states in optimizer.state.values():
+        for name, value in states.items():
+            if isinstance(value, Tensor):
+                tensors[name] = value.detach()
+            else:
+                numbers[name] = value
+    return tensors, numbers
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, states: States) -> None:
+    """Put saved states back where the optimizer itself would have made them.
+
+    bitsandbytes' states are copied into buffers that its own init made: load_state_dict would give
+    plain tensors where paged ones belong (bitsandbytes issues 782, 1381).
+    """
+    tensors, numbers = states
+    if not tensors:  # saved before the first step
+        return
+    (row,) = optimizer.param_groups[0]["params"]
+    if isinstance(optimizer, torch.optim.AdamW):
+        state: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors.items()}
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": {0: state | numbers}, "param_groups": groups})
+        return
+    optimizer.init_state(optimizer.param_groups[0], row, 0, 0)  # type: ignore[attr-defined]
+    for name, tensor in tensors.items():
+        optimizer.state[row][name].copy_(tensor)
+    optimizer.state[row].update(numbers)
+
+
+def _adamw(row: nn.Parameter, config: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([row], fused=True, **_common(config))
+
+
+def _bitsandbytes(class_name: str) -> Callable[[nn.Parameter, OptimizerConfig], Any]:
+    def build(row: nn.Parameter, config: OptimizerConfig) -> Any:
+        import bitsandbytes
+
+        return getattr(bitsandbytes.optim, class_name)([row], **_common(config))
+
+    return build
+
+
+def _common(config: OptimizerConfig) -> dict[str, Any]:
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Parameter, OptimizerConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw_8bit": _bitsandbytes("AdamW8bit"),
+    "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
+    "paged_adamw_32bit": _bitsandbytes("PagedAdamW32bit"),
+}

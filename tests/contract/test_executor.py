@@ -1,0 +1,173 @@
+"""What every executor must do; a new one adds a fixture."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import pytest
+
+from orchestrator.planning.packs import PackPlan, pack_key
+from orchestrator.records import (
+    Assign,
+    Event,
+    Leave,
+    PackLeft,
+    PackLost,
+    PackReady,
+    PackSpec,
+    Progress,
+    SlotTask,
+    TrialDone,
+)
+from orchestrator.sweep.executor import Executor, InProcessExecutor
+from orchestrator.sweep.simulated import SimulatedWorker
+from tests.sweeps import pack_spec, sweep_config
+
+MakeExecutor = Callable[[Mapping[int, str]], Executor]
+ANSWER_TIMEOUT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    from cluster.ray_runtime import ray_cluster
+
+    with ray_cluster(None):
+        yield
+
+
+@pytest.fixture(params=["in_process", "ray"])
+def make_executor(request: pytest.FixtureRequest) -> Iterator[MakeExecutor]:
+    made: list[Executor] = []
+
+    def make(faults: Mapping[int, str]) -> Executor:
+        factory = partial(SimulatedWorker, faults=faults)
+        if request.param == "in_process":
+            made.append(InProcessExecutor(factory))
+        else:
+            request.getfixturevalue("local_ray")
+            from cluster.ray_executor import RayExecutor
+
+            made.append(RayExecutor(factory))
+        return made[-1]
+
+    yield make
+    for executor in made:
+        executor.close()
+
+
+def spec(number: int = 0, num_slots: int = 2) -> PackSpec:
+    return pack_spec(number, PackPlan(pack_key(sweep_config().trial), num_slots, ""))
+
+
+def task(trial: int, folder: object) -> Assign:
+    return Assign(SlotTask(trial, 1, sweep_config().trial, str(folder)))
+
+
+def next_answer(executor: Executor) -> tuple[int, list[Event]]:
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if answers := executor.poll(0.5):
+            assert len(answers) == 1
+            return answers[0]
+    raise AssertionError("no answer")
+
+
+def test_a_pack_says_first_that_it_is_ready(make_executor: MakeExecutor) -> None:
+    executor = make_executor({})
+    executor.start_pack(spec(7))
+    pack, events = next_answer(executor)
+    assert pack == 7
+    assert [type(event) for event in events] == [PackReady]
+
+
+def test_a_pack_answers_each_advance_once(make_executor: MakeExecutor, tmp_path: object) -> None:
+    executor = make_executor({})
+    executor.start_pack(spec())
+    next_answer(executor)
+    assert executor.poll(0.1) == []
+    executor.advance(0, [task(0, tmp_path)])
+    _, events = next_answer(executor)
+    assert [event.step for event in events if isinstance(event, Progress)] == [1]
+    assert executor.poll(0.1) == []
+
+
+def test_trials_in_two_slots_are_both_trained_to_the_end(
+    make_executor: MakeExecutor, tmp_path: object
+) -> None:
+    executor = make_executor({})
+    executor.start_pack(spec())
+    next_answer(executor)
+    executor.advance(0, [task(0, f"{tmp_path}/0"), task(1, f"{tmp_path}/1")])
+    done: set[int] = set()
+    while len(done) < 2:
+        _, events = next_answer(executor)
+        done |= {event.trial for event in events if isinstance(event, TrialDone)}
+        if len(done) < 2:
+            executor.advance(0, [])
+    assert done == {0, 1}
+
+
+def test_a_pack_that_is_told_to_leave_says_so(make_executor: MakeExecutor) -> None:
+    executor = make_executor({})
+    executor.start_pack(spec())
+    next_answer(executor)
+    executor.advance(0, [Leave(save=False)])
+    assert next_answer(executor) == (0, [PackLeft(0)])
+
+
+def test_what_a_worker_raises_comes_back_as_a_lost_pack(
+    make_executor: MakeExecutor, tmp_path: object
+) -> None:
+    executor = make_executor({0: "raise"})
+    executor.start_pack(spec())
+    next_answer(executor)
+    executor.advance(0, [task(0, tmp_path)])
+    next_answer(executor)
+    executor.advance(0, [])
+    _, events = next_answer(executor)
+    (lost,) = [event for event in events if isinstance(event, PackLost)]
+    assert lost.reason == "raised"
+    assert "a simulated error" in lost.message
+
+
+def test_an_error_while_loading_comes_back_as_a_lost_pack(make_executor: MakeExecutor) -> None:
+    executor = make_executor({-1: "disk_full"})
+    executor.start_pack(spec())
+    _, (lost,) = next_answer(executor)
+    assert isinstance(lost, PackLost)
+    assert lost.reason == "disk_full"
+
+
+def test_a_stopped_pack_answers_no_more_and_its_number_can_be_used_again(
+    make_executor: MakeExecutor,
+) -> None:
+    executor = make_executor({})
+    executor.start_pack(spec())
+    executor.stop_pack(0)
+    executor.stop_pack(0)
+    assert executor.poll(0.1) == []
+    executor.start_pack(spec())
+    _, events = next_answer(executor)
+    assert isinstance(events[0], PackReady)
+
+
+def test_closing_twice_is_safe(make_executor: MakeExecutor) -> None:
+    executor = make_executor({})
+    executor.start_pack(spec())
+    executor.close()
+    executor.close()
+
+
+def test_a_killed_worker_process_is_reported_as_lost(local_ray: None, tmp_path: object) -> None:
+    from cluster.ray_executor import RayExecutor
+
+    executor = RayExecutor(partial(SimulatedWorker, faults={0: "die"}))
+    executor.start_pack(spec())
+    next_answer(executor)
+    executor.advance(0, [task(0, tmp_path)])
+    next_answer(executor)
+    executor.advance(0, [])
+    _, (lost,) = next_answer(executor)
+    assert isinstance(lost, PackLost)
+    assert lost.reason == "worker_lost"
+    executor.close()

@@ -1,0 +1,251 @@
+"""A trial in a pack is the same trial alone; PEFT and a plain loop are the reference."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.config import TrialConfig
+from orchestrator.data.manifest import load_manifest
+from orchestrator.data.order import step_block_indices
+from orchestrator.data.reader import BlockReader
+from orchestrator.records import (
+    Assign,
+    Checkpointed,
+    Evaluated,
+    Event,
+    Leave,
+    PackLeft,
+    PackSpec,
+    SlotTask,
+    TrialDone,
+    TrialStopped,
+)
+from orchestrator.training.optimizers import learning_rate
+from orchestrator.training.pack import PackWorker
+from tests.training.conftest import MakeSpec, trial_config
+
+Adapter = dict[str, torch.Tensor]
+
+
+def task(number: int, config: TrialConfig, folder: Path, attempt: int = 1) -> Assign:
+    attempt_dir = folder / str(number) / str(attempt)
+    attempt_dir.mkdir(parents=True, exist_ok=True)
+    found = sorted((folder / str(number)).glob("*/checkpoint-*"), reverse=True)
+    return Assign(SlotTask(number, attempt, config, str(attempt_dir), tuple(map(str, found))))
+
+
+def train(
+    spec: PackSpec, trials: Sequence[TrialConfig], folder: Path
+) -> tuple[dict[int, Adapter], list[Event]]:
+    """All trials through one pack, refilling slots as they come free."""
+    worker = PackWorker(spec)
+    worker.load()
+    waiting = [task(number, config, folder) for number, config in enumerate(trials)]
+    events: list[Event] = []
+    adapters: dict[int, Adapter] = {}
+    over = 0
+    directives, waiting = waiting[: spec.num_slots], waiting[spec.num_slots :]
+    while over < len(trials):
+        new = worker.advance(directives)
+        ended = [event for event in new if isinstance(event, TrialDone | TrialStopped)]
+        over += len(ended)
+        directives, waiting = waiting[: len(ended)], waiting[len(ended) :]
+        events += new
+    for event in events:
+        if isinstance(event, TrialDone):
+            path = Path(event.adapter_dir) / "adapter_model.safetensors"
+            adapters[event.trial] = load_file(path)
+    return adapters, events
+
+
+def assert_equal(one: Adapter, other: Adapter) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def reference_adapter(spec: PackSpec, trial: TrialConfig) -> Adapter:
+    """The same training by plain transformers, PEFT and torch, one document pack at a time."""
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    worker = PackWorker(spec)
+    worker.load()
+    worker.rows.open(0, trial.adapter, trial.seed)
+    first = worker.rows.adapter_tensors(0, trial.adapter)
+
+    base = AutoModelForCausalLM.from_pretrained(spec.base_model.folder, dtype=torch.float32)
+    config = LoraConfig(
+        r=trial.adapter.rank,
+        lora_alpha=trial.adapter.alpha,
+        use_rslora=trial.adapter.rslora,
+        target_modules="all-linear",
+    )
+    model = get_peft_model(base, config)
+    state = model.state_dict()
+    for name, tensor in first.items():
+        state[name.replace(".weight", ".default.weight")].copy_(tensor)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=trial.optimizer.weight_decay)
+    reader = BlockReader(load_manifest(Path(spec.train_manifest)))
+    for step in range(trial.steps):
+        indices = step_block_indices(trial.seed, step, trial.batch_size, reader.num_blocks)
+        batch = reader.blocks(indices)
+        logits = model(
+            input_ids=torch.from_numpy(batch.input_ids),
+            position_ids=torch.from_numpy(batch.position_ids),
+            use_cache=False,  # with a cache transformers does not see that blocks are packed
+        ).logits
+        labels = torch.from_numpy(batch.labels)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, trial.optimizer.max_grad_norm or math.inf)
+        rate = learning_rate(step, trial.steps, trial.optimizer.learning_rate, trial.schedule)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    return dict(get_peft_model_state_dict(model))
+
+
+def test_one_slot_trains_as_plain_peft_does(make_spec: MakeSpec, tmp_path: Path) -> None:
+    trial = trial_config(optimizer__weight_decay=0.1, adapter__rslora=True)
+    spec = make_spec(num_slots=1)
+    adapters, _ = train(spec, [trial], tmp_path)
+    assert_equal(adapters[0], reference_adapter(spec, trial))
+
+
+def test_trials_of_different_rank_rate_and_seed_train_in_a_pack_as_alone(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    trials = [
+        trial_config(adapter__rank=2, seed=1),
+        trial_config(adapter__rank=8, seed=2, optimizer__learning_rate=3e-3, steps=4),
+        trial_config(adapter__rank=4, seed=3, adapter__alpha=32, optimizer__max_grad_norm=0.05),
+        trial_config(adapter__rank=3, seed=4, adapter__target_modules=("q_proj", "down_proj")),
+    ]
+    together, _ = train(make_spec(num_slots=3), trials, tmp_path / "pack")  # the fourth refills
+    for number, trial in enumerate(trials):
+        alone, _ = train(make_spec(num_slots=1), [trial], tmp_path / f"alone{number}")
+        assert_equal(together[number], alone[0])
+
+
+def test_dropout_in_a_pack_is_the_dropout_alone(make_spec: MakeSpec, tmp_path: Path) -> None:
+    trials = [trial_config(adapter__dropout=0.3, seed=1), trial_config(seed=2)]
+    together, _ = train(make_spec(), trials, tmp_path / "pack")
+    for number, trial in enumerate(trials):
+        alone, _ = train(make_spec(num_slots=1), [trial], tmp_path / f"alone{number}")
+        assert_equal(together[number], alone[0])
+    undropped, _ = train(make_spec(num_slots=1), [trial_config(seed=1)], tmp_path / "undropped")
+    name = next(name for name in undropped[0] if "lora_B" in name)
+    assert not torch.allclose(undropped[0][name], together[0][name])
+
+
+def test_micro_batches_add_up_to_the_whole_batch(make_spec: MakeSpec, tmp_path: Path) -> None:
+    whole, _ = train(make_spec(num_slots=1), [trial_config(batch_size=4)], tmp_path / "whole")
+    parts, _ = train(
+        make_spec(num_slots=1), [trial_config(batch_size=4, micro_batch_size=1)], tmp_path / "parts"
+    )
+    assert_equal(whole[0], parts[0])
+
+
+def test_recomputation_changes_nothing(make_spec: MakeSpec, tmp_path: Path) -> None:
+    trials = [trial_config(adapter__dropout=0.2)]
+    plain, _ = train(make_spec(), trials, tmp_path / "plain")
+    recomputed, _ = train(make_spec(gradient_checkpointing=True), trials, tmp_path / "recomputed")
+    assert_equal(plain[0], recomputed[0])
+
+
+def test_a_member_that_diverges_harms_nobody(make_spec: MakeSpec, tmp_path: Path) -> None:
+    good = trial_config(seed=1)
+    bad = trial_config(
+        seed=2, optimizer__learning_rate=1e38, optimizer__max_grad_norm=None, steps=20
+    )
+    together, events = train(make_spec(), [good, bad], tmp_path / "pack")
+    stopped = [event for event in events if isinstance(event, TrialStopped)]
+    assert [(event.trial, event.reason) for event in stopped] == [(1, "loss_not_finite")]
+    assert "learning_rate" in stopped[0].message
+    alone, _ = train(make_spec(num_slots=1), [good], tmp_path / "alone")
+    assert_equal(together[0], alone[0])
+
+
+@pytest.mark.parametrize("bit_width", [4, 8, 16])
+def test_training_lowers_the_held_out_loss_at_every_bit_width(
+    make_spec: MakeSpec, tmp_path: Path, bit_width: int
+) -> None:
+    spec = make_spec(bit_width=bit_width, num_slots=1)
+    _, events = train(spec, [trial_config(steps=20)], tmp_path)
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    assert done.eval_loss < done.baseline_eval_loss - 0.2
+    assert done.tokens > 0
+    assert done.num_adapter_params > 0
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+)
+def test_a_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
+    make_spec: MakeSpec, tmp_path: Path, optimizer: str
+) -> None:
+    config = trial_config(optimizer__name=optimizer, adapter__dropout=0.1)
+    spec = make_spec(num_slots=1, max_rank=4, bit_width=4)
+    _, events = train(spec, [config], tmp_path / "whole")
+    (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
+
+    worker = PackWorker(spec)
+    worker.load()
+    events = worker.advance([task(0, config, tmp_path / "cut")])
+    while not any(isinstance(event, Checkpointed) and event.step == 4 for event in events):
+        events += worker.advance([])
+    del worker  # killed: what is on disk is all there is
+
+    worker = PackWorker(spec)
+    worker.load()
+    events = worker.advance([task(0, config, tmp_path / "cut", attempt=2)])
+    while not (done := [event for event in events if isinstance(event, TrialDone)]):
+        events += worker.advance([])
+    assert done[0].adapter_digest == undisturbed.adapter_digest
+    assert done[0].tokens == undisturbed.tokens
+
+
+def test_a_pack_that_leaves_saves_every_slot_first(make_spec: MakeSpec, tmp_path: Path) -> None:
+    worker = PackWorker(make_spec())
+    worker.load()
+    config = trial_config(steps=100)
+    worker.advance([task(0, config, tmp_path), task(1, config, tmp_path)])
+    events = worker.advance([Leave(save=True)])
+    assert [type(event) for event in events] == [Checkpointed, Checkpointed, PackLeft]
+
+
+def test_a_saved_adapter_loads_with_plain_peft_and_has_the_reported_loss(
+    make_spec: MakeSpec, tmp_path: Path, base_folder: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    spec = make_spec(num_slots=1)
+    _, events = train(spec, [trial_config()], tmp_path)
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, done.adapter_dir).eval()
+    reader = BlockReader(load_manifest(Path(spec.held_out_manifest)))
+    batch = reader.blocks(range(reader.num_blocks))
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.from_numpy(batch.input_ids),
+            position_ids=torch.from_numpy(batch.position_ids),
+            use_cache=False,  # with a cache transformers does not see that blocks are packed
+        ).logits
+    labels = torch.from_numpy(batch.labels)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert float(loss) == pytest.approx(done.eval_loss, rel=1e-5)
+
+
+def test_evaluation_happens_at_every_rung_and_the_end(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec(num_slots=1)
+    rungs = spec.evaluation.model_copy(update={"every_steps": 4})
+    _, events = train(make_spec(num_slots=1, evaluation=rungs), [trial_config()], tmp_path)
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [4, 6]

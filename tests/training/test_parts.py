@@ -1,0 +1,155 @@
+"""Loss, optimizers, slots, checkpoints: each against a plain reference."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from orchestrator.config import AdapterConfig, OptimizerConfig, ScheduleConfig
+from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.training import loss as loss_module
+from orchestrator.training.checkpoints import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from orchestrator.training.loss import slot_losses, token_losses
+from orchestrator.training.optimizers import (
+    OPTIMIZERS,
+    build_optimizer,
+    clip_row,
+    learning_rate,
+    optimizer_states,
+    restore_optimizer,
+)
+from orchestrator.training.slots import Slots
+
+
+def test_slot_losses_and_gradients_equal_plain_cross_entropy_over_chunk_borders() -> None:
+    torch.manual_seed(0)
+    num_labels = loss_module.CHUNK_TOKENS + 37
+    head = nn.Linear(8, 31).requires_grad_(False)
+    hidden = torch.randn(num_labels, 8, requires_grad=True)
+    labels = torch.randint(31, (num_labels,))
+    slots = torch.randint(3, (num_labels,))
+    weights = torch.tensor([0.5, 1.0, 0.25])
+    losses = slot_losses(hidden, labels, slots, weights, head)
+    (losses * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    gradient = hidden.grad
+
+    hidden.grad = None
+    nll = functional.cross_entropy(head(hidden), labels, reduction="none") * weights[slots]
+    expected = torch.stack([nll[slots == slot].sum() for slot in range(3)])
+    (expected * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradient, hidden.grad)
+
+
+def test_token_losses_of_no_tokens_are_empty() -> None:
+    head = nn.Linear(8, 31)
+    assert token_losses(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long), head).shape == (0,)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_restored_from_its_states_goes_on_as_if_never_stopped(name: str) -> None:
+    config = OptimizerConfig.model_validate({"name": name, "learning_rate": 1e-2})
+    torch.manual_seed(0)
+    gradients = torch.randn(6, 5000)
+    rows = [nn.Parameter(torch.ones(5000)) for _ in range(2)]
+
+    def step(row: nn.Parameter, optimizer: torch.optim.Optimizer, gradient: torch.Tensor) -> None:
+        row.grad = gradient.clone()
+        optimizer.step()
+
+    optimizer = build_optimizer(rows[0], config)
+    for gradient in gradients:
+        step(rows[0], optimizer, gradient)
+
+    first = build_optimizer(rows[1], config)
+    for gradient in gradients[:3]:
+        step(rows[1], first, gradient)
+    tensors, numbers = optimizer_states(first)
+    second = build_optimizer(rows[1], config)
+    restore_optimizer(second, ({k: v.clone() for k, v in tensors.items()}, numbers))
+    for gradient in gradients[3:]:
+        step(rows[1], second, gradient)
+    assert torch.equal(rows[0], rows[1])
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
+    schedule = ScheduleConfig(kind="cosine", warmup_steps=4)
+    rates = [learning_rate(step, 20, 1.0, schedule) for step in range(21)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == 1.0
+    assert rates[20] == pytest.approx(0.0)
+    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+
+
+def test_clipping_keeps_small_gradients_and_shortens_large_ones() -> None:
+    small, large = torch.full((4,), 0.1), torch.full((4,), 10.0)
+    assert float(clip_row(small, 1.0)) == pytest.approx(0.2)
+    assert torch.equal(small, torch.full((4,), 0.1))
+    clip_row(large, 1.0)
+    assert float(large.norm()) == pytest.approx(1.0, rel=1e-4)
+
+
+def small_model() -> nn.Module:
+    return nn.ModuleDict({"first": nn.Linear(6, 5), "second": nn.Linear(5, 4)})
+
+
+def test_padding_of_a_smaller_rank_stays_exactly_zero() -> None:
+    torch.manual_seed(0)
+    model = small_model().requires_grad_(False)
+    slots = Slots(model, "all-linear", num_slots=2, max_rank=8, device="cpu")
+    slots.open(0, AdapterConfig(rank=2, alpha=4), seed=1)
+    slots.open(1, AdapterConfig(rank=8, alpha=4), seed=2)
+    slots.activate([0, 1], [2.0, 0.5])
+    row = nn.Parameter(slots.rows[0])
+    row.grad = slots.gradients[0]
+    optimizer = torch.optim.AdamW([row], lr=0.1)
+    for _ in range(5):
+        slots.gradients.zero_()
+        model["second"](model["first"](torch.randn(4, 3, 6))).square().sum().backward()
+        optimizer.step()
+    used = sum(
+        tensor.numel() for tensor in slots.adapter_tensors(0, AdapterConfig(rank=2)).values()
+    )
+    assert int(slots.rows[0].count_nonzero()) == used
+
+
+def test_a_target_that_matches_no_layer_is_refused_with_the_names_that_exist() -> None:
+    with pytest.raises(ConfigError, match="'thrid' matches no linear layer.*first, second"):
+        Slots(small_model(), ("first", "thrid"), 1, 4, "cpu")
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step, 10 * step, 1.0, torch.full((8,), float(step)), ({}, {}))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    folders = [save_checkpoint(tmp_path, checkpoint(step), "c", "l") for step in (1, 2)]
+    state = folders[1] / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    found, refused = latest_checkpoint(folders[::-1], "c", "l")
+    assert found is not None
+    assert found.step == 1
+    assert len(refused) == 1
+    assert "damaged" in refused[0]
+
+
+def test_a_checkpoint_of_another_trial_is_refused(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, checkpoint(1), "one trial", "l")
+    with pytest.raises(RunFolderError, match="trial_config"):
+        load_checkpoint(folder, "another trial", "l")
+
+
+def test_only_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, checkpoint(step), "c", "l")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "checkpoint-00000004",
+        "checkpoint-00000005",
+    ]

@@ -1,0 +1,135 @@
+from typing import Any
+
+import pytest
+
+from orchestrator.planning.compatibility import problems
+from orchestrator.planning.packs import PackKey, pack_key, plan_pack, preview_packs
+from orchestrator.records import TrialSpec
+from orchestrator.sweep.policy import (
+    AbandonPack,
+    AssignTrial,
+    PackView,
+    ReleasePack,
+    StartPack,
+    SweepView,
+    decide,
+)
+from tests.sweeps import sweep_config
+
+
+def trials(*bit_widths: int, **changes: Any) -> list[TrialSpec]:
+    return [
+        TrialSpec(n, {}, sweep_config(trial__quant__bit_width=bits, **changes).trial)
+        for n, bits in enumerate(bit_widths)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trial__batch_size": 8, "trial__micro_batch_size": 3}, "micro_batch_size=3"),
+        ({"trial__schedule__warmup_steps": 6}, "less than steps"),
+        (
+            {"trial__quant__bit_width": 8, "trial__quant__quant_type": "fp4"},
+            "quant.quant_type=fp4, quant.bit_width=8",
+        ),
+        ({"trial__strategy__kind": "zero"}, "needs strategy.stage"),
+        ({"trial__strategy__offload_optimizer": "cpu"}, "need strategy.kind: zero"),
+        (
+            {
+                "trial__strategy__kind": "zero",
+                "trial__strategy__stage": 2,
+                "trial__strategy__offload_params": "cpu",
+            },
+            "needs strategy.stage: 3",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_with_both_fields(changes: dict[str, Any], words: str) -> None:
+    (problem,) = problems(sweep_config(**changes).trial, "cpu")
+    assert words in problem.message
+
+
+def test_the_default_trial_has_no_problem() -> None:
+    assert problems(sweep_config().trial, "cpu") == []
+
+
+def test_trials_share_a_pack_if_they_share_base_and_program() -> None:
+    one, other = trials(4, 4)
+    assert pack_key(one.config) == pack_key(other.config)
+    (wide,) = trials(16)
+    assert pack_key(one.config) != pack_key(wide.config)
+
+
+def test_two_bases_on_two_workers_get_one_pack_each() -> None:
+    packs = preview_packs(trials(4, 4, 16, 16), num_workers=2, slots_per_pack=None)
+    assert [[trial.number for trial in members] for _, members in packs] == [[0, 1], [2, 3]]
+
+
+def test_one_base_on_two_workers_is_loaded_by_both() -> None:
+    packs = preview_packs(trials(4, 4, 4, 4), num_workers=2, slots_per_pack=None)
+    assert [[trial.number for trial in members] for _, members in packs] == [[0, 1], [2, 3]]
+
+
+def test_the_user_decides_the_number_of_slots() -> None:
+    packs = preview_packs(trials(4, 4, 4, 4), num_workers=1, slots_per_pack=3)
+    assert [plan.num_slots for plan, _ in packs] == [3]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trial__strategy__kind": "zero", "trial__strategy__stage": 2},
+        {"trial__quant__bit_width": 8},
+    ],
+)
+def test_what_slots_cannot_share_runs_alone_and_the_plan_says_why(changes: dict[str, Any]) -> None:
+    alone = [TrialSpec(n, {}, sweep_config(**changes).trial) for n in range(2)]
+    ((plan, members), *_) = preview_packs(alone, num_workers=1, slots_per_pack=4)
+    assert plan.num_slots == len(members) == 1
+    assert "alone" in plan.reason
+
+
+def test_nothing_is_planned_without_waiting_trials_or_free_workers() -> None:
+    (trial,) = trials(4)
+    key = pack_key(trial.config)
+    assert plan_pack({key: []}, {}, 1, None) is None
+    assert plan_pack({key: [trial]}, {}, 0, None) is None
+
+
+def view(waiting: list[TrialSpec], *packs: PackView, **changes: Any) -> SweepView:
+    return SweepView(tuple(waiting), packs, 2, None, **changes)
+
+
+def pack(key: PackKey, occupied: int, ready: bool = True, idle: bool = True) -> PackView:
+    return PackView(0, key, 2, occupied, ready, idle)
+
+
+def test_a_waiting_trial_goes_into_a_free_slot_before_a_new_pack_is_started() -> None:
+    (trial,) = trials(4)
+    actions = decide(view([trial], pack(pack_key(trial.config), occupied=1)))
+    assert actions == [AssignTrial(0, 0)]
+
+
+def test_trials_that_a_loading_pack_will_take_start_no_second_pack() -> None:
+    waiting = trials(4, 4)
+    loading = pack(pack_key(waiting[0].config), occupied=0, ready=False, idle=False)
+    assert decide(view(waiting, loading)) == []
+
+
+def test_an_empty_pack_is_released_and_its_worker_starts_another_base() -> None:
+    four, sixteen = trials(4, 16)
+    empty = pack(pack_key(four.config), occupied=0)
+    assert decide(view([], empty)) == [ReleasePack(0, save=False)]
+    first, second = decide(view([sixteen], empty))
+    assert first == ReleasePack(0, save=False)
+    assert isinstance(second, StartPack)
+
+
+def test_an_interrupt_saves_packs_that_train_and_abandons_those_that_load() -> None:
+    (trial,) = trials(4)
+    key = pack_key(trial.config)
+    assert decide(view([trial], pack(key, 1), interrupted=True)) == [ReleasePack(0, save=True)]
+    assert decide(view([trial], pack(key, 1, idle=False), interrupted=True)) == []
+    loading = pack(key, 0, ready=False, idle=False)
+    assert decide(view([trial], loading, interrupted=True)) == [AbandonPack(0)]
