@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted. Im
 `orchestrator --help` answers in well under half a second.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -145,11 +146,13 @@ def ui(
 
 
 @app.command()
-def schema() -> int:
+def schema(
+    markdown: Annotated[bool, typer.Option(help="The reference that docs/ holds.")] = False,
+) -> int:
     """Print the configuration's JSON schema, for editors."""
     from jobs.views import print_schema
 
-    return print_schema()
+    return print_schema(markdown)
 
 
 @app.command()
@@ -172,6 +175,8 @@ def stdlib_docs(
 
 
 def main() -> None:
+    # MLflow reports its use to its makers unless told otherwise; that is for the user to choose.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     sys.exit(run(sys.argv[1:]))
 
 

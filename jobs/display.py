@@ -20,6 +20,7 @@ from orchestrator.records import (
     PackReady,
     Progress,
     TrialDone,
+    TrialOpened,
     TrialResult,
     TrialSpec,
     TrialStopped,
@@ -93,6 +94,8 @@ class SweepDisplay:
     @staticmethod
     def _update(row: _Row, event: Event) -> None:
         match event:
+            case TrialOpened():
+                row.state, row.step = "training", event.step
             case Progress():
                 row.state, row.step = "training", event.step
                 row.train_loss, row.tokens_per_s = event.train_loss, event.tokens_per_s
@@ -153,7 +156,7 @@ class SweepDisplay:
                     f"{_title(row.trial)}: step {event.step}/{row.trial.config.steps}, "
                     f"loss {event.train_loss:.3f}, {event.tokens_per_s:,.0f} tokens/s{eta}"
                 )
-            case Evaluated():
+            case Evaluated() if event.step:
                 title = _title(self._rows[event.trial].trial)
                 self.say(f"{title}: step {event.step}: held-out loss {event.eval_loss:.4f}")
             case TrialDone():

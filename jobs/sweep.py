@@ -125,7 +125,8 @@ def _run_folder(config: SweepConfig, run_dir: Path | None) -> tuple[Path, str]:
     run_id = new_run_id(config.name, time.time())
     if run_dir is None:
         return Path(config.runs_dir) / run_id, run_id
-    return run_dir, run_dir.name
+    RunStore(run_dir).check_free(config)
+    return run_dir, run_dir.absolute().name
 
 
 def _create(config: SweepConfig, folder: Path, run_id: str, device: str) -> RunStore:

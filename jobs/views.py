@@ -52,8 +52,12 @@ def serve_ui(port: int, tracking_uri: str | None, runs_dir: Path) -> int:
         return 0
 
 
-def print_schema() -> int:
+def print_schema(markdown: bool) -> int:
+    from jobs.reference import render_reference
     from orchestrator.config import SweepConfig
 
+    if markdown:
+        print(render_reference(), end="")
+        return 0
     print(json.dumps(SweepConfig.model_json_schema(), indent=2))
     return 0

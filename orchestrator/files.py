@@ -6,11 +6,14 @@ Everything that the run folder and the caches hold is written through here.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 DIGEST_CHUNK_BYTES = 1 << 20
 
@@ -30,7 +33,8 @@ def write_file(path: Path, fill: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        fill(temporary)
+        with _os_errors(path):
+            fill(temporary)
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)
@@ -110,6 +114,19 @@ def cache_dir() -> Path:
         return Path(configured).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "qlora-orchestrator"
+
+
+@contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    """Give safetensors' "I/O error (os error 28)" its number back: a full disk has a remedy."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _fsync(path: Path) -> None:

@@ -100,6 +100,18 @@ class PackReady:
 
 
 @dataclass(frozen=True)
+class TrialOpened:
+    """A slot took the trial and is about to train it."""
+
+    trial: int
+    attempt: int
+    step: int
+    """Steps that a checkpoint brought; 0 for a fresh start."""
+    refused_checkpoints: tuple[str, ...] = ()
+    """Why checkpoints that reached further could not be used."""
+
+
+@dataclass(frozen=True)
 class Progress:
     """Mean values of a trial's steps since its last Progress."""
 
@@ -187,7 +199,15 @@ class PackLeft:
 
 
 Event = (
-    PackReady | Progress | Evaluated | Checkpointed | TrialDone | TrialStopped | PackLost | PackLeft
+    PackReady
+    | TrialOpened
+    | Progress
+    | Evaluated
+    | Checkpointed
+    | TrialDone
+    | TrialStopped
+    | PackLost
+    | PackLeft
 )
 
 
@@ -247,7 +267,8 @@ class Decision:
 
     time: float
     action: str
-    """start_pack | assign | retry_trial | release_pack | end_trial | interrupt | select_winner."""
+    """start | start_pack | release_pack | assign | resume_trial | retry_trial | end_trial |
+    select_winner."""
     subject: str
     reason: str
 

@@ -77,10 +77,22 @@ def _parameter_offload_needs_stage_3(trial: TrialConfig, device: str) -> Iterato
         )
 
 
+def _int8_weights_cannot_be_offloaded(trial: TrialConfig, device: str) -> Iterator[str]:
+    # bitsandbytes 0.50 keeps a second reference to int8 weights (Linear8bitLt.state.CB), so they
+    # stay on the GPU whatever DeepSpeed does: it would train, and save no memory.
+    if trial.strategy.offload_params != "none" and trial.quant.bit_width == 8:
+        yield (
+            "strategy.offload_params cannot move the weights of quant.bit_width: 8 off the GPU, "
+            f"but got strategy.offload_params={trial.strategy.offload_params}: use quant.bit_width "
+            "4 or 16, or strategy.offload_params: none"
+        )
+
+
 RULES: tuple[Callable[[TrialConfig, str], Iterator[str]], ...] = (
     _micro_batch_divides_batch,
     _warmup_is_shorter_than_training,
     _four_bit_fields_need_four_bits,
     _zero_has_a_stage,
     _parameter_offload_needs_stage_3,
+    _int8_weights_cannot_be_offloaded,
 )

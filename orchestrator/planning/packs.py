@@ -81,7 +81,8 @@ def plan_pack(
     else:
         num_slots = min(share, MAX_AUTO_SLOTS)
         why = f"{count} waiting over {workers} free workers, at most {MAX_AUTO_SLOTS} a pack"
-    return PackPlan(key, num_slots, f"{key.title}: {num_slots} slots ({why})")
+    slots = "1 slot" if num_slots == 1 else f"{num_slots} slots"
+    return PackPlan(key, num_slots, f"{key.title}: {slots} ({why})")
 
 
 def preview_packs(

@@ -26,6 +26,7 @@ from orchestrator.records import (
     Progress,
     SlotTask,
     TrialDone,
+    TrialOpened,
     TrialResult,
     TrialSpec,
     TrialStopped,
@@ -185,6 +186,8 @@ class Controller:
         match event:
             case PackReady():
                 pack.ready = True
+            case TrialOpened():
+                self._note_resume(event)
             case Progress() | Evaluated():
                 self._store.add_point(event)
             case TrialDone():
@@ -219,6 +222,14 @@ class Controller:
                 self._decided(
                     "retry_trial", f"trial {trial}", f"its worker is gone: {event.message}"
                 )
+
+    def _note_resume(self, event: TrialOpened) -> None:
+        if not event.step and not event.refused_checkpoints:
+            return
+        reason = f"attempt {event.attempt} goes on from step {event.step}"
+        if event.refused_checkpoints:
+            reason += f"; passed over: {'; '.join(event.refused_checkpoints)}"
+        self._decided("resume_trial", f"trial {event.trial}", reason)
 
     def _finished(self, event: TrialDone) -> TrialResult:
         values = {**event.__dict__}

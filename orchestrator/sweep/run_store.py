@@ -67,10 +67,14 @@ class RunStore:
     def create(cls, folder: Path, record: SweepRecord) -> "RunStore":
         """Raises RunFolderError if the folder already holds a sweep."""
         store = cls(folder)
-        if store._path("sweep.json").exists():
-            raise RunFolderError(_why_not_empty(store, record.config))
+        store.check_free(record.config)
         write_json(store._path("sweep.json"), record.to_json())
         return store
+
+    def check_free(self, config: SweepConfig) -> None:
+        """Raises RunFolderError if the folder already holds a sweep, this one or another."""
+        if self._path("sweep.json").exists():
+            raise RunFolderError(_why_not_empty(self, config))
 
     @classmethod
     def open(cls, folder: Path) -> "RunStore":

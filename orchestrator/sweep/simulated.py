@@ -27,6 +27,7 @@ from orchestrator.records import (
     Progress,
     SlotTask,
     TrialDone,
+    TrialOpened,
     TrialStopped,
 )
 
@@ -65,7 +66,8 @@ class SimulatedWorker:
             match directive:
                 case Assign(task):
                     assert len(self._slots) < self._spec.num_slots, "no slot is free"
-                    self._slots[task.trial] = _SimulatedSlot(task)
+                    slot = self._slots[task.trial] = _SimulatedSlot(task)
+                    events.append(TrialOpened(task.trial, task.attempt, slot.step))
                 case Leave(save):
                     saved = [slot.save() for slot in self._slots.values()] if save else []
                     return [*saved, PackLeft(self._spec.pack)]

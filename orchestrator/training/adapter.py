@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from orchestrator.config import TrialConfig
-from orchestrator.files import file_digest, whole_folder, write_json
+from orchestrator.files import file_digest, whole_folder, write_file, write_json
 from orchestrator.records import BaseModel
 from orchestrator.training.quiet import quiet_libraries
 
@@ -47,7 +47,9 @@ def save_adapter(
         inference_mode=True,
     )
     with whole_folder(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_file(
+            temporary / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"})
+        )
         config.save_pretrained(str(temporary))
         write_json(
             temporary / "orchestrator.json",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.config import QuantConfig
+from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.errors import BaseModelError
 from orchestrator.records import BaseModel, Device
 from orchestrator.training.model_source import local_folder
@@ -24,10 +24,8 @@ class LoadedBase:
     model: nn.Module
     num_params: int
     num_bytes: int
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    device: torch.device
+    """Where it computes."""
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Last hidden states, [B, S, H]. Positions that start again at 0 start a new document;
@@ -51,7 +49,9 @@ class LoadedBase:
         return logits
 
 
-def load_base_model(base: BaseModel, quant: QuantConfig, device: Device) -> LoadedBase:
+def load_base_model(
+    base: BaseModel, quant: QuantConfig, device: Device, strategy: StrategyConfig
+) -> LoadedBase:
     """`quant.compute_dtype` must be concrete.
 
     Raises:
@@ -65,18 +65,18 @@ def load_base_model(base: BaseModel, quant: QuantConfig, device: Device) -> Load
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[quant.compute_dtype],
-                quantization_config=_quantization_config(quant),
-                device_map={"": 0 if device == "cuda" else "cpu"},
+                quantization_config=_quantization_config(quant, strategy),
+                device_map={"": _first_place(quant, device, strategy)},
                 attn_implementation="sdpa",
                 trust_remote_code=base.trust_remote_code,
                 local_files_only=True,
             )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"{base.source}: transformers cannot load it: {error}") from error
-    return prepare(model)
+    return _prepare(model, device)
 
 
-def prepare(model: nn.Module) -> LoadedBase:
+def _prepare(model: nn.Module, device: Device) -> LoadedBase:
     """Freeze the model, and keep its quantised weights as they are for ever."""
     model.requires_grad_(False)
     for module in model.modules():
@@ -86,7 +86,8 @@ def prepare(model: nn.Module) -> LoadedBase:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model.train()
     num_params = sum(_num_values(parameter) for parameter in model.parameters())
-    return LoadedBase(model, num_params, _num_bytes(model))
+    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    return LoadedBase(model, num_params, _num_bytes(model), place)
 
 
 def enable_recomputation(model: nn.Module) -> None:
@@ -96,15 +97,26 @@ def enable_recomputation(model: nn.Module) -> None:
     )
 
 
-def _quantization_config(quant: QuantConfig) -> Any:
+def _first_place(quant: QuantConfig, device: Device, strategy: StrategyConfig) -> int | str:
+    """Where the weights are loaded to."""
+    # A base whose parameters ZeRO offloads may be too large for the GPU. A quantised one must pass
+    # through it all the same: its constants, which are no parameters, have to stay there.
+    offloaded = strategy.offload_params == "cpu" and quant.bit_width == 16
+    return 0 if device == "cuda" and not offloaded else "cpu"
+
+
+def _quantization_config(quant: QuantConfig, strategy: StrategyConfig) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quant.bit_width == 4:
+        compute_dtype = DTYPES[quant.compute_dtype]
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quant.quant_type,
             bnb_4bit_use_double_quant=quant.double_quant,
-            bnb_4bit_compute_dtype=DTYPES[quant.compute_dtype],
+            bnb_4bit_compute_dtype=compute_dtype,
+            # ZeRO-3 moves parameters about in the base's type, into which 4-bit codes are packed.
+            bnb_4bit_quant_storage=compute_dtype if strategy.stage == 3 else None,
         )
     if quant.bit_width == 8:
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -5,6 +5,7 @@ Every example's own loss is kept, so that two adapters can be compared example b
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from orchestrator.data.reader import BlockReader
 from orchestrator.data.tokenizing import IGNORED
 from orchestrator.training.base_model import LoadedBase
+from orchestrator.training.engine import Engine
 from orchestrator.training.loss import token_losses
 from orchestrator.training.slots import Slots
 
@@ -39,6 +41,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     base: LoadedBase,
+    engine: Engine,
     slots: Slots,
     members: Sequence[tuple[int, float]],
     reader: BlockReader,
@@ -56,7 +59,7 @@ def evaluate(
     base.model.eval()
     for start in range(0, reader.num_blocks, batch_size):
         indices = np.arange(start, min(start + batch_size, reader.num_blocks))
-        _add_batch(base, reader, indices, nll, labels)
+        engine.forward(partial(_add_batch, base, reader, indices, nll, labels))
     base.model.train()
     return [
         Evaluation(float(nll[i].sum() / max(1, labels[i].sum())), nll[i], labels[i])

@@ -30,16 +30,19 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 
 
 def find_source(config: BaseModelConfig) -> Path | None:
-    """The local file or folder that the configuration names; None for a hub id. Reads nothing.
+    """The local file or folder that the configuration names; None for a hub id. Loads nothing.
 
     Raises:
-        BaseModelError: the source looks like a file, folder or package and is not there.
+        BaseModelError: the source looks like a file, folder or package and is not there, or it is
+            a folder without a model or a tokenizer.
     """
     source = config.source
     if source.startswith(PACKAGE):
         return _package_file(source)
     path = Path(source).expanduser()
     if path.exists():
+        if path.is_dir():
+            _check_folder(path)
         return path.absolute()
     if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1:
         raise BaseModelError(f"base_model.source: {source} does not exist{_near(path)}")
@@ -57,7 +60,6 @@ def resolve_base_model(config: BaseModelConfig) -> BaseModel:
         digest = _folder_digest(folder)
     else:
         folder = source
-        _check_folder(folder)
         digest = _folder_digest(folder)
     return BaseModel(config.source, config.revision, str(folder), digest, config.trust_remote_code)
 

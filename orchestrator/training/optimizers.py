@@ -41,6 +41,17 @@ def clip_row(gradient: Tensor, max_norm: float | None) -> Tensor:
     return norm
 
 
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, gradient: Tensor, max_norm: float | None, rate: float
+) -> float:
+    """Returns the gradient's norm before clipping; does not step if it is not finite."""
+    norm = float(clip_row(gradient, max_norm))
+    if math.isfinite(norm):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    return norm
+
+
 def optimizer_states(optimizer: torch.optim.Optimizer) -> States:
     """The states of the optimizer's only parameter: tensors, and plain numbers."""
     tensors: dict[str, Tensor] = {}

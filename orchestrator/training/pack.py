@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from orchestrator.config import QuantConfig
+from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.reader import Batch, BlockReader
 from orchestrator.data.tokenizing import IGNORED
@@ -30,10 +31,12 @@ from orchestrator.records import (
     PackSpec,
     Progress,
     TrialDone,
+    TrialOpened,
     TrialStopped,
 )
 from orchestrator.training.adapter import save_adapter
 from orchestrator.training.base_model import enable_recomputation, load_base_model
+from orchestrator.training.engine import Engine, RowEngine
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.loss import slot_losses
 from orchestrator.training.memory import peak_memory_bytes
@@ -56,14 +59,16 @@ class PackWorker:
         spec = self.spec
         if spec.device == "cpu":
             torch.set_num_threads(spec.cpus)
+        strategy = StrategyConfig.model_validate(spec.strategy)
         self.base = load_base_model(
-            spec.base_model, QuantConfig.model_validate(spec.quant), spec.device
+            spec.base_model, QuantConfig.model_validate(spec.quant), spec.device, strategy
         )
         if spec.gradient_checkpointing:
             enable_recomputation(self.base.model)
         self.rows = Slots(
             self.base.model, spec.target_modules, spec.num_slots, spec.max_rank, spec.device
         )
+        self.engine = self._build_engine(strategy)
         self.train_reader = BlockReader(load_manifest(Path(spec.train_manifest)))
         self.held_out_reader = BlockReader(load_manifest(Path(spec.held_out_manifest)))
         (baseline,) = self._evaluate([])
@@ -78,33 +83,53 @@ class PackWorker:
 
     def advance(self, directives: Sequence[Directive]) -> list[Event]:
         """Carry out the directives, then train until something is to be reported."""
-        events: list[Event] = []
+        opened: list[Event] = []
         for directive in directives:
             if isinstance(directive, Leave):
                 return self._leave(directive.save)
-            self._open(directive)
-        while self.slots and not events:
-            events = self._round()
-        return events
+            opened += self._open(directive)
+        reports: list[Event] = []
+        while self.slots and not reports:
+            reports = self._round()
+        return opened + reports
 
-    def _open(self, directive: Assign) -> None:
+    def _build_engine(self, strategy: StrategyConfig) -> Engine:
+        if strategy.kind == "replicated":
+            return RowEngine(self.rows)
+        from orchestrator.training.zero import ZeroEngine
+
+        spec = self.spec
+        return ZeroEngine(self.base.model, self.rows, strategy, spec.micro_batch_size, spec.device)
+
+    def _open(self, directive: Assign) -> list[Event]:
         number = next(n for n in range(self.spec.num_slots) if n not in self.slots)
-        slot = Slot(number, directive.task, self.rows, self.train_reader)
+        slot = Slot(number, directive.task, self.rows, self.engine, self.train_reader)
         self.slots[number] = slot
         self._meters[number] = _Meter(slot.tokens)
+        trial, attempt = slot.task.trial, slot.task.attempt
+        opened = TrialOpened(trial, attempt, slot.step, tuple(slot.refused_checkpoints))
+        if slot.step:
+            return [opened]
+        # An adapter that was not trained yet changes nothing: its loss is the base's.
+        return [opened, Evaluated(trial, attempt, time.time(), 0, 0, self.baseline)]
 
     def _leave(self, save: bool) -> list[Event]:
-        events: list[Event] = [self._save(slot) for slot in self.slots.values()] if save else []
+        events: list[Event] = []
         for slot in self.slots.values():
+            if self._meters[slot.number].has_news:
+                events.append(self._progress(slot))
+            if save:
+                events.append(self._save(slot))
             slot.close()
         self.slots.clear()
+        self.engine.close()
         return [*events, PackLeft(self.spec.pack)]
 
     def _round(self) -> list[Event]:
         """One micro-batch for every occupied slot."""
         started = time.monotonic()
         members = list(self.slots.values())
-        losses = self._backward(members)
+        losses = self._losses_and_gradients(members)
         failed: list[Event] = []
         stepped: list[Slot] = []
         for slot, loss in zip(members, losses, strict=True):
@@ -120,8 +145,14 @@ class PackWorker:
             self._meters[slot.number].add(slot.step_loss)
         return failed + self._after_steps(list(self.slots.values()), stepped)
 
-    def _backward(self, members: Sequence[Slot]) -> list[float]:
+    def _losses_and_gradients(self, members: Sequence[Slot]) -> list[float]:
         parts = [slot.next_micro_batch() for slot in members]
+        losses = self.engine.forward(lambda: self._losses(members, parts))
+        self.engine.backward(losses.sum())
+        values: list[float] = losses.tolist()
+        return values
+
+    def _losses(self, members: Sequence[Slot], parts: Sequence[tuple[Batch, float]]) -> Tensor:
         device = self.spec.device
         batch = Batch.concatenate([part for part, _ in parts])
         input_ids = torch.from_numpy(batch.input_ids).long().to(device)
@@ -135,16 +166,13 @@ class PackWorker:
             [slot.dropout for slot in members],
         )
         hidden = self.base.hidden(input_ids, position_ids)
-        losses = slot_losses(
+        return slot_losses(
             hidden[torch.from_numpy(kept).to(device)],
             torch.from_numpy(batch.labels[kept]).long().to(device),
             torch.from_numpy(slot_of_label.copy()).to(device),
             torch.tensor([weight for _, weight in parts], device=device),
             self.base.head,
         )
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        values: list[float] = losses.tolist()
-        return values
 
     def _after_steps(self, members: Sequence[Slot], stepped: Sequence[Slot]) -> list[Event]:
         events: list[Event] = []
@@ -172,6 +200,7 @@ class PackWorker:
     def _evaluate(self, members: Sequence[Slot]) -> list[Evaluation]:
         return evaluate(
             self.base,
+            self.engine,
             self.rows,
             [(slot.number, slot.scaling) for slot in members],
             self.held_out_reader,

@@ -12,7 +12,6 @@ from contextlib import contextmanager, redirect_stderr
 def quiet_libraries() -> Iterator[None]:
     """Inside, the libraries say nothing; what they raise comes through as ever."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,15 +1,14 @@
 """One slot of a pack while it trains a trial: its data position, optimizer, schedule, counters.
 
 A slot advances one micro-batch at a time, independently of its neighbours: when the micro-batches
-of its step are through, it clips its own gradient row and steps its own optimizer.
+of its step are through, it clips its own gradient and steps its own optimizer.
 """
 
 import math
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orchestrator.config import TrialConfig
 from orchestrator.data.order import step_block_indices
@@ -20,20 +19,17 @@ from orchestrator.errors import TrialFailed
 from orchestrator.files import record_digest
 from orchestrator.records import SlotTask
 from orchestrator.training.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
-from orchestrator.training.optimizers import (
-    build_optimizer,
-    clip_row,
-    learning_rate,
-    optimizer_states,
-    restore_optimizer,
-)
+from orchestrator.training.engine import Engine
+from orchestrator.training.optimizers import learning_rate
 from orchestrator.training.slots import DropoutKey, Slots, mix, scaling
 
 
 class Slot:
-    """The trial in one place of a pack. `row` and `gradient` are rows of the pack's Slots."""
+    """The trial in one place of a pack."""
 
-    def __init__(self, number: int, task: SlotTask, slots: Slots, reader: BlockReader) -> None:
+    def __init__(
+        self, number: int, task: SlotTask, slots: Slots, engine: Engine, reader: BlockReader
+    ) -> None:
         self.number = number
         self.task = task
         self.trial: TrialConfig = task.config
@@ -49,9 +45,7 @@ class Slot:
         self._micro = 0
         self._batch: Batch | None = None
         slots.open(number, task.config.adapter, task.config.seed)
-        self._row = nn.Parameter(slots.rows[number])
-        self._row.grad = slots.gradients[number]
-        self._optimizer = build_optimizer(self._row, task.config.optimizer)
+        self._stepper = engine.stepper(number, task.config.optimizer)
         self.refused_checkpoints = self._restore()
 
     @property
@@ -102,21 +96,23 @@ class Slot:
         self._slots.clear(self.number)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
+        self._stepper.gather()
         return self._slots.adapter_tensors(self.number, self.trial.adapter)
 
     def state_bytes_per_param(self) -> float:
         """Bytes of weight, gradient and optimizer states per adapter parameter."""
-        tensors, _ = optimizer_states(self._optimizer)
+        tensors, _ = self._stepper.states()
         state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return 2 * self._row.element_size() + state_bytes / self._row.numel()
+        row = self._slots.rows[self.number]
+        return self._stepper.copies * row.element_size() + state_bytes / row.numel()
 
     def save(self) -> Path:
         checkpoint = Checkpoint(
             self.step,
             self.tokens,
             self.train_s,
-            self._row.data,
-            optimizer_states(self._optimizer),
+            self._stepper.gather(),
+            self._stepper.states(),
         )
         return save_checkpoint(
             Path(self.task.attempt_dir),
@@ -126,22 +122,19 @@ class Slot:
         )
 
     def _optimizer_step(self) -> None:
-        gradient = self._slots.gradients[self.number]
-        config = self.trial.optimizer
-        norm = clip_row(gradient, config.max_grad_norm)
-        self.grad_norm = float(norm)
+        self.learning_rate = learning_rate(
+            self.step,
+            self.trial.steps,
+            self.trial.optimizer.learning_rate,
+            self.trial.schedule,
+        )
+        self.grad_norm = self._stepper.step(self.learning_rate)
         if not (math.isfinite(self.step_loss) and math.isfinite(self.grad_norm)):
             raise TrialFailed(
                 "loss_not_finite",
                 f"step {self.step + 1}: loss {self.step_loss}, gradient norm {self.grad_norm}: "
                 "lower optimizer.learning_rate or raise schedule.warmup_steps",
             )
-        self.learning_rate = learning_rate(
-            self.step, self.trial.steps, config.learning_rate, self.trial.schedule
-        )
-        self._optimizer.param_groups[0]["lr"] = self.learning_rate
-        self._optimizer.step()
-        gradient.zero_()
 
     def _restore(self) -> list[str]:
         folders = [Path(folder) for folder in self.task.checkpoint_dirs]
@@ -149,9 +142,9 @@ class Slot:
             folders, self._config_digest(), self._slots.layout_key()
         )
         if checkpoint is not None:
-            with torch.no_grad():
-                self._row.copy_(checkpoint.row)
-            restore_optimizer(self._optimizer, checkpoint.optimizer)
+            self._slots.rows[self.number].copy_(checkpoint.row)
+            self._stepper.scatter()
+            self._stepper.restore(checkpoint.optimizer)
             self.step = checkpoint.step
             self.tokens = checkpoint.tokens
             self.train_s = checkpoint.train_s

@@ -140,6 +140,18 @@ class Slots:
                 nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
                 self._A(slot, layer)[: adapter.rank] = first.to(self.rows.device)
 
+    def give_up_gradients(self) -> None:
+        """Another engine makes the gradients: free the rows for them, and the views into them."""
+        self.gradients = torch.zeros(len(self.rows), 0, device=self.rows.device)
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def row_views(self, slot: int) -> Iterator[Tensor]:
+        """The values of one slot's row, part by part as `parameters` holds them."""
+        for layer in self.layers:
+            yield self._A(slot, layer)
+            yield self._B(slot, layer)
+
     def clear(self, slot: int) -> None:
         self.rows[slot].zero_()
         self.gradients[slot].zero_()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.config import BaseModelConfig, QuantConfig
+from orchestrator.config import BaseModelConfig, QuantConfig, StrategyConfig
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.reader import BlockReader
 from orchestrator.data.tokenizing import IGNORED
@@ -18,7 +18,8 @@ from tests.training.conftest import MakeSpec
 
 def load(folder: Path, bit_width: int, dtype: str = "float32", **quant: object) -> LoadedBase:
     config = QuantConfig.model_validate({"bit_width": bit_width, "compute_dtype": dtype, **quant})
-    return load_base_model(BaseModel("tiny", None, str(folder), "d"), config, "cpu")
+    base = BaseModel("tiny", None, str(folder), "d")
+    return load_base_model(base, config, "cpu", StrategyConfig())
 
 
 def mean_loss(base: LoadedBase, reader: BlockReader) -> float:

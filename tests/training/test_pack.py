@@ -20,6 +20,7 @@ from orchestrator.records import (
     Leave,
     PackLeft,
     PackSpec,
+    Progress,
     SlotTask,
     TrialDone,
     TrialStopped,
@@ -62,10 +63,10 @@ def train(
     return adapters, events
 
 
-def assert_equal(one: Adapter, other: Adapter) -> None:
+def assert_equal(one: Adapter, other: Adapter, tolerance: float = 2e-6) -> None:
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-6, msg=name)
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=tolerance, msg=name)
 
 
 def reference_adapter(spec: PackSpec, trial: TrialConfig) -> Adapter:
@@ -217,7 +218,8 @@ def test_a_pack_that_leaves_saves_every_slot_first(make_spec: MakeSpec, tmp_path
     config = trial_config(steps=100)
     worker.advance([task(0, config, tmp_path), task(1, config, tmp_path)])
     events = worker.advance([Leave(save=True)])
-    assert [type(event) for event in events] == [Checkpointed, Checkpointed, PackLeft]
+    kinds = [type(event) for event in events if not isinstance(event, Progress)]
+    assert kinds == [Checkpointed, Checkpointed, PackLeft]
 
 
 def test_a_saved_adapter_loads_with_plain_peft_and_has_the_reported_loss(
@@ -248,4 +250,4 @@ def test_evaluation_happens_at_every_rung_and_the_end(make_spec: MakeSpec, tmp_p
     spec = make_spec(num_slots=1)
     rungs = spec.evaluation.model_copy(update={"every_steps": 4})
     _, events = train(make_spec(num_slots=1, evaluation=rungs), [trial_config()], tmp_path)
-    assert [event.step for event in events if isinstance(event, Evaluated)] == [4, 6]
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [0, 4, 6]

@@ -80,6 +80,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_a_dry_run_loads_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "base" / name).write_text("{}")
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     config = tmp_path / "sweep.yaml"

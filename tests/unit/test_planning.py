@@ -43,6 +43,15 @@ def trials(*bit_widths: int, **changes: Any) -> list[TrialSpec]:
             },
             "needs strategy.stage: 3",
         ),
+        (
+            {
+                "trial__quant__bit_width": 8,
+                "trial__strategy__kind": "zero",
+                "trial__strategy__stage": 3,
+                "trial__strategy__offload_params": "cpu",
+            },
+            "cannot move the weights of quant.bit_width: 8",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_with_both_fields(changes: dict[str, Any], words: str) -> None:

@@ -1,0 +1,66 @@
+"""DeepSpeed's configuration for one pack, as a pure function.
+
+In: the strategy and the adapter's size. Out: the dict for deepspeed.initialize. No torch, no
+deepspeed.
+
+What a trial alone decides (optimizer, clipping, accumulation, rate) is not in it, since one engine
+serves all trials that pass through a pack; see training/zero.py.
+"""
+
+from typing import Any
+
+from orchestrator.config import StrategyConfig
+
+# DeepSpeed's own bucket, 5e8 elements, would cost 1 to 2 GB on the GPU for adapters of a few
+# million. This many fp32 elements are 200 MB.
+MAX_BUCKET_ELEMENTS = 50_000_000
+
+
+def zero_config(
+    strategy: StrategyConfig, num_adapter_params: int, micro_batch_size: int, device: str
+) -> dict[str, Any]:
+    """`device` is cpu or cuda; `strategy.kind` is zero."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        # backward() only accumulates and step() steps: the slot knows when its step is complete,
+        # and its losses are already weighted to add up.
+        "managed_gradient_accumulation": False,
+        # The optimizers are torch's and bitsandbytes', also for offloaded states: DeepSpeed's own
+        # would be compiled on first use (40 to 125 s), and would not be what the trial asked for.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # No "bf16" section: it would cast the fp32 adapters. Without one DeepSpeed leaves every
+        # parameter's type alone, so that fp32 adapters, which need no second master copy in
+        # another type, stand on a base of any type.
+        "zero_optimization": _zero_optimization(strategy, num_adapter_params, device),
+        "steps_per_print": None,
+        "log_level": "error",
+    }
+
+
+def _zero_optimization(
+    strategy: StrategyConfig, num_adapter_params: int, device: str
+) -> dict[str, Any]:
+    bucket = min(num_adapter_params, MAX_BUCKET_ELEMENTS)
+    bucket += bucket % 2  # DeepSpeed wants an even number
+    section: dict[str, Any] = {
+        "stage": strategy.stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if strategy.stage == 3:
+        # One group, so one flat tensor and one call of the optimizer, as a slot's row has.
+        section["sub_group_size"] = num_adapter_params
+        # Nothing stays whole between uses. The default keeps what is under 100,000 elements, which
+        # is most LoRA matrices.
+        section["stage3_param_persistence_threshold"] = 0
+    if strategy.offload_optimizer != "none":
+        section["offload_optimizer"] = _place(strategy.offload_optimizer, device)
+    if strategy.offload_params != "none":
+        section["offload_param"] = _place(strategy.offload_params, device)
+    return section
+
+
+def _place(where: str, device: str) -> dict[str, Any]:
+    return {"device": where, "pin_memory": device == "cuda"}

@@ -1,0 +1,63 @@
+"""The engine on a CUDA GPU: every bit-width, every optimizer, packs, resume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.config import QuantConfig
+from orchestrator.records import Checkpointed, TrialDone
+from orchestrator.training.optimizers import OPTIMIZERS
+from orchestrator.training.pack import PackWorker
+from tests.training.conftest import MakeSpec, trial_config
+from tests.training.test_pack import assert_equal, task, train
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bit_width", [4, 8, 16])
+def test_training_lowers_the_held_out_loss(
+    make_spec: MakeSpec, tmp_path: Path, bit_width: int, dtype: str
+) -> None:
+    if bit_width == 8 and dtype == "float32":
+        pytest.skip("LLM.int8 computes in 16 bits on GPUs")
+    quant = QuantConfig.model_validate({"bit_width": bit_width, "compute_dtype": dtype})
+    spec = make_spec(device="cuda", quant=quant.model_dump(), num_slots=1)
+    _, events = train(spec, [trial_config(steps=20)], tmp_path)
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    assert done.eval_loss < done.baseline_eval_loss - 0.2
+    assert done.peak_memory_bytes > 0
+
+
+def test_trials_in_a_pack_train_as_alone(make_spec: MakeSpec, tmp_path: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    trials = [
+        trial_config(adapter__rank=2, seed=1, adapter__dropout=0.2),
+        trial_config(adapter__rank=8, seed=2, optimizer__learning_rate=3e-3, steps=4),
+        trial_config(adapter__rank=4, seed=3),
+    ]
+    together, _ = train(make_spec(device="cuda"), trials, tmp_path / "pack")
+    for number, trial in enumerate(trials):
+        folder = tmp_path / f"alone{number}"
+        alone, _ = train(make_spec(device="cuda", num_slots=1), [trial], folder)
+        assert_equal(together[number], alone[0], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
+    make_spec: MakeSpec, tmp_path: Path, optimizer: str
+) -> None:
+    config = trial_config(optimizer__name=optimizer, adapter__rank=64)
+    spec = make_spec(device="cuda", num_slots=1, max_rank=64, bit_width=4)
+    _, events = train(spec, [config], tmp_path / "whole")
+    (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
+    worker = PackWorker(spec)
+    worker.load()
+    events = worker.advance([task(0, config, tmp_path / "cut")])
+    while not any(isinstance(event, Checkpointed) and event.step == 4 for event in events):
+        events += worker.advance([])
+    worker = PackWorker(spec)
+    worker.load()
+    events = worker.advance([task(0, config, tmp_path / "cut", attempt=2)])
+    while not (done := [event for event in events if isinstance(event, TrialDone)]):
+        events += worker.advance([])
+    assert done[0].adapter_digest == undisturbed.adapter_digest

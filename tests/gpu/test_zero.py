@@ -1,0 +1,62 @@
+"""ZeRO on one CUDA GPU: the same adapters as without it, and parameters that are really away."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.config import QuantConfig
+from orchestrator.records import TrialDone
+from orchestrator.training.optimizers import OPTIMIZERS
+from orchestrator.training.pack import PackWorker
+from tests.training.conftest import MakeSpec, trial_config
+from tests.training.test_pack import assert_equal, train
+from tests.training.test_zero import STRATEGIES
+
+
+@pytest.mark.parametrize("bit_width", [4, 16])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_trials_under_zero_end_as_replicated_ones_do(
+    make_spec: MakeSpec, tmp_path: Path, name: str, bit_width: int
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    trials = [trial_config(), trial_config(seed=2, batch_size=4, micro_batch_size=2)]
+    spec = make_spec(device="cuda", num_slots=1, bit_width=bit_width)
+    replicated, _ = train(spec, trials, tmp_path / "one")
+    strategy = {"kind": "zero", **STRATEGIES[name]}
+    spec = make_spec(device="cuda", num_slots=1, bit_width=bit_width, strategy=strategy)
+    zero, _ = train(spec, trials, tmp_path / "other")
+    for number in range(len(trials)):
+        assert_equal(zero[number], replicated[number], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("bit_width", [4, 8, 16])
+@pytest.mark.parametrize("name", ["stage 2, optimizer on the CPU", "stage 3"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_bfloat16_base_under_zero_learns_with_every_optimizer(
+    make_spec: MakeSpec, tmp_path: Path, name: str, bit_width: int, optimizer: str
+) -> None:
+    quant = QuantConfig.model_validate({"bit_width": bit_width, "compute_dtype": "bfloat16"})
+    spec = make_spec(
+        device="cuda",
+        num_slots=1,
+        max_rank=64,
+        quant=quant.model_dump(),
+        strategy={"kind": "zero", **STRATEGIES[name]},
+    )
+    trial = trial_config(steps=20, adapter__rank=64, optimizer__name=optimizer)
+    _, events = train(spec, [trial], tmp_path)
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    assert done.eval_loss < done.baseline_eval_loss - 0.2
+
+
+@pytest.mark.parametrize("bit_width", [4, 16])
+def test_offloaded_parameters_lie_on_the_host(make_spec: MakeSpec, bit_width: int) -> None:
+    strategy = {"kind": "zero", **STRATEGIES["stage 3, all on the CPU"]}
+    worker = PackWorker(
+        make_spec(device="cuda", num_slots=1, bit_width=bit_width, strategy=strategy)
+    )
+    worker.load()
+    for parameter in worker.base.model.parameters():
+        assert parameter.numel() == 0
+        assert parameter.ds_tensor.device.type == "cpu"  # type: ignore[attr-defined]

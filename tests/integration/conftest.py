@@ -1,0 +1,86 @@
+"""The real command, in processes of its own, on a tiny base model made here."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.tiny import make_base_model, question_rows
+
+COMMAND_TIMEOUT_S = 240
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The user's, with a cache of its own and no network."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
+    return inherited | {
+        "ORCHESTRATOR_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+
+
+@pytest.fixture(scope="session")
+def orchestrator(environment: Mapping[str, str]) -> Command:
+    """Run `orchestrator ARGUMENTS` in a folder and wait for its end."""
+
+    def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*program(), *arguments],
+            cwd=cwd,
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
+
+    return command
+
+
+def program() -> list[str]:
+    return [sys.executable, "-c", "from jobs.cli import main; main()"]
+
+
+def write_config(folder: Path, base: Path, **changes: Any) -> Path:
+    """A sweep of four trials on sums; `changes` are dotted with __."""
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in question_rows(120)))
+    content: dict[str, Any] = {
+        "name": "sums",
+        "base_model": {"source": str(base)},
+        "data": {"train": str(rows), "template": "chat", "block_length": 128},
+        "trial": {
+            "steps": 6,
+            "batch_size": 2,
+            "optimizer": {"learning_rate": 1e-2},
+            "quant": {"compute_dtype": "float32"},
+        },
+        "search": {"space": {"quant.bit_width": [4, 16], "adapter.rank": [2, 4]}},
+        "evaluation": {"every_steps": 3},
+        "checkpoint_every_steps": 2,
+    }
+    for dotted, value in changes.items():
+        *parents, leaf = dotted.split("__")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = value
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

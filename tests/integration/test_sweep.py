@@ -1,0 +1,210 @@
+"""The main job, as a user runs it: start, kill, interrupt, resume, look at the results."""
+
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from orchestrator.sweep.run_store import RunStore
+from tests.integration.conftest import Command, program, write_config
+
+START_TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, orchestrator: Command
+) -> tuple[Path, str]:
+    """A folder with one finished sweep in runs/, and what the command printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    config = write_config(folder, tiny_base)
+    done = orchestrator("sweep", str(config), "--run-dir", "runs/one", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def store_of(folder: Path) -> RunStore:
+    return RunStore.open(folder / "runs" / "one")
+
+
+def test_a_sweep_trains_all_trials_and_beats_the_untrained_base(
+    finished: tuple[Path, str],
+) -> None:
+    results = store_of(finished[0]).results
+    assert [result.state for result in results] == ["finished"] * 4
+    for result in results:
+        assert result.eval_loss is not None
+        assert result.baseline_eval_loss is not None
+        assert result.eval_loss < result.baseline_eval_loss
+    winner = store_of(finished[0]).read("winner")
+    assert winner is not None
+    assert winner["eval_loss"] == min(result.eval_loss or 0 for result in results)
+
+
+def test_the_summary_names_the_winner_and_commands_that_work(
+    finished: tuple[Path, str], orchestrator: Command
+) -> None:
+    folder, printed = finished
+    assert "winner: trial" in printed
+    assert "models:/sums@champion" in printed
+    prompt = ["--prompt", "What is 3 plus 3?", "--max-new-tokens", "4"]
+    text = orchestrator("generate", "--model", "models:/sums@champion", *prompt, cwd=folder)
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.strip()
+    report = orchestrator("report", cwd=folder)
+    assert Path(report.stdout.strip()).read_text().lower().startswith("<!doctype html>")
+
+
+def test_mlflow_shows_the_sweep_with_its_trials_nested(finished: tuple[Path, str]) -> None:
+    from mlflow import MlflowClient
+
+    folder, _ = finished
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("sums")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+    assert {(run.data.params["bit_width"], run.data.params["rank"]) for run in children} == {
+        ("4", "2"),
+        ("4", "4"),
+        ("16", "2"),
+        ("16", "4"),
+    }
+    for run in children:
+        assert {"train_loss", "eval_loss", "tokens_per_s", "adapter_mib"} <= set(run.data.metrics)
+        history = client.get_metric_history(run.info.run_id, "eval_loss")
+        assert {point.step for point in history} >= {3, 6}
+    artifacts = {file.path for file in client.list_artifacts(parents[0].info.run_id)}
+    assert "report.html" in artifacts
+
+
+def test_the_champion_loads_with_plain_peft(finished: tuple[Path, str], tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    from orchestrator.tracking.model_files import download_adapter
+
+    folder, _ = finished
+    uri = f"sqlite:///{folder}/runs/mlflow.db"
+    adapter = download_adapter(uri, "models:/sums@champion", tmp_path / "adapter")
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_resuming_a_complete_sweep_does_nothing(
+    finished: tuple[Path, str], orchestrator: Command
+) -> None:
+    done = orchestrator("resume", "runs/one", cwd=finished[0])
+    assert done.returncode == 0
+    assert "nothing is left to do" in done.stdout
+
+
+def test_starting_again_in_the_same_folder_is_refused(
+    finished: tuple[Path, str], orchestrator: Command
+) -> None:
+    folder, _ = finished
+    again = orchestrator("sweep", "sweep.yaml", "--run-dir", "runs/one", cwd=folder)
+    assert again.returncode == 2
+    assert "orchestrator resume" in again.stderr
+    other = ["sweep", "sweep.yaml", "--run-dir", "runs/one", "--set", "trial.steps=7"]
+    refused = orchestrator(*other, cwd=folder)
+    assert refused.returncode == 2
+    assert "trial.steps: 6 -> 7" in refused.stderr
+
+
+def start(folder: Path, environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*program(), "sweep", "sweep.yaml", "--run-dir", "runs/one"],
+        cwd=folder,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until_training(folder: Path, process: "subprocess.Popen[str]") -> None:
+    """Until one trial is over and another has a checkpoint but is not over."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        trials = folder / "runs" / "one" / "trials"
+        over = {path.parent.name for path in trials.glob("*/result.json")}
+        saved = {path.parts[-5] for path in trials.glob("*/attempts/*/*/checkpoint.json")}
+        if over and saved - over:
+            return
+        time.sleep(0.05)
+    raise AssertionError("no trial was under way in time")
+
+
+def long_sweep(folder: Path, base: Path) -> None:
+    # One short trial and one long, so that there is a middle to be killed in.
+    space = {"steps": [4, 400]}
+    write_config(folder, base, search__space=space, evaluation__every_steps=None)
+
+
+def assert_all_trained_once(folder: Path) -> None:
+    store = store_of(folder)
+    assert [result.state for result in store.results] == ["finished"] * 2
+    assert len(store.trials) == 2
+    first, second = store.results
+    assert first.attempt == 1  # it was over before the kill
+    assert second.attempt == 2
+    rows = [point for point in store.points(1) if point["kind"] == "progress"]
+    assert max(point["step"] for point in rows) == 400
+    by_attempt = Counter(point["attempt"] for point in rows)
+    assert by_attempt[1] > 0
+    saved = [int(path.name[-8:]) for path in store.checkpoints(1) if path.parent.name == "1"]
+    resumed_at = min(point["step"] for point in rows if point["attempt"] == 2)
+    assert resumed_at > max(saved)  # it went on from the last checkpoint of the first attempt
+
+
+def test_a_sweep_killed_in_the_middle_resumes_without_training_anything_twice(
+    tmp_path: Path, tiny_base: Path, environment: Mapping[str, str], orchestrator: Command
+) -> None:
+    long_sweep(tmp_path, tiny_base)
+    process = start(tmp_path, environment)
+    wait_until_training(tmp_path, process)
+    process.kill()
+    process.communicate()
+    done = orchestrator("resume", "runs/one", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_all_trained_once(tmp_path)
+
+
+def test_ctrl_c_saves_the_trials_and_says_how_to_go_on(
+    tmp_path: Path, tiny_base: Path, environment: Mapping[str, str], orchestrator: Command
+) -> None:
+    long_sweep(tmp_path, tiny_base)
+    process = start(tmp_path, environment)
+    wait_until_training(tmp_path, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    output, _ = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 130, output
+    assert "orchestrator resume runs/one" in output
+    assert "Traceback" not in output
+    done = orchestrator("resume", "runs/one", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_all_trained_once(tmp_path)
+
+
+def test_ctrl_c_twice_ends_at_once_and_loses_no_finished_trial(
+    tmp_path: Path, tiny_base: Path, environment: Mapping[str, str]
+) -> None:
+    long_sweep(tmp_path, tiny_base)
+    process = start(tmp_path, environment)
+    wait_until_training(tmp_path, process)
+    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert [result.state for result in store_of(tmp_path).results] == ["finished"]
