@@ -138,11 +138,18 @@ def _create(config: SweepConfig, folder: Path, run_id: str, device: str) -> RunS
         device,
         auto_compute_dtype(device) if dtype == "auto" else dtype,
         {"orchestrator": __version__, "python": platform.python_version()}
-        | {name: metadata.version(name) for name in RECORDED_PACKAGES},
+        | {name: _version(name) for name in RECORDED_PACKAGES},
     )
     store = RunStore.create(folder, record)
     print(f"run folder: {folder}")
     return store
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _run(store: RunStore, backend: Backend, register: bool) -> int:
