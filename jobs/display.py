@@ -3,11 +3,13 @@
 A Display (orchestrator/sweep/flow.py). In: events. Out: text on stdout, nothing else.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
@@ -196,6 +198,20 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
             result.state if finished else f"failed: {result.reason}",
         )
     return table
+
+
+def command_name() -> str:
+    """How to call this command again: by name, or by path where it is not on PATH."""
+    called = Path(sys.argv[0])
+    found = shutil.which("orchestrator")
+    if called.name != "orchestrator" or (found and Path(found).samefile(called)):
+        return "orchestrator"
+    return str(shown_path(called.absolute()))
+
+
+def shown_path(path: Path) -> Path:
+    """Relative to the working folder where that is shorter to read."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _title(trial: TrialSpec) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from jobs.display import SweepDisplay, results_table
+from jobs.display import SweepDisplay, command_name, results_table, shown_path
 from jobs.interrupts import Interrupts
 from orchestrator import __version__
 from orchestrator.config import SweepConfig
@@ -204,7 +204,7 @@ def _close_tracking(follower: TrackingFollower, view: MlflowView, status: str) -
 def _say_interrupted(store: RunStore) -> int:
     done, known = len(store.results), len(store.trials)
     print(f"interrupted: {done} of {known} trials are over; go on with:")
-    print(f"  orchestrator resume {_shown(store.folder)}")
+    print(f"  {command_name()} resume {shown_path(store.folder)}")
     return INTERRUPTED
 
 
@@ -214,7 +214,8 @@ def _say_summary(store: RunStore, display: SweepDisplay, registration: Registrat
     display.say("")
     display.say(results_table(store.trials, store.results))
     display.say(f"winner: {winner['reason']}")
-    folder = _shown(store.folder)
+    folder = shown_path(store.folder)
+    command = command_name()
     runs_dir = Path(store.sweep.config.runs_dir)
     option = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
     if registration is None:
@@ -225,11 +226,6 @@ def _say_summary(store: RunStore, display: SweepDisplay, registration: Registrat
         model = f"models:/{registration.model_name}@{alias}"
         display.say(f"registered: {model} (version {registration.version}): {registration.reason}")
     display.say("next:")
-    display.say(f"  orchestrator ui{option}")
-    display.say(f"  orchestrator generate --model {model} --prompt '...'{option}")
-    display.say(f"  orchestrator report {folder}")
-
-
-def _shown(folder: Path) -> Path:
-    """Relative to the working folder where that is shorter to read."""
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    display.say(f"  {command} ui{option}")
+    display.say(f"  {command} generate --model {model} --prompt '...'{option}")
+    display.say(f"  {command} report {folder}")
