@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.errors import RunFolderError
-from orchestrator.planning.packs import PackKey, PackPlan, pack_key
+from orchestrator.planning.packs import PackKey, PackPlan, pack_key, preview_packs
 from orchestrator.records import (
     Assign,
     Decision,
@@ -103,6 +103,8 @@ class Controller:
             RunFolderError: the disk is full.
         """
         self._decided("start", "sweep", f"{len(self._results)} trials are over already")
+        self._ask_for_trials()
+        self._write_plan()
         while True:
             if self._stop_at is None:
                 self._ask_for_trials()
@@ -121,6 +123,25 @@ class Controller:
         while trial := self._ask(list(self._trials.values()), list(self._results.values())):
             self._store.add_trial(trial)
             self._trials[trial.number] = trial
+
+    def _write_plan(self) -> None:
+        """The packs that this start of the sweep begins with; what follows is in the decisions."""
+        packs = preview_packs(self._view().waiting, self._num_workers, self._slots_per_pack)
+        self._store.write(
+            "plan",
+            {
+                "num_workers": self._num_workers,
+                "packs": [
+                    {
+                        "base": plan.key.title,
+                        "num_slots": plan.num_slots,
+                        "reason": plan.reason,
+                        "trials": [trial.number for trial in members],
+                    }
+                    for plan, members in packs
+                ],
+            },
+        )
 
     def _view(self) -> SweepView:
         taken = {number for pack in self._packs.values() for number in pack.attempts}

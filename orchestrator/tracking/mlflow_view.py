@@ -24,8 +24,6 @@ from orchestrator.tracking.runs import (
 from orchestrator.tracking.stores import client, mlflow_calls, without_password
 from orchestrator.tracking.translation import (
     cut,
-    finite_or_nan,
-    result_metrics,
     short_name,
     trial_name,
 )
@@ -155,12 +153,12 @@ class MlflowView:
             "rank": trial.config.adapter.rank,
             "bit_width": trial.config.quant.bit_width,
         }
-        metrics = finite_or_nan({"eval_loss": result.eval_loss}) | result_metrics(result)
         log(
             self._client,
             self._run_id,
             params=cut({f"winner/{short_name(name)}": value for name, value in fields.items()}),
-            metrics=[(result.time, 0, {f"winner/{name}": x for name, x in metrics.items()})],
+            # One metric, for sorting sweeps: more would stand before the trials' own charts.
+            metrics=[(result.time, 0, {"best_eval_loss": result.eval_loss})],
             tags={"orchestrator.winner": trial_name(trial.number, trial.params)},
         )
 

@@ -96,9 +96,7 @@ def test_a_finished_sweep_is_shown_whole(make_run: MakeRun, uri: str, client: Ml
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["orchestrator.run_id"] == store.sweep.run_id
     assert parent.data.params["winner/rank"] == "16"
-    assert parent.data.metrics["winner/eval_loss"] == pytest.approx(
-        store.read("winner")["eval_loss"]
-    )
+    assert parent.data.metrics["best_eval_loss"] == pytest.approx(store.read("winner")["eval_loss"])
     assert "Winner: trial 003 · 16-bit · rank 16" in parent.data.tags["mlflow.note.content"]
     names = {file.path for file in client.list_artifacts(view.run_id)}
     assert names == {"config.yaml", "plan.json", "decisions.jsonl", "report.html"}
