@@ -1,6 +1,6 @@
 """Start a local Ray or attach to a running one, and say what it has.
 
-In: an address or None. Out: ClusterResources while the context lasts. A local Ray that was started
+In: an address or None. Out: its nodes while the context lasts. A local Ray that was started
 here is ended here; it also ends when this process is killed.
 """
 
@@ -8,28 +8,18 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import ClusterError
+from orchestrator.planning.capacity import Node
+from orchestrator.planning.machine import this_machine
 
 # Nothing large travels through Ray's object store: stages hand over files. 80 MB is near its least.
 LOCAL_OBJECT_STORE_BYTES = 80 * 2**20
 
 
-@dataclass(frozen=True)
-class ClusterResources:
-    num_cpus: int
-    num_gpus: int
-    num_nodes: int
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.num_gpus else "cpu"
-
-
 @contextmanager
-def ray_cluster(address: str | None) -> Iterator[ClusterResources]:
+def ray_cluster(address: str | None) -> Iterator[list[Node]]:
     """Attach to `address` (or RAY_ADDRESS; `auto` finds a running one), else start a local Ray.
 
     Raises:
@@ -52,6 +42,7 @@ def ray_cluster(address: str | None) -> Iterator[ClusterResources]:
         else:
             ray.init(
                 address="local",
+                num_cpus=int(this_machine().num_cpus),  # Ray 2.60 does not honour CPU affinity
                 include_dashboard=False,
                 object_store_memory=LOCAL_OBJECT_STORE_BYTES,
                 namespace="orchestrator",
@@ -66,7 +57,7 @@ def ray_cluster(address: str | None) -> Iterator[ClusterResources]:
         )
         raise ClusterError(f"cannot use {place}: {error}: {remedy}") from error
     try:
-        total = ray.cluster_resources()
-        yield ClusterResources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), len(ray.nodes()))
+        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield [Node(found.get("CPU", 0), found.get("GPU", 0)) for found in resources]
     finally:
         ray.shutdown()

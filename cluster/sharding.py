@@ -5,7 +5,7 @@ results in their order. A task may run twice, when an actor dies and is replaced
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -19,7 +19,14 @@ R = TypeVar("R")
 TASK_RETRIES = 3
 
 
+# Actors for which a busy cluster has no core yet are not waited for once others are there.
+START_TIMEOUT_S = 5.0
+
+
 class _ShardingActor:
+    def ready(self) -> None:
+        pass
+
     def run(self, function: Callable[[T], R], task: T) -> R:
         return function(task)
 
@@ -42,7 +49,7 @@ class RayTasks:
         )(_ShardingActor)
         actors = [remote.remote() for _ in range(min(self._num_actors, len(tasks)))]
         try:
-            pool = ActorPool(actors)
+            pool = ActorPool(_started(actors))
             results = pool.map(lambda actor, task: actor.run.remote(function, task), tasks)
             return list(results)
         except RayTaskError as error:
@@ -55,3 +62,11 @@ class RayTasks:
         finally:
             for actor in actors:
                 ray.kill(actor)
+
+
+def _started(actors: Sequence[Any]) -> list[Any]:
+    """The actors that run: at least one, and all that start within the time."""
+    pings = {actor.ready.remote(): actor for actor in actors}
+    ray.wait(list(pings), num_returns=1)
+    ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=START_TIMEOUT_S)
+    return [pings[ping] for ping in ready]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from orchestrator.errors import (
     BaseModelError,
@@ -64,7 +65,7 @@ def sweep(
     if dry_run:
         from jobs.dry_run import show_plan
 
-        return show_plan(config, overrides or [], run_dir)
+        return show_plan(config, overrides or [], run_dir, ray_address)
     from jobs.sweep import start_sweep
 
     return start_sweep(config, overrides or [], run_dir, ray_address)
@@ -74,11 +75,17 @@ def sweep(
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="The run folder of an unfinished sweep.")],
     ray_address: RayAddress = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Change resources, tracking or registry."
+        ),
+    ] = None,
 ) -> int:
     """Go on with a sweep after a crash or Ctrl-C; finished trials are not trained again."""
     from jobs.sweep import resume_sweep
 
-    return resume_sweep(run_dir, ray_address)
+    return resume_sweep(run_dir, ray_address, overrides or [])
 
 
 @app.command()
@@ -187,6 +194,9 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     except typer.Abort:
         return 130
+    except TyperException as error:
+        print(f"error: {error}: see `orchestrator --help`", file=sys.stderr)
+        return 2
     except OrchestratorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, INPUT_ERRORS) else 1

@@ -30,7 +30,6 @@ from orchestrator.records import (
 from orchestrator.sweep.run_store import RunStore
 
 PLAIN_PROGRESS_EVERY_S = 15.0
-LIVE_COLUMNS = "trial,bits,rank,step,loss,eval loss,tokens/s,state,ETA".split(",")
 
 
 @dataclass
@@ -146,7 +145,8 @@ class SweepDisplay:
             case PackReady():
                 self.say(
                     f"pack {event.pack}: base loaded in {event.load_s:.0f} s, "
-                    f"{event.base_bytes / 2**20:.0f} MiB; untrained held-out loss "
+                    f"{event.num_base_params / 1e6:,.0f} M weights in "
+                    f"{event.base_bytes / 2**20:,.0f} MiB; untrained held-out loss "
                     f"{event.baseline_eval_loss:.4f}"
                 )
             case PackLost():

@@ -4,6 +4,8 @@ Imports no torch, transformers, ray or mlflow.
 """
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -12,41 +14,76 @@ from rich.table import Table
 
 from orchestrator.config import SweepConfig
 from orchestrator.data.sources import estimate_slices
-from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
+from orchestrator.planning.capacity import worker_count
+from orchestrator.planning.compatibility import problems
+from orchestrator.planning.machine import this_machine
 from orchestrator.planning.packs import preview_packs
 from orchestrator.records import TrialSpec
-from orchestrator.search.space import ask, first_batch, num_trials
+from orchestrator.search.space import ask, check_space, first_batch, num_trials
 from orchestrator.sweep.flow import auto_compute_dtype
-from orchestrator.tracking.stores import resolve_tracking_uri
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.stores import resolve_tracking_uri, without_password
+from orchestrator.tracking.translation import shown
 from orchestrator.training.model_source import find_source
 
-NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the packs will run, as far as this machine can tell."""
+
+    device: str
+    """cpu, cuda, or auto where a cluster decides."""
+    num_workers: int | None
+    """None where a cluster decides."""
+    words: str
 
 
-def show_plan(path: Path, overrides: list[str], run_dir: Path | None) -> int:
+def show_plan(
+    path: Path, overrides: list[str], run_dir: Path | None, ray_address: str | None
+) -> int:
     config = load_config(path, overrides)
-    num_gpus = len(list(NVIDIA_DEVICES.glob("*"))) if NVIDIA_DEVICES.exists() else 0
-    device = config.resources.device
-    if device == "auto":
-        device = "cuda" if num_gpus else "cpu"
-    elif device == "cuda" and not num_gpus:
-        raise ConfigError("resources.device: cuda, but this machine has no GPU: set auto or cpu")
-    trials = first_trials(config, device)
+    # All that the sweep would refuse is refused before a line is printed.
+    check_space(config)
+    base_model = find_source(config.base_model)
+    shards = _shards(config)
+    if run_dir is not None:
+        RunStore(run_dir).check_free(config)
+    placement = _placement(config, ray_address or os.environ.get("RAY_ADDRESS"))
+    trials = first_trials(config)
     console = Console(soft_wrap=True)
     console.print(_trials_table(config, trials))
-    _print_packs(console, config, trials, device, num_gpus)
-    _print_shards(console, config)
-    _print_settings(console, config, device, run_dir)
+    for trial in trials:
+        for problem in problems(trial.config):
+            console.print(f"trial {trial.number} will not be trained: {problem}", markup=False)
+    _print_packs(console, config, trials, placement)
+    for line in shards:
+        console.print(line, markup=False)
+    _print_settings(console, config, placement.device, base_model, run_dir)
     return 0
 
 
-def first_trials(config: SweepConfig, device: str) -> list[TrialSpec]:
+def first_trials(config: SweepConfig) -> list[TrialSpec]:
     """The trials that are known before any result is in."""
     trials: list[TrialSpec] = []
     while len(trials) < first_batch(config.search):
-        trials.append(ask(config, device, trials, []))
+        trials.append(ask(config, trials, []))
     return trials
+
+
+def _placement(config: SweepConfig, ray_address: str | None) -> Placement:
+    resources = config.resources
+    if ray_address:
+        words = f"depends on the Ray cluster at {ray_address}, which a dry run does not ask"
+        return Placement(resources.device, resources.num_workers, words)
+    machine = this_machine()
+    device = resources.device
+    if device == "auto":
+        device = "cuda" if machine.num_gpus else "cpu"
+    num_workers = worker_count(resources, device, [machine])
+    unit = "GPU" if device == "cuda" else f"{resources.cpus_per_worker} CPU core(s)"
+    words = f"{num_workers} workers, each with {unit} of this machine"
+    return Placement(device, num_workers, words)
 
 
 def _trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
@@ -59,7 +96,7 @@ def _trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
     table.add_column("steps", justify="right")
     table.add_column("blocks/step", justify="right")
     for trial in trials:
-        values = [str(trial.params[name]) for name in config.search.space]
+        values = [shown(trial.params[name]) for name in config.search.space]
         table.add_row(
             str(trial.number), *values, str(trial.config.steps), str(trial.config.batch_size)
         )
@@ -67,48 +104,50 @@ def _trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
 
 
 def _print_packs(
-    console: Console, config: SweepConfig, trials: list[TrialSpec], device: str, num_gpus: int
+    console: Console, config: SweepConfig, trials: Sequence[TrialSpec], placement: Placement
 ) -> None:
-    resources = config.resources
-    here = num_gpus if device == "cuda" else (os.cpu_count() or 1) // resources.cpus_per_worker
-    num_workers = resources.num_workers or max(1, here)
-    unit = "GPU" if device == "cuda" else f"{resources.cpus_per_worker} CPU core(s)"
-    console.print(f"placement: {num_workers} workers, each with {unit} of this machine")
-    packs = preview_packs(trials, num_workers, resources.slots_per_pack)
+    console.print(f"placement: {placement.words}", markup=False)
+    if placement.num_workers is None:
+        return
+    valid = [trial for trial in trials if not problems(trial.config)]
+    packs = preview_packs(valid, placement.num_workers, config.resources.slots_per_pack)
     for number, (plan, members) in enumerate(packs):
         names = ", ".join(str(trial.number) for trial in members)
         console.print(f"  pack {number}: {plan.reason}; starts with trials {names}")
-    later = len(trials) - sum(len(members) for _, members in packs)
+    later = len(valid) - sum(len(members) for _, members in packs)
     if later:
         console.print(f"  {later} trials follow as slots come free")
 
 
-def _print_shards(console: Console, config: SweepConfig) -> None:
+def _shards(config: SweepConfig) -> list[str]:
+    lines = []
     for role, source in (("train", config.data.train), ("held_out", config.data.held_out)):
         if source is None:
             fraction = config.data.held_out_fraction
-            console.print(f"shards: {role}: {fraction:.1%} of train's rows, by content hash")
+            lines.append(f"shards: {role}: {fraction:.1%} of train's rows, by content hash")
             continue
         slices = estimate_slices(source, config.data.rows_per_slice)
         if slices is None:
-            console.print(f"shards: {role}: {source}: known once it is made or downloaded")
+            lines.append(f"shards: {role}: {source}: known once it is made or downloaded")
         else:
             rows = sum(part.num_rows for part in slices)
-            console.print(f"shards: {role}: {source}: {rows} rows in {len(slices)} slices")
+            lines.append(f"shards: {role}: {source}: {rows} rows in {len(slices)} slices")
+    return lines
 
 
 def _print_settings(
-    console: Console, config: SweepConfig, device: str, run_dir: Path | None
+    console: Console,
+    config: SweepConfig,
+    device: str,
+    base_model: Path | None,
+    run_dir: Path | None,
 ) -> None:
-    source = find_source(config.base_model)
     folder = run_dir or Path(config.runs_dir) / f"{config.name}-DATE"
     resolved = {
         "device": device,
-        "compute_dtype": auto_compute_dtype(device)
-        if config.trial.quant.compute_dtype == "auto"
-        else config.trial.quant.compute_dtype,
-        "base_model": str(source) if source else f"{config.base_model.source} (model hub)",
-        "tracking_uri": resolve_tracking_uri(config),
+        "compute_dtype": _compute_dtype(config, device),
+        "base_model": str(base_model or f"{config.base_model.source} (model hub)"),
+        "tracking_uri": without_password(resolve_tracking_uri(config)),
         "experiment": config.experiment_name,
         "registered_model": config.registered_model_name,
         "run_folder": str(folder),
@@ -119,3 +158,8 @@ def _print_settings(
     console.print("settings:")
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print("  " + text.replace("\n", "\n  ").rstrip(), markup=False)
+
+
+def _compute_dtype(config: SweepConfig, device: str) -> str:
+    written = config.trial.quant.compute_dtype
+    return written if written != "auto" or device == "auto" else auto_compute_dtype(device)

@@ -17,6 +17,10 @@ class Interrupts:
     def reach(self, controller: Controller) -> None:
         self._controller = controller
 
+    def release(self) -> None:
+        """Training is over: a signal ends the command at once."""
+        self._controller = None
+
     @contextmanager
     def caught(self) -> Iterator[None]:
         names = (signal.SIGINT, signal.SIGTERM)

@@ -4,10 +4,11 @@ In: paths and options. Out: an exit code. What is wrong with the input is found 
 written or started; then comes the run folder, then the cluster, then the work.
 """
 
+import os
 import platform
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,12 +17,13 @@ from pathlib import Path
 from jobs.display import SweepDisplay, command_name, results_table, shown_path
 from jobs.interrupts import Interrupts
 from orchestrator import __version__
-from orchestrator.config import SweepConfig
+from orchestrator.config import SweepConfig, has_password
 from orchestrator.data.prepare import RunTasks, run_in_process
 from orchestrator.data.sources import estimate_slices
-from orchestrator.errors import ConfigError, OrchestratorError, TrackingError
-from orchestrator.loading import load_config
-from orchestrator.search.space import ask
+from orchestrator.errors import ConfigError, RegistryError, RunFolderError, TrackingError
+from orchestrator.loading import load_config, override_config
+from orchestrator.planning.capacity import worker_count
+from orchestrator.search.space import check_space
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
 from orchestrator.sweep.flow import Services, auto_compute_dtype, run_sweep
@@ -30,17 +32,25 @@ from orchestrator.tracking.follower import TrackingFollower
 from orchestrator.tracking.mlflow_view import MlflowView
 from orchestrator.tracking.registry import Registration, Registry
 from orchestrator.tracking.report import write_report
-from orchestrator.tracking.stores import check_reachable, resolve_tracking_uri
+from orchestrator.tracking.stores import (
+    check_reachable,
+    default_store,
+    resolve_tracking_uri,
+    without_password,
+)
 from orchestrator.training.model_source import find_source
 
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "mlflow", "optuna")
 INTERRUPTED = 130
+# A tracking server that hangs must not keep an interrupted command.
+CONNECT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
 class Backend:
     """What runs the packs and the sharding tasks."""
 
+    name: str
     executor: Executor
     run_tasks: RunTasks
     num_workers: int
@@ -50,43 +60,57 @@ class Backend:
 def start_sweep(
     path: Path, overrides: list[str], run_dir: Path | None, ray_address: str | None
 ) -> int:
-    config = load_config(path, overrides)
+    config = settled(load_config(path, overrides))
     check_inputs(config)
-    folder, run_id = _run_folder(config, run_dir)
+    folder = _free_folder(config, run_dir)
     with _ray_backend(config, ray_address) as backend:
-        store = _create(config, folder, run_id, backend.device)
-        return _run(store, backend, config.registry.register_winner)
+        return _run(_create(config, folder, backend), backend)
 
 
-def resume_sweep(run_dir: Path, ray_address: str | None) -> int:
+def resume_sweep(run_dir: Path, ray_address: str | None, overrides: list[str]) -> int:
     store = RunStore.open(run_dir)
-    config = store.sweep.config
-    registration = store.read("registration")
-    if store.read("winner") and (registration or not config.registry.register_winner):
+    if store.read("done"):
         print(f"{run_dir} is complete: nothing is left to do")
         return 0
+    if overrides:
+        store.change_config(settled(override_config(store.sweep.config, overrides)))
+    config = store.sweep.config
     check_reachable(resolve_tracking_uri(config))
+    if store.sweep.backend == "in_process":
+        return _run(store, _in_process_backend(config))
     with _ray_backend(config, ray_address) as backend:
-        return _run(store, backend, config.registry.register_winner)
+        return _run(store, backend)
 
 
 def train_one(path: Path, overrides: list[str], run_dir: Path | None, register: bool) -> int:
-    written = load_config(path, overrides)
-    config = SweepConfig.model_validate(written.model_dump() | {"search": {}})
+    content = settled(load_config(path, overrides)).model_dump()
+    content["search"] = {}
+    content["registry"]["register_winner"] = register
+    config = SweepConfig.model_validate(content)
     check_inputs(config)
-    folder, run_id = _run_folder(config, run_dir)
-    import torch
+    folder = _free_folder(config, run_dir)
+    backend = _in_process_backend(config)
+    return _run(_create(config, folder, backend), backend)
 
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = Backend(InProcessExecutor(), run_in_process, 1, _device(config, found))
-    store = _create(config, folder, run_id, backend.device)
-    return _run(store, backend, register)
+
+def settled(config: SweepConfig) -> SweepConfig:
+    """With nothing left that depends on where the command was called: a resume may come from
+    another folder."""
+    content = config.model_dump()
+    content["runs_dir"] = str(Path(config.runs_dir).expanduser().absolute())
+    for group, field in (("data", "train"), ("data", "held_out"), ("base_model", "source")):
+        value = content[group][field]
+        if value and Path(value).expanduser().exists():
+            content[group][field] = str(Path(value).expanduser().absolute())
+    uri = resolve_tracking_uri(SweepConfig.model_validate(content))
+    if not has_password(uri):  # a password stays in the environment
+        content["tracking"]["uri"] = uri
+    return SweepConfig.model_validate(content)
 
 
 def check_inputs(config: SweepConfig) -> None:
     """Find what is wrong before anything is written, started or downloaded."""
-    device = "cuda" if config.resources.device == "cuda" else "cpu"
-    ask(config, device, [], [])
+    check_space(config)
     find_source(config.base_model)
     for source in (config.data.train, config.data.held_out):
         if source is not None:
@@ -101,17 +125,18 @@ def _ray_backend(config: SweepConfig, address: str | None) -> Iterator[Backend]:
     from cluster.ray_runtime import ray_cluster
     from cluster.sharding import RayTasks
 
-    with ray_cluster(address) as resources:
-        device = _device(config, resources.device)
-        per_worker = config.resources.cpus_per_worker
-        slots = resources.num_gpus if device == "cuda" else resources.num_cpus // per_worker
-        num_workers = config.resources.num_workers or max(1, slots)
-        if num_workers * per_worker > resources.num_cpus or slots < 1:
-            raise ConfigError(
-                f"resources: {num_workers} workers of {per_worker} CPU cores do not fit the "
-                f"cluster's {resources.num_cpus} cores: lower num_workers or cpus_per_worker"
-            )
-        yield Backend(RayExecutor(), RayTasks(resources.num_cpus), num_workers, device)
+    with ray_cluster(address) as nodes:
+        device = _device(config, "cuda" if any(node.num_gpus >= 1 for node in nodes) else "cpu")
+        num_workers = worker_count(config.resources, device, nodes)
+        num_cpus = int(sum(node.num_cpus for node in nodes))
+        yield Backend("ray", RayExecutor(), RayTasks(num_cpus), num_workers, device)
+
+
+def _in_process_backend(config: SweepConfig) -> Backend:
+    import torch
+
+    device = _device(config, "cuda" if torch.cuda.is_available() else "cpu")
+    return Backend("in_process", InProcessExecutor(), run_in_process, 1, device)
 
 
 def _device(config: SweepConfig, found: str) -> str:
@@ -121,27 +146,33 @@ def _device(config: SweepConfig, found: str) -> str:
     return found if wanted == "auto" else wanted
 
 
-def _run_folder(config: SweepConfig, run_dir: Path | None) -> tuple[Path, str]:
-    run_id = new_run_id(config.name, time.time())
-    if run_dir is None:
-        return Path(config.runs_dir) / run_id, run_id
-    RunStore(run_dir).check_free(config)
-    return run_dir, run_dir.absolute().name
+def _free_folder(config: SweepConfig, run_dir: Path | None) -> Path | None:
+    """The folder that the user named, if it is free; None for one named after the run."""
+    if run_dir is not None:
+        RunStore(run_dir).check_free(config)
+    return run_dir
 
 
-def _create(config: SweepConfig, folder: Path, run_id: str, device: str) -> RunStore:
+def _create(config: SweepConfig, folder: Path | None, backend: Backend) -> RunStore:
     dtype = config.trial.quant.compute_dtype
+    now = time.time()
+    run_id = new_run_id(config.name, now)
     record = SweepRecord(
         run_id,
-        time.time(),
+        now,
         config,
-        device,
-        auto_compute_dtype(device) if dtype == "auto" else dtype,
+        backend.device,
+        auto_compute_dtype(backend.device) if dtype == "auto" else dtype,
+        backend.name,
         {"orchestrator": __version__, "python": platform.python_version()}
         | {name: _version(name) for name in RECORDED_PACKAGES},
     )
-    store = RunStore.create(folder, record)
-    print(f"run folder: {folder}")
+    folder = folder or Path(config.runs_dir) / run_id
+    try:
+        store = RunStore.create(folder, record)
+    except PermissionError as error:
+        raise RunFolderError(f"{folder} cannot be written: {error}: choose another") from error
+    print(f"run folder: {shown_path(folder)}")
     return store
 
 
@@ -152,11 +183,12 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _run(store: RunStore, backend: Backend, register: bool) -> int:
+def _run(store: RunStore, backend: Backend) -> int:
     view = MlflowView(store, resolve_tracking_uri(store.sweep.config))
     follower = TrackingFollower(view)
     display = SweepDisplay(store)
     interrupts = Interrupts(display.say)
+    status = "FAILED"
     with store.locked(), interrupts.caught(), ThreadPoolExecutor(1) as background:
         # A new SQLite store takes some seconds to set up; loading the base model does, too.
         connecting = background.submit(view.connect)
@@ -172,32 +204,51 @@ def _run(store: RunStore, backend: Backend, register: bool) -> int:
         try:
             with display.shown():
                 outcome = run_sweep(store, services)
+            interrupts.release()
+            status = "FINISHED" if outcome.finished else "KILLED"
         except KeyboardInterrupt:
-            _close_tracking(follower, view, "KILLED")
+            status = "KILLED"
+        finally:
+            if status != "FINISHED":
+                _close_tracking(connecting, follower, view, status)
+        if status == "KILLED":
             return _say_interrupted(store)
-        except OrchestratorError:
-            _close_tracking(follower, view, "FAILED")
-            raise
-        if not outcome.finished:
-            _close_tracking(follower, view, "KILLED")
-            return _say_interrupted(store)
+        return _conclude(store, follower, view, display)
+
+
+def _conclude(
+    store: RunStore, follower: TrackingFollower, view: MlflowView, display: SweepDisplay
+) -> int:
+    """Register, report, and bring MLflow to its end; each step may be run again by a resume."""
+    write_report(store)
+    registration = None
+    try:
         follower.stop()
-        registration = None
-        if register:
+        if store.sweep.config.registry.register_winner:
             display.say("registering the winner")
             registration = Registry(view.uri).register_winner(store, view)
-        write_report(store)
+            write_report(store)
         view.finish("FINISHED")
+    except (TrackingError, RegistryError) as error:
+        _say_summary(store, display, registration)
+        raise type(error)(
+            f"{error}\nall trials are trained; when MLflow is there again: "
+            f"{command_name()} resume {shown_path(store.folder)}"
+        ) from error
+    store.write("done", {"time": time.time()})
     _say_summary(store, display, registration)
     return 0
 
 
-def _close_tracking(follower: TrackingFollower, view: MlflowView, status: str) -> None:
-    """At the end of a run that failed: tracking must not hide why."""
+def _close_tracking(
+    connecting: Future[None], follower: TrackingFollower, view: MlflowView, status: str
+) -> None:
+    """At the end of a run that did not finish: tracking must not hide why."""
     try:
+        connecting.result(CONNECT_TIMEOUT_S)
         follower.stop()
         view.finish(status)
-    except TrackingError as error:
+    except (TrackingError, TimeoutError) as error:
         print(f"warning: {error}; `orchestrator sync` brings MLflow up to date later")
 
 
@@ -216,8 +267,7 @@ def _say_summary(store: RunStore, display: SweepDisplay, registration: Registrat
     display.say(f"winner: {winner['reason']}")
     folder = shown_path(store.folder)
     command = command_name()
-    runs_dir = Path(store.sweep.config.runs_dir)
-    option = "" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}"
+    option = _store_option(store.sweep.config)
     if registration is None:
         result = next(r for r in store.results if r.number == winner["trial"])
         model = f"{folder}/{result.adapter_dir}"
@@ -229,3 +279,13 @@ def _say_summary(store: RunStore, display: SweepDisplay, registration: Registrat
     display.say(f"  {command} ui{option}")
     display.say(f"  {command} generate --model {model} --prompt '...'{option}")
     display.say(f"  {command} report {folder}")
+
+
+def _store_option(config: SweepConfig) -> str:
+    """What `ui` and `generate` need to find the store from here."""
+    uri = resolve_tracking_uri(config)
+    if uri == (os.environ.get("MLFLOW_TRACKING_URI") or default_store(Path("runs"))):
+        return ""
+    if uri == default_store(Path(config.runs_dir)):
+        return f" --runs-dir {shown_path(Path(config.runs_dir))}"
+    return f" --tracking-uri {without_password(uri)}"

@@ -1,6 +1,7 @@
 """`orchestrator ui`, `report`, `sync`, `schema`: ways to look at what is there."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def sync_run(run_dir: Path | None, runs_dir: Path) -> int:
 def serve_ui(port: int, tracking_uri: str | None, runs_dir: Path) -> int:
     from orchestrator.tracking.stores import default_store, ui_command
 
-    uri = tracking_uri or default_store(runs_dir)
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_store(runs_dir)
     print(f"MLflow UI on http://127.0.0.1:{port} (end it with Ctrl-C)")
     try:
         return subprocess.run(ui_command(uri, port), check=False).returncode

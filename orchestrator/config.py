@@ -7,14 +7,18 @@ of a trial to choices or ranges; each candidate is made by putting values into t
 validating the whole again, so no field is ever "a number or a distribution".
 """
 
+import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Scalar = bool | int | float | str
+Choice = Scalar | tuple[str, ...]
+"""One listed value of a searched field; a tuple of names for adapter.target_modules."""
 
 BUILTIN_DATASETS = ("stdlib-docs",)
 FULL_COMMIT_HASH = r"^[0-9a-f]{40}$"
@@ -23,7 +27,9 @@ FULL_COMMIT_HASH = r"^[0-9a-f]{40}$"
 class Strict(BaseModel):
     """Unknown fields are errors, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class BaseModelConfig(Strict):
@@ -39,8 +45,6 @@ class BaseModelConfig(Strict):
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> "BaseModelConfig":
-        import re
-
         if self.trust_remote_code and not re.match(FULL_COMMIT_HASH, self.revision or ""):
             raise ValueError(
                 "trust_remote_code: true needs revision to be a full 40-digit commit hash, "
@@ -53,9 +57,16 @@ class FieldNames(Strict):
     """Names of the dataset's columns."""
 
     prompt: str = "prompt"
+    """What the model is given; for format: prompt_completion."""
+
     completion: str = "completion"
+    """What the model learns to answer; for format: prompt_completion."""
+
     messages: str = "messages"
+    """The list of {role, content} messages; for format: chat."""
+
     text: str = "text"
+    """The whole text; for format: text."""
 
 
 class DataConfig(Strict):
@@ -158,8 +169,13 @@ class OptimizerConfig(Strict):
     """Decoupled weight decay (AdamW)."""
 
     beta1: Fraction = 0.9
+    """Decay of the gradient's running mean."""
+
     beta2: Fraction = 0.999
+    """Decay of the squared gradient's running mean."""
+
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator, so that it is never zero."""
 
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the norm of the trial's own gradient to this; null never clips."""
@@ -234,8 +250,9 @@ class RangeConfig(Strict):
 
 
 class SearchConfig(Strict):
-    space: dict[str, tuple[Scalar, ...] | RangeConfig] = {}
-    """Dotted field of a trial -> list of choices, or a range {low, high, log, integer}."""
+    space: dict[str, tuple[Choice, ...] | RangeConfig] = {}
+    """Dotted field of a trial -> list of choices, or a range {low, high, log, integer}. A choice of
+    adapter.target_modules may be a list of names itself: [all-linear, [q_proj, v_proj]]."""
 
     sampler: Literal["grid", "random", "tpe"] = "grid"
     """grid tries every combination of lists; random and tpe draw `num_trials` (Optuna)."""
@@ -273,7 +290,8 @@ class EvaluationConfig(Strict):
     """Evaluate each time a trial has trained this many steps; null: only before and after."""
 
     batch_size: PositiveInt = 8
-    """Blocks in one forward pass of an evaluation."""
+    """Blocks that each slot evaluates in one forward pass. The pass holds this many times the slots
+    that are evaluated together."""
 
 
 class ResourcesConfig(Strict):
@@ -292,10 +310,21 @@ class ResourcesConfig(Strict):
 
 class TrackingConfig(Strict):
     uri: str | None = None
-    """MLflow tracking URI. null: MLFLOW_TRACKING_URI, or SQLite in the runs folder."""
+    """MLflow tracking URI, without a password. null: MLFLOW_TRACKING_URI, or SQLite in the runs
+    folder."""
 
     experiment: str | None = None
     """MLflow experiment; null: the sweep's name."""
+
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        if uri is not None and has_password(uri):
+            raise ValueError(
+                "put the password into MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_PASSWORD, not into "
+                "a file that is copied to the run folder and MLflow"
+            )
+        return uri
 
 
 class RegistryConfig(Strict):
@@ -335,3 +364,16 @@ class SweepConfig(Strict):
     @property
     def registered_model_name(self) -> str:
         return self.registry.model_name or self.name
+
+
+def has_password(uri: str) -> bool:
+    """Whether the URI of a server or a database carries a password."""
+    if re.search(r"[?&](password|passwd|pwd)=", uri, re.IGNORECASE):
+        return True
+    if uri.startswith(("http://", "https://")):
+        try:
+            return bool(urlsplit(uri).password)
+        except ValueError:  # such as a broken IPv6 address; what is wrong is said elsewhere
+            return "@" in uri
+    # As SQLAlchemy reads it: the password of a database may hold slashes.
+    return re.match(r"[\w+.-]+://[^:/@]*:[^@]+@", uri) is not None

@@ -5,7 +5,8 @@ OrchestratorError
 ├── DataError          a dataset is missing, empty, or has a row that cannot be used
 ├── BaseModelError     the base model cannot be loaded
 ├── RunFolderError     the run folder belongs to another sweep, is in use, or is damaged
-├── TrialFailed        reason: loss_not_finite | out_of_memory | disk_full | worker_lost | raised
+├── DiskFull           a disk, a quota or a file-size limit is reached; carries the path
+├── TrialFailed        reason: not_valid | loss_not_finite | out_of_memory | worker_lost | raised
 ├── ClusterError       Ray said no; carries its words
 ├── TrackingError      the MLflow tracking server cannot be used
 └── RegistryError      the model registry said no
@@ -37,6 +38,10 @@ class BaseModelError(OrchestratorError):
 
 class RunFolderError(OrchestratorError):
     """The run folder cannot be used for this sweep."""
+
+
+class DiskFull(OrchestratorError):
+    """Nothing more can be written; what is there is whole."""
 
 
 class TrialFailed(OrchestratorError):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_file(path: Path, fill: Callable[[Path], None]) -> None:
     """Like `write_bytes`, for content that `fill` writes to the temporary path it is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with _os_errors(path):
             fill(temporary)

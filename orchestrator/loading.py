@@ -11,12 +11,13 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config import SweepConfig, TrialConfig
+from orchestrator.config import RangeConfig, SweepConfig, TrialConfig
 from orchestrator.errors import ConfigError
 
 FieldPath = tuple[str | int, ...]
@@ -34,19 +35,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> SweepConfig:
     content, lines = _parse_yaml(text, name)
-    for override in overrides:
-        _set_override(content, override)
-    try:
-        config = SweepConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_describe(error, SweepConfig, content, lines, name))) from error
-    problems = [
-        f"{_place(name, lines, path)}: {'.'.join(map(str, path))}: {message}"
-        for path, message in _candidate_problems(config)
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return config
+    return _checked(content, overrides, lines, name)
+
+
+def override_config(config: SweepConfig, overrides: Sequence[str]) -> SweepConfig:
+    """Raises ConfigError with one line per mistake."""
+    return _checked(config.model_dump(mode="json"), overrides, {}, "")
 
 
 def trial_with(trial: TrialConfig, params: dict[str, Any]) -> TrialConfig:
@@ -80,6 +74,24 @@ def trial_fields(model: type[BaseModel] = TrialConfig, prefix: str = "") -> list
         else:
             names.append(prefix + name)
     return names
+
+
+def _checked(
+    content: dict[str, Any], overrides: Sequence[str], lines: dict[FieldPath, int], name: str
+) -> SweepConfig:
+    for override in overrides:
+        _set_override(content, override)
+    try:
+        config = SweepConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(error, SweepConfig, content, lines, name))) from error
+    problems = [
+        f"{_place(name, lines, path)}{'.'.join(map(str, path))}: {message}"
+        for path, message in _candidate_problems(config)
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 class _Loader(yaml.SafeLoader):
@@ -169,17 +181,57 @@ def _set_override(content: dict[str, Any], override: str) -> None:
 
 def _candidate_problems(config: SweepConfig) -> Iterable[tuple[FieldPath, str]]:
     """Each value of the search space must make a valid trial, before any GPU is held."""
-    # Values are tried one at a time; combinations are checked when the trials are made.
+    # Values are tried one at a time; check_space in search/space.py looks at combinations.
     for field, values in config.search.space.items():
         path = ("search", "space", field)
-        bounds = values if isinstance(values, tuple) else (values.low, values.high)
-        whole = not isinstance(values, tuple) and values.integer
-        for index, value in enumerate(bounds):
-            try:
-                trial_with(config.trial, {field: int(value) if whole else value})
-            except ConfigError as error:
-                yield (*path, index) if isinstance(values, tuple) else path, str(error)
+        if isinstance(values, RangeConfig):
+            problem = _range_problem(config.trial, field, values)
+            if problem:
+                yield path, problem
+            continue
+        for index, value in enumerate(values):
+            problem = _value_problem(config.trial, field, value)
+            if problem:
+                yield (*path, index), problem
                 break
+
+
+def _range_problem(trial: TrialConfig, field: str, values: RangeConfig) -> str:
+    kind = _field_type(field)
+    numbers = [option for option in _options(kind) if option in (int, float)]
+    if kind is not None and not numbers:
+        return f"a range needs a numeric field, and {field} is none: list the values instead"
+    if numbers == [int] and not values.integer:
+        return f"{field} is a whole number: add integer: true to its range"
+    ends = [int(end) if values.integer else end for end in (values.low, values.high)]
+    return next(filter(None, (_value_problem(trial, field, end) for end in ends)), "")
+
+
+def _value_problem(trial: TrialConfig, field: str, value: Any) -> str:
+    try:
+        trial_with(trial, {field: value})
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _field_type(field: str) -> Any:
+    """The annotation of a trial's dotted field; None where there is no such field."""
+    if field not in trial_fields():
+        return None
+    kind: Any = TrialConfig
+    for part in field.split("."):
+        kind = kind.model_fields[part].annotation
+    return kind
+
+
+def _options(kind: Any) -> list[Any]:
+    """The types of `Annotated[int, ...] | None`, without what annotates them."""
+    if get_origin(kind) is Annotated:
+        return _options(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [option for part in get_args(kind) for option in _options(part)]
+    return [kind]
 
 
 def _describe(
@@ -194,8 +246,8 @@ def _describe(
         path = _written_path(detail["loc"], content, detail["type"])
         field = ".".join(map(str, path)) or "the file"
         message = _rule(detail, path, model)
-        place = f"{_place(name, lines, path)}: " if name else ""
-        mistakes[(lines.get(path, 0), field, message)] = f"{place}{field}: {message}"
+        text = f"{_place(name, lines, path)}{field}: {message}"
+        mistakes[(lines.get(path, 0), field, message)] = text
     return [text for _, text in sorted(mistakes.items(), key=lambda item: item[0][0])]
 
 
@@ -226,9 +278,10 @@ def _written_path(loc: tuple[Any, ...], content: Any, kind: str) -> FieldPath:
 
 
 def _place(name: str, lines: dict[FieldPath, int], path: FieldPath) -> str:
+    """`file:line: `; nothing for what was not written in a file."""
     while path not in lines and path:
         path = path[:-1]
-    return f"{name}:{lines.get(path, 1)}"
+    return f"{name}:{lines.get(path, 1)}: " if name else ""
 
 
 def _siblings(path: FieldPath, model: type[BaseModel]) -> list[str]:

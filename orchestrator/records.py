@@ -7,7 +7,7 @@ Times are Unix seconds.
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
-from orchestrator.config import EvaluationConfig, Scalar, TrialConfig
+from orchestrator.config import Choice, EvaluationConfig, TrialConfig
 
 Device = Literal["cpu", "cuda"]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -31,7 +31,7 @@ class TrialSpec:
     """One point of the search space."""
 
     number: int
-    params: dict[str, Scalar]
+    params: dict[str, Choice]
     """The searched fields alone, dotted."""
     config: TrialConfig
 
@@ -44,7 +44,11 @@ class TrialSpec:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
-        return cls(record["number"], record["params"], TrialConfig.model_validate(record["config"]))
+        params = {
+            name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+            for name, value in record["params"].items()
+        }
+        return cls(record["number"], params, TrialConfig.model_validate(record["config"]))
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class PackReady:
     base_bytes: int
     """Measured bytes of the frozen base at its bit-width."""
     num_base_params: int
+    """Weights of the base, whatever they are packed into."""
     baseline_eval_loss: float
     """The base's own loss on the held-out examples, without any adapter."""
     load_s: float

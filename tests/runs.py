@@ -67,7 +67,9 @@ def make_run(
     """A sweep over `params`; each trial not in `failed` or `unfinished` has a result."""
     config = config or make_config()
     versions = {"orchestrator": "0.1.0", "torch": "2.13.0"}
-    store = RunStore.create(folder, SweepRecord(run_id, BEGAN, config, "cpu", "bfloat16", versions))
+    store = RunStore.create(
+        folder, SweepRecord(run_id, BEGAN, config, "cpu", "bfloat16", "ray", versions)
+    )
     store.write("base_model", asdict(base))
     store.write("data", {role: str(_manifest(folder, role)) for role in ROLES})
     store.write("plan", {"packs": [{"title": "4-bit nf4", "slots": 2}]})

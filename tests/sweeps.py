@@ -35,7 +35,7 @@ def sweep_config(**changes: Any) -> SweepConfig:
 
 
 def make_store(folder: Path, config: SweepConfig) -> RunStore:
-    record = SweepRecord(folder.name, time.time(), config, "cpu", "float32", {})
+    record = SweepRecord(folder.name, time.time(), config, "cpu", "float32", "in_process", {})
     return RunStore.create(folder, record)
 
 
@@ -50,7 +50,7 @@ def make_controller(
     def next_trial(known: Sequence[TrialSpec], results: Sequence[TrialResult]) -> TrialSpec | None:
         if len(known) >= num_trials(config.search):
             return None
-        return ask(config, "cpu", known, results)
+        return ask(config, known, results)
 
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(number, plan)

@@ -1,32 +1,23 @@
 """Combinations that cannot work, refused before any GPU is taken.
 
-In: a TrialConfig and the device. Out: a list of Problems, empty when the trial can run. Pure.
+In: a TrialConfig. Out: a list of messages, empty when the trial can run. Pure.
 Each rule names the fields, the reason and its source; versions are those of constraints.txt.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from orchestrator.config import QuantConfig, TrialConfig
 
-
-@dataclass(frozen=True)
-class Problem:
-    rule: str
-    message: str
-    """Names both fields, their values and what to do."""
+# All that the rules read. Combinations that are equal in these have the same problems.
+RULED_FIELDS = ("quant.", "strategy.", "schedule.", "steps", "batch_size", "micro_batch_size")
 
 
-def problems(trial: TrialConfig, device: str) -> list[Problem]:
-    """`device` is cpu or cuda."""
-    return [
-        Problem(rule.__name__.lstrip("_"), message)
-        for rule in RULES
-        for message in rule(trial, device)
-    ]
+def problems(trial: TrialConfig) -> list[str]:
+    """Each names the fields, their values and what to do."""
+    return [message for rule in RULES for message in rule(trial)]
 
 
-def _micro_batch_divides_batch(trial: TrialConfig, device: str) -> Iterator[str]:
+def _micro_batch_divides_batch(trial: TrialConfig) -> Iterator[str]:
     micro = trial.micro_batch_size
     if micro is not None and trial.batch_size % micro:
         yield (
@@ -35,7 +26,7 @@ def _micro_batch_divides_batch(trial: TrialConfig, device: str) -> Iterator[str]
         )
 
 
-def _warmup_is_shorter_than_training(trial: TrialConfig, device: str) -> Iterator[str]:
+def _warmup_is_shorter_than_training(trial: TrialConfig) -> Iterator[str]:
     if trial.schedule.warmup_steps >= trial.steps:
         yield (
             "schedule.warmup_steps must be less than steps, but got "
@@ -43,7 +34,7 @@ def _warmup_is_shorter_than_training(trial: TrialConfig, device: str) -> Iterato
         )
 
 
-def _four_bit_fields_need_four_bits(trial: TrialConfig, device: str) -> Iterator[str]:
+def _four_bit_fields_need_four_bits(trial: TrialConfig) -> Iterator[str]:
     quant = trial.quant
     if quant.bit_width != 4 and quant.quant_type != QuantConfig().quant_type:
         yield (
@@ -52,7 +43,7 @@ def _four_bit_fields_need_four_bits(trial: TrialConfig, device: str) -> Iterator
         )
 
 
-def _zero_has_a_stage(trial: TrialConfig, device: str) -> Iterator[str]:
+def _zero_has_a_stage(trial: TrialConfig) -> Iterator[str]:
     strategy = trial.strategy
     if strategy.kind == "zero" and strategy.stage is None:
         yield "strategy.kind: zero needs strategy.stage: 1, 2 or 3"
@@ -67,7 +58,7 @@ def _zero_has_a_stage(trial: TrialConfig, device: str) -> Iterator[str]:
         )
 
 
-def _parameter_offload_needs_stage_3(trial: TrialConfig, device: str) -> Iterator[str]:
+def _parameter_offload_needs_stage_3(trial: TrialConfig) -> Iterator[str]:
     # DeepSpeed keeps parameters whole below stage 3 (deepspeed.ai, ZeRO configuration).
     strategy = trial.strategy
     if strategy.kind == "zero" and strategy.offload_params != "none" and strategy.stage != 3:
@@ -77,7 +68,7 @@ def _parameter_offload_needs_stage_3(trial: TrialConfig, device: str) -> Iterato
         )
 
 
-def _int8_weights_cannot_be_offloaded(trial: TrialConfig, device: str) -> Iterator[str]:
+def _int8_weights_cannot_be_offloaded(trial: TrialConfig) -> Iterator[str]:
     # bitsandbytes 0.50 keeps a second reference to int8 weights (Linear8bitLt.state.CB), so they
     # stay on the GPU whatever DeepSpeed does: it would train, and save no memory.
     if trial.strategy.offload_params != "none" and trial.quant.bit_width == 8:
@@ -88,7 +79,7 @@ def _int8_weights_cannot_be_offloaded(trial: TrialConfig, device: str) -> Iterat
         )
 
 
-RULES: tuple[Callable[[TrialConfig, str], Iterator[str]], ...] = (
+RULES: tuple[Callable[[TrialConfig], Iterator[str]], ...] = (
     _micro_batch_divides_batch,
     _warmup_is_shorter_than_training,
     _four_bit_fields_need_four_bits,

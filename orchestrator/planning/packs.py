@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config import TrialConfig
-from orchestrator.files import record_digest
 from orchestrator.records import TrialSpec
 
 # On a CPU, K slots on one base gave 1.7 to 2.0 times the tokens per CPU-second at K = 4 to 8 and
@@ -33,10 +32,6 @@ class PackKey:
         quant = dict(self.quant)
         name = f"{quant['bit_width']}-bit"
         return f"{name} {quant['quant_type']}" if quant["bit_width"] == 4 else name
-
-    @property
-    def digest(self) -> str:
-        return record_digest([self.quant, self.strategy, self.micro_batch_size, self.alone])[:12]
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,28 @@
 """The search space and its trials: which points are asked for, over Optuna's ask/tell.
 
-In: the concrete trial, SearchConfig, and the finished trials so far. Out: TrialSpecs. `ask` is a
-function of its arguments: the Optuna study is rebuilt from the run folder's records each time, so a
-resumed sweep asks what an undisturbed one would have asked. Optuna is imported only for sampling.
+In: a SweepConfig, and the trials so far. Out: TrialSpecs, or a ConfigError that lists what cannot
+work. `ask` is a function of its arguments: the Optuna study is rebuilt from the run folder's
+records each time, so a resumed sweep asks what an undisturbed one would have asked. Optuna is
+imported only for sampling.
 """
 
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.config import RangeConfig, Scalar, SearchConfig, SweepConfig, TrialConfig
+from orchestrator.config import (
+    Choice,
+    RangeConfig,
+    Scalar,
+    SearchConfig,
+    SweepConfig,
+    TrialConfig,
+)
 from orchestrator.errors import ConfigError
 from orchestrator.loading import trial_with
-from orchestrator.planning.compatibility import problems
+from orchestrator.planning.compatibility import RULED_FIELDS, problems
 from orchestrator.records import TrialResult, TrialSpec
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 
 # Optuna's default for TPE: this many trials are drawn at random before the model is used.
 TPE_STARTUP_TRIALS = 10
+MAX_LISTED_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -49,56 +59,121 @@ def first_batch(search: SearchConfig) -> int:
     return min(total, TPE_STARTUP_TRIALS) if search.sampler == "tpe" else total
 
 
+def check_space(config: SweepConfig) -> None:
+    """Refuse a grid with combinations that cannot work, and a sampler that can only draw such.
+
+    Raises:
+        ConfigError: lists the problems of every refused trial.
+    """
+    refused = _refused_of_grid if config.search.sampler == "grid" else _refused_of_sampler
+    lines = (f"{name}: {problem}" for name, found in refused(config) for problem in found)
+    listed = list(itertools.islice(lines, MAX_LISTED_PROBLEMS))
+    more = sum(1 for _ in lines)
+    if more:
+        listed.append(f"and {more} more")
+    if listed:
+        raise ConfigError("\n".join(listed))
+
+
 def ask(
-    config: SweepConfig, device: str, known: Sequence[TrialSpec], results: Sequence[TrialResult]
+    config: SweepConfig, known: Sequence[TrialSpec], results: Sequence[TrialResult]
 ) -> TrialSpec:
     """The next trial, given all trials asked so far and those that are over.
 
+    A sampler may draw a combination that cannot work: see `problems` of its config.
+
     Raises:
-        ConfigError: the combination is not valid or cannot work on this device.
+        ConfigError: a value of the space is not allowed.
     """
-    number = len(known)
     params = SAMPLERS[config.search.sampler](config.search, known, results)
-    trial = trial_with(config.trial, params)
-    found = problems(trial, device)
-    if found:
-        combination = ", ".join(f"{name}={value}" for name, value in params.items())
-        place = f"trial {number} ({combination})" if params else "trial"
-        raise ConfigError("\n".join(f"{place}: {problem.message}" for problem in found))
-    return TrialSpec(number, params, trial)
+    return TrialSpec(len(known), params, trial_with(config.trial, params))
 
 
 def bounds(trial: TrialConfig, search: SearchConfig) -> Bounds:
     ranks = search.space.get("adapter.rank", (trial.adapter.rank,))
-    highest = ranks.high if isinstance(ranks, RangeConfig) else max(int(rank) for rank in ranks)
-    return Bounds(int(highest), trial.adapter.target_modules)
+    highest = (
+        ranks.high
+        if isinstance(ranks, RangeConfig)
+        else max(rank for rank in ranks if isinstance(rank, int))
+    )
+    return Bounds(int(highest), _target_modules(trial, search))
+
+
+def _target_modules(
+    trial: TrialConfig, search: SearchConfig
+) -> tuple[str, ...] | Literal["all-linear"]:
+    choices = search.space.get("adapter.target_modules", (trial.adapter.target_modules,))
+    assert isinstance(choices, tuple)
+    if "all-linear" in choices:
+        return "all-linear"
+    names = (name for choice in choices if isinstance(choice, tuple) for name in choice)
+    return tuple(dict.fromkeys(names))
+
+
+def _refused_of_grid(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
+    """The trials that the rules refuse, by title."""
+    found: dict[str, list[str]] = {}
+    for number, params in enumerate(_grid_points(config.search)):
+        # A big grid varies few fields that a rule reads: each combination of those is tried once.
+        ruled = {name: value for name, value in params.items() if name.startswith(RULED_FIELDS)}
+        key = repr(ruled)
+        if key not in found:
+            found[key] = problems(trial_with(config.trial, ruled))
+        if found[key]:
+            yield _title(number, params), found[key]
+
+
+def _refused_of_sampler(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
+    """The trials of the first batch, if the rules refuse all of them."""
+    known: list[TrialSpec] = []
+    refused = []
+    while len(known) < first_batch(config.search):
+        trial = ask(config, known, [])
+        found = problems(trial.config)
+        if not found:
+            return
+        known.append(trial)
+        refused.append((_title(trial.number, trial.params), found))
+    yield from refused
+
+
+def _title(number: int, params: Mapping[str, Choice]) -> str:
+    combination = ", ".join(f"{name}={_written(value)}" for name, value in params.items())
+    return f"trial {number} ({combination})" if params else "trial"
+
+
+def _written(value: Choice) -> str:
+    return f"[{', '.join(value)}]" if isinstance(value, list | tuple) else str(value)
 
 
 def _grid(
     search: SearchConfig, known: Sequence[TrialSpec], results: Sequence[TrialResult]
-) -> dict[str, Scalar]:
+) -> dict[str, Choice]:
+    return next(itertools.islice(_grid_points(search), len(known), None))
+
+
+def _grid_points(search: SearchConfig) -> Iterator[dict[str, Choice]]:
     # Bit-width is the slowest to change: a worker keeps its base model while it goes on.
     names = sorted(search.space, key=lambda name: name != "quant.bit_width")
     lists = [values for name in names if isinstance(values := search.space[name], tuple)]
-    point = next(itertools.islice(itertools.product(*lists), len(known), None))
-    return dict(zip(names, point, strict=True))
+    for point in itertools.islice(itertools.product(*lists), num_trials(search)):
+        yield dict(zip(names, point, strict=True))
 
 
 def _random(
     search: SearchConfig, known: Sequence[TrialSpec], results: Sequence[TrialResult]
-) -> dict[str, Scalar]:
+) -> dict[str, Choice]:
     import optuna
 
     # One sampler per trial number, so that the n-th trial does not depend on how many were asked
-    # by this process.
-    return _optuna_params(
-        search, optuna.samplers.RandomSampler(seed=search.seed + len(known)), known, results
-    )
+    # by this process. It looks at no earlier trial, and adding a thousand to a study takes long.
+    sampler = optuna.samplers.RandomSampler(seed=search.seed + len(known))
+    return _optuna_params(search, sampler, [], [])
 
 
 def _tpe(
     search: SearchConfig, known: Sequence[TrialSpec], results: Sequence[TrialResult]
-) -> dict[str, Scalar]:
+) -> dict[str, Choice]:
     import optuna
 
     sampler = optuna.samplers.TPESampler(
@@ -112,7 +187,7 @@ def _optuna_params(
     sampler: "optuna.samplers.BaseSampler",
     known: Sequence[TrialSpec],
     results: Sequence[TrialResult],
-) -> dict[str, Scalar]:
+) -> dict[str, Choice]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -121,14 +196,15 @@ def _optuna_params(
     by_number = {result.number: result for result in results}
     for spec in known:
         study.add_trial(_frozen(spec, by_number.get(spec.number), distributions))
-    return dict(study.ask(distributions).params)
+    drawn = study.ask(distributions).params
+    return {name: _decoded(value, search.space[name]) for name, value in drawn.items()}
 
 
-def _distribution(values: tuple[Scalar, ...] | RangeConfig) -> Any:
+def _distribution(values: tuple[Choice, ...] | RangeConfig) -> Any:
     import optuna
 
     if not isinstance(values, RangeConfig):
-        return optuna.distributions.CategoricalDistribution(list(values))
+        return optuna.distributions.CategoricalDistribution([_encoded(value) for value in values])
     if values.integer:
         return optuna.distributions.IntDistribution(
             int(values.low), int(values.high), log=values.log
@@ -146,8 +222,21 @@ def _frozen(spec: TrialSpec, result: TrialResult | None, distributions: dict[str
     else:
         state, value = optuna.trial.TrialState.FAIL, None
     return optuna.trial.create_trial(
-        params=dict(spec.params), distributions=distributions, state=state, value=value
+        params={name: _encoded(value) for name, value in spec.params.items()},
+        distributions=distributions,
+        state=state,
+        value=value,
     )
+
+
+def _encoded(choice: Choice) -> Scalar:
+    """Optuna's categories are scalars: a list of names, which JSON gives back, becomes text."""
+    return json.dumps(choice) if isinstance(choice, list | tuple) else choice
+
+
+def _decoded(value: Scalar, values: tuple[Choice, ...] | RangeConfig) -> Choice:
+    lists = () if isinstance(values, RangeConfig) else (c for c in values if isinstance(c, tuple))
+    return next((choice for choice in lists if _encoded(choice) == value), value)
 
 
 SAMPLERS = {"grid": _grid, "random": _random, "tpe": _tpe}

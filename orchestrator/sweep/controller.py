@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.errors import RunFolderError
+from orchestrator.errors import DiskFull
+from orchestrator.planning.compatibility import problems
 from orchestrator.planning.packs import PackKey, PackPlan, pack_key, preview_packs
 from orchestrator.records import (
     Assign,
@@ -100,7 +101,7 @@ class Controller:
         """Train until every trial is over; False if it was asked to stop before that.
 
         Raises:
-            RunFolderError: the disk is full.
+            DiskFull: a worker could not write.
         """
         self._decided("start", "sweep", f"{len(self._results)} trials are over already")
         self._ask_for_trials()
@@ -123,6 +124,8 @@ class Controller:
         while trial := self._ask(list(self._trials.values()), list(self._results.values())):
             self._store.add_trial(trial)
             self._trials[trial.number] = trial
+            if found := problems(trial.config):
+                self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
 
     def _write_plan(self) -> None:
         """The packs that this start of the sweep begins with; what follows is in the decisions."""
@@ -227,9 +230,12 @@ class Controller:
 
     def _lost(self, pack: _Pack, event: PackLost) -> None:
         if event.reason == "disk_full":
-            raise RunFolderError(f"the disk is full: {event.message}")
+            raise DiskFull(f"the disk is full: {event.message}")
         trials = dict(pack.attempts)
-        if not pack.ready:  # it never loaded: whatever waits for this base shares its fate
+        others = any(other.key == pack.key for other in self._packs.values())
+        if not pack.ready and not others:
+            # The base could not be loaded anywhere: whatever waits for it shares the loss. With
+            # another pack of its kind at work, the machine was at fault, and the trials wait on.
             key_waits = [t for t in self._view().waiting if pack_key(t.config) == pack.key]
             trials |= {trial.number: 0 for trial in key_waits}
         for trial, attempt in trials.items():
@@ -260,16 +266,19 @@ class Controller:
 
     def _end(self, result: TrialResult) -> None:
         self._store.finish_trial(result)
+        self._store.drop_checkpoints(result.number)
         self._results[result.number] = result
         reason = result.message or f"held-out loss {result.eval_loss:.4f}"
         self._decided("end_trial", f"trial {result.number}", f"{result.state}: {reason}")
 
     def _give_up_leaving(self) -> None:
-        if self._stop_at is not None and time.monotonic() > self._stop_at:
-            log.warning("packs did not leave within %s s: ending them", LEAVE_TIMEOUT_S)
-            for number in list(self._packs):
+        if self._stop_at is None or time.monotonic() < self._stop_at:
+            return
+        for number, pack in list(self._packs.items()):
+            if not pack.idle:  # one that has answered is about to be told to save and leave
+                log.warning("pack %s did not answer within %s s", number, LEAVE_TIMEOUT_S)
                 self._executor.stop_pack(number)
-            self._packs.clear()
+                del self._packs[number]
 
     def _decided(self, action: str, subject: str, reason: str) -> None:
         log.info("%s: %s: %s", subject, action, reason)

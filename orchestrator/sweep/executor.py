@@ -106,6 +106,6 @@ def _lost(pack: int, error: Exception) -> PackLost:
             pack,
             "out_of_memory",
             f"{error}: lower trial.micro_batch_size, data.block_length or "
-            "resources.slots_per_pack, or set trial.gradient_checkpointing: true",
+            "resources.slots_per_pack, or set trial.gradient_checkpointing: true, in a new sweep",
         )
     return PackLost(pack, "raised", f"{type(error).__name__}: {error}")

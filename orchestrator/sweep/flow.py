@@ -17,7 +17,7 @@ from orchestrator.data.manifest import load_manifest, manifest_path
 from orchestrator.data.prepare import PreparedData, RunTasks, prepare
 from orchestrator.errors import TrialFailed
 from orchestrator.files import cache_dir
-from orchestrator.planning.packs import PackPlan
+from orchestrator.planning.packs import MAX_AUTO_SLOTS, PackPlan
 from orchestrator.records import (
     BaseModel,
     ComputeDtype,
@@ -123,10 +123,10 @@ def _train(
     def next_trial(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
         if len(known) >= num_trials(config.search):
             return None
-        slots = services.num_workers * (config.resources.slots_per_pack or 1)
+        slots = services.num_workers * (config.resources.slots_per_pack or MAX_AUTO_SLOTS)
         if len(known) >= first_batch(config.search) and len(known) - len(results) >= slots:
             return None  # a sampler that learns waits for results
-        return ask(config, store.sweep.device, known, results)
+        return ask(config, known, results)
 
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(store, base, data, number, plan)

@@ -89,6 +89,8 @@ def _fill(pack: PackView, waiting: dict[PackKey, list[TrialSpec]]) -> list[Actio
     queue = waiting.get(pack.key, [])
     free = pack.num_slots - pack.occupied
     taken, waiting[pack.key] = queue[:free], queue[free:]
+    if not pack.ready and not taken:
+        return [AbandonPack(pack.number, f"no trial waits for a {pack.key.title} base any more")]
     if not pack.idle:
         return []  # loading or training: the trials it will take are spoken for
     if not taken and not pack.occupied:

@@ -9,14 +9,17 @@
     trials/007/attempts/2/     what attempt 2 wrote: checkpoints, adapter, evaluation.json
     trials/007/result.json     final; when it is there, the trial is over
     winner.json registration.json report.html
+    done.json                  written last: nothing is left to do
 
 One process owns the folder at a time, by a lock that dies with it. Writes are atomic.
 """
 
+import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,6 @@ from orchestrator.files import (
     append_json_line,
     read_json,
     read_json_lines,
-    record_digest,
     write_json,
 )
 from orchestrator.records import Decision, Evaluated, Progress, TrialResult, TrialSpec
@@ -44,6 +46,8 @@ class SweepRecord:
     config: SweepConfig
     device: str
     compute_dtype: str
+    backend: str
+    """What runs the packs: ray | in_process."""
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -53,6 +57,7 @@ class SweepRecord:
             "config": self.config.model_dump(mode="json"),
             "device": self.device,
             "compute_dtype": self.compute_dtype,
+            "backend": self.backend,
             "versions": self.versions,
         }
 
@@ -90,6 +95,15 @@ class RunStore:
     def sweep(self) -> SweepRecord:
         record = read_json(self._path("sweep.json"))
         return SweepRecord(**{**record, "config": SweepConfig.model_validate(record["config"])})
+
+    def change_config(self, config: SweepConfig) -> None:
+        """Raises RunFolderError if it differs in a field that decides what is trained."""
+        if differences := config_differences(self.sweep.config, config):
+            raise RunFolderError(
+                f"a resume may change {', '.join(RESUMABLE_FIELDS)} only, but got "
+                f"{'; '.join(differences)}: start a new sweep for that"
+            )
+        write_json(self._path("sweep.json"), replace(self.sweep, config=config).to_json())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -150,6 +164,11 @@ class RunStore:
             reverse=True,
         )
 
+    def drop_checkpoints(self, number: int) -> None:
+        """A trial that is over needs them no more; each holds a row and its optimizer states."""
+        for folder in self.trial_dir(number).glob("attempts/*/checkpoint-*"):
+            shutil.rmtree(folder)
+
     def _attempts(self, number: int) -> list[int]:
         return [int(path.name) for path in self.trial_dir(number).glob("attempts/*")]
 
@@ -176,7 +195,8 @@ class RunStore:
 
 
 def new_run_id(name: str, now: float) -> str:
-    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+    """Unique also for two starts in one second and for two folders of one name."""
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(2)}"
 
 
 def config_differences(old: SweepConfig, new: SweepConfig) -> list[str]:
@@ -189,10 +209,6 @@ def config_differences(old: SweepConfig, new: SweepConfig) -> list[str]:
         for name in names
         if before.get(name) != after.get(name)
     ]
-
-
-def config_digest(config: SweepConfig) -> str:
-    return record_digest(config.model_dump(mode="json", exclude=set(RESUMABLE_FIELDS)))
 
 
 def _why_not_empty(store: RunStore, config: SweepConfig) -> str:

@@ -139,6 +139,9 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def without_password(uri: str) -> str:
     """The URI as it may be shown and written down."""
+    uri = re.sub(r"([?&](?:password|passwd|pwd)=)[^&]*", r"\1***", uri, flags=re.IGNORECASE)
+    # A database's password may hold slashes.
+    uri = re.sub(r"^((?!https?:)[A-Za-z][\w+.-]*://)[^:/@]*:[^@]+@", r"\1", uri)
     return re.sub(r"^([A-Za-z][\w+.-]*://)[^/]*@", r"\1", uri)
 
 

@@ -6,7 +6,7 @@ In: a RunStore. Out: SummaryRow records, the best first. Pure; imports neither m
 import math
 from typing import Any, TypedDict
 
-from orchestrator.config import Scalar
+from orchestrator.config import Choice
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.translation import (
@@ -29,7 +29,7 @@ class SummaryRow(TypedDict):
     reason: str
     """Why it failed."""
     winner: bool
-    params: dict[str, Scalar]
+    params: dict[str, Choice]
     """The searched fields, by their short names."""
     rank: int
     bit_width: int

@@ -4,6 +4,8 @@ In: a BaseModel record and a QuantConfig. Out: a model whose base parameters are
 and its output head. This is the one place where `bit_width` becomes a library's own words.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,18 @@ from orchestrator.training.model_source import local_folder
 from orchestrator.training.quiet import quiet_libraries
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+PROBE_TOKENS = 8
+# Largest change that a document's hidden states may take from its neighbour's. Measured on some
+# forty families on a CPU (transformers 5.23): dense ones that keep documents apart change by
+# exactly 0, for both passes have the same shapes; mixtures of experts by 1e-7 in float32. Those
+# that leak change by 1e-3 to 1.4 with random weights, which leak least (only Falcon-H1 by less than
+# 1e-2). SmolLM2's own weights leak 0.5 where positions do not start again.
+MAX_LEAK = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+# Rounding makes 1e-3 in bfloat16 (Gemma 2's capping); leaving out Cohere's factor of 1/16 makes 15.
+MAX_LOGITS_ERROR = 1e-2
+# Uniform noise on a router's input. PhiMoE's router_jitter_noise is none: it counts in eval mode.
+JITTER = frozenset({"jitter_noise", "input_jitter_noise", "moe_jitter_eps"})
 
 
 @dataclass(frozen=True)
@@ -55,25 +69,28 @@ def load_base_model(
     """`quant.compute_dtype` must be concrete.
 
     Raises:
-        BaseModelError: the folder holds no causal language model that transformers can load.
+        BaseModelError: the folder holds no causal language model that transformers can load, or one
+            of a family that cannot be trained on packed documents.
     """
     folder = local_folder(base)
     try:
         with quiet_libraries():
             from transformers import AutoModelForCausalLM
 
+            # No attn_implementation: SDPA where the class supports it, else its eager attention.
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[quant.compute_dtype],
                 quantization_config=_quantization_config(quant, strategy),
                 device_map={"": _first_place(quant, device, strategy)},
-                attn_implementation="sdpa",
                 trust_remote_code=base.trust_remote_code,
                 local_files_only=True,
             )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"{base.source}: transformers cannot load it: {error}") from error
-    return _prepare(model, device)
+    loaded = _prepare(model, device)
+    _check_family(loaded)
+    return loaded
 
 
 def _prepare(model: nn.Module, device: Device) -> LoadedBase:
@@ -84,10 +101,90 @@ def _prepare(model: nn.Module, device: Device) -> LoadedBase:
         # constants, and the way back loses more (bitsandbytes 0.50.2): loss 15.36 -> 19.06.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    _remove_randomness(model)
     model.train()
     num_params = sum(_num_values(parameter) for parameter in model.parameters())
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     return LoadedBase(model, num_params, _num_bytes(model), place)
+
+
+def _remove_randomness(model: nn.Module) -> None:
+    """The base's own dropout draws from the process's generator: a trial in a pack would not be the
+    trial alone, nor a resumed one the undisturbed one. Adapters have their own, which is seeded."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if isinstance(value, float) and ("drop" in name or name in JITTER):
+                    setattr(holder, name, 0.0)
+
+
+@torch.no_grad()
+def _check_family(base: LoadedBase) -> None:
+    """Refuse a model for which `LoadedBase` would compute something else than the model does.
+
+    Runs before ZeRO takes the parameters, so on a CPU where they are offloaded to it.
+    """
+    config: Any = base.model.config
+    family = f"base model family {config.model_type!r}"
+    embeddings = base.model.get_input_embeddings().weight  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(len(embeddings), (3, PROBE_TOKENS), generator=generator)
+    one, other, document = words.to(embeddings.device)
+    position_ids = torch.arange(PROBE_TOKENS, device=embeddings.device).repeat(2)[None]
+    block = torch.cat([one, document])[None]
+    changed = torch.cat([other, document])[None]
+    with _probing(base.model):
+        try:
+            hidden = base.hidden(block, position_ids)
+            hidden_changed = base.hidden(changed, position_ids)
+            logits = base.model(input_ids=block, position_ids=position_ids, use_cache=False).logits
+            own_logits = base.head(hidden)
+        except (AttributeError, TypeError) as error:
+            raise BaseModelError(
+                f"{family}: it does not take position_ids and give hidden states as others do: "
+                f"{error}: choose another base model"
+            ) from error
+    second = slice(PROBE_TOKENS, None)
+    leak = _difference(hidden_changed[0, second], hidden[0, second])
+    if leak > MAX_LEAK.get(hidden.dtype, MAX_LEAK[torch.bfloat16]):
+        raise BaseModelError(
+            f"{family}: documents that share a block are not kept apart (a neighbour changes "
+            f"hidden states by {leak:.2g} of their size): choose another base model, such as "
+            "Llama, Qwen3 or Gemma 3"
+        )
+    error_size = _difference(own_logits[0], logits[0])
+    if error_size > MAX_LOGITS_ERROR:
+        raise BaseModelError(
+            f"{family}: its output head does more than is known here (logits differ by "
+            f"{error_size:.2g} of their size): choose another base model"
+        )
+
+
+@contextmanager
+def _probing(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and each token's result independent of the other tokens under LLM.int8 too."""
+    # Above its threshold, one token's outlier takes that feature out of all tokens' int8 product:
+    # on SmolLM2 a neighbour then changes hidden states by 0.07, without it by 0.
+    states = [module.state for module in model.modules() if hasattr(module, "init_8bit_state")]
+    thresholds = [state.threshold for state in states]  # type: ignore[union-attr]
+    for state in states:
+        state.threshold = 0.0  # type: ignore[union-attr]
+    model.eval()
+    try:
+        with quiet_libraries():
+            yield
+    finally:
+        model.train()
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold  # type: ignore[union-attr]
+
+
+def _difference(changed: Tensor, original: Tensor) -> float:
+    """Of two [n, D]: the largest change of a row, as a part of the row's length."""
+    change = (changed.double() - original.double()).norm(dim=-1)
+    return float((change / original.double().norm(dim=-1).clamp_min(1e-30)).max())
 
 
 def enable_recomputation(model: nn.Module) -> None:

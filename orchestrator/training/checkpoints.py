@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from orchestrator.errors import RunFolderError
@@ -60,19 +61,23 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, config_digest: str, layout: str) -> Checkpoint:
     """Raises RunFolderError if the checkpoint is damaged or of another trial or row layout."""
+    try:
+        return _load(folder, config_digest, layout)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunFolderError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _load(folder: Path, config_digest: str, layout: str) -> Checkpoint:
     from safetensors.torch import load_file
 
-    try:
-        record: dict[str, Any] = read_json(folder / "checkpoint.json")
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{folder} is no checkpoint: {error}") from error
+    record: dict[str, Any] = read_json(folder / "checkpoint.json")
     expected = {"trial_config": config_digest, "layout": record_digest(layout)}
     for name, value in expected.items():
         if record[name] != value:
             raise RunFolderError(f"{folder}: the checkpoint's {name} is another one")
     if file_digest(folder / "state.safetensors") != record["state_digest"]:
         raise RunFolderError(
-            f"{folder}: state.safetensors does not have the digest it was saved with"
+            f"{folder} is damaged: state.safetensors does not have the digest it was saved with"
         )
     content = load_file(folder / "state.safetensors")
     row = content.pop("row")

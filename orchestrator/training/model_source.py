@@ -6,6 +6,11 @@ converted to safetensors once and kept in the cache. Imports no torch until a co
 
 import difflib
 import importlib.util
+import os
+import re
+import shutil
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,20 @@ PACKAGE = "package:"
 GGUF_FORMAT_VERSION = 1  # raise when the conversion changes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+# What cut and overwritten files raised in transformers 5.23 and gguf 0.19, and, of their kind, what
+# a header that contradicts the tensors may.
+GGUF_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+# A conversion takes minutes; one on another machine that shares the cache has no process here.
+STALE_AFTER_S = 3600
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 
 
@@ -34,7 +53,7 @@ def find_source(config: BaseModelConfig) -> Path | None:
 
     Raises:
         BaseModelError: the source looks like a file, folder or package and is not there, or it is
-            a folder without a model or a tokenizer.
+            a folder without a model or a tokenizer, or a file that is no GGUF.
     """
     source = config.source
     if source.startswith(PACKAGE):
@@ -43,6 +62,8 @@ def find_source(config: BaseModelConfig) -> Path | None:
     if path.exists():
         if path.is_dir():
             _check_folder(path)
+        else:
+            _check_file(path)
         return path.absolute()
     if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") > 1:
         raise BaseModelError(f"base_model.source: {source} does not exist{_near(path)}")
@@ -55,7 +76,7 @@ def resolve_base_model(config: BaseModelConfig) -> BaseModel:
     if source is None:
         folder = _download(config.source, config.revision)
         digest = f"commit:{folder.name}"
-    elif source.suffix == ".gguf":
+    elif source.is_file():
         folder = _converted(source)
         digest = _folder_digest(folder)
     else:
@@ -87,6 +108,7 @@ def _package_file(source: str) -> Path:
     path = Path(spec.submodule_search_locations[0]) / name
     if not name or not path.is_file():
         raise BaseModelError(f"base_model.source: package {package} has no file {name!r}")
+    _check_file(path)
     return path
 
 
@@ -99,7 +121,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
             f"base_model.source: {repo_id} is no local folder, and the model hub did not give it: "
-            f"{str(error).splitlines()[0]}"
+            f"{_first_line(error)}"
         ) from error
 
 
@@ -113,22 +135,33 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def _check_file(path: Path) -> None:
+    if path.suffix != ".gguf":
+        raise BaseModelError(
+            f"base_model.source: {path} is a file, but no .gguf: name the folder that holds the "
+            "model's config.json, weights and tokenizer, or a GGUF file"
+        )
+
+
 def _converted(gguf: Path) -> Path:
+    """Dequantised to bf16 safetensors. save_pretrained alone refuses: "not serializable"."""
     key = record_digest({"gguf": file_digest(gguf), "format": GGUF_FORMAT_VERSION})
     folder = cache_dir() / "base_models" / f"{gguf.stem}-{key[:16]}"
     if not folder.exists():
-        with whole_folder(folder) as temporary:
-            _convert(gguf, temporary)
+        _remove_stale(folder.parent)
+        with whole_folder(folder) as temporary, quiet_libraries():
+            for part in _read_gguf(gguf):
+                part.save_pretrained(temporary)
     return folder
 
 
-def _convert(gguf: Path, to: Path) -> None:
-    """Dequantise to bf16 safetensors. save_pretrained alone refuses: "not serializable"."""
-    with quiet_libraries():
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    """The model in bf16, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
         tokenizer = AutoTokenizer.from_pretrained(**place)
         packed = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         config: Any = packed.config
@@ -136,8 +169,32 @@ def _convert(gguf: Path, to: Path) -> None:
             del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(packed.state_dict())
-        model.save_pretrained(to)
-        tokenizer.save_pretrained(to)
+    except GGUF_ERRORS as error:
+        raise BaseModelError(
+            f"base_model.source: {gguf} cannot be read: {_first_line(error)}: fetch the "
+            "file again, or name a model folder if transformers does not know this kind of GGUF"
+        ) from error
+    return model, tokenizer
+
+
+def _remove_stale(cache: Path) -> None:
+    """Remove the temporary folders of conversions that a kill -9 or a power cut ended."""
+    for folder in cache.glob(".*.tmp"):
+        pid = re.search(r"\.(\d+)(-\d+)?\.tmp$", folder.name)
+        if pid is None or _is_alive(int(pid[1])):
+            continue
+        if time.time() - folder.stat().st_mtime > STALE_AFTER_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _folder_digest(folder: Path) -> str:
@@ -155,6 +212,10 @@ def _folder_digest(folder: Path) -> str:
     digest = record_digest([(path.name, file_digest(path)) for path in files])
     write_json(remembered, {"folder": str(folder), "digest": digest})
     return digest
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _near(path: Path) -> str:

@@ -5,6 +5,7 @@ its caller (a Ray actor, or the process itself) hands the events to the sweep's 
 back with the controller's directives. Knows nothing of Ray.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.reader import Batch, BlockReader
 from orchestrator.data.tokenizing import IGNORED
-from orchestrator.errors import TrialFailed
+from orchestrator.errors import BaseModelError, TrialFailed
 from orchestrator.files import write_json
 from orchestrator.records import (
     Assign,
@@ -72,6 +73,11 @@ class PackWorker:
         self.train_reader = BlockReader(load_manifest(Path(spec.train_manifest)))
         self.held_out_reader = BlockReader(load_manifest(Path(spec.held_out_manifest)))
         (baseline,) = self._evaluate([])
+        if not math.isfinite(baseline.loss):
+            raise BaseModelError(
+                f"{spec.base_model.source}: its held-out loss is {baseline.loss}: use another "
+                "quant.compute_dtype or bit_width, or another base model"
+            )
         self.baseline = baseline.loss
         return PackReady(
             spec.pack,
@@ -176,7 +182,6 @@ class PackWorker:
 
     def _after_steps(self, members: Sequence[Slot], stepped: Sequence[Slot]) -> list[Event]:
         events: list[Event] = []
-        finished = [slot for slot in stepped if slot.done]
         every = self.spec.evaluation.every_steps
         due = [slot for slot in stepped if slot.done or (every and slot.step % every == 0)]
         now = time.monotonic()
@@ -184,14 +189,20 @@ class PackWorker:
             self._reported = now
             reporting = [slot for slot in members if self._meters[slot.number].has_news]
             events += [self._progress(slot) for slot in reporting]
-        evaluations = self._evaluate(due) if due else []
-        for slot, evaluation in zip(due, evaluations, strict=True):
-            events.append(self._evaluated(slot, evaluation))
-        for slot in stepped:
+        evaluations: dict[int, Evaluation] = {}  # finite ones, by slot number
+        for slot, evaluation in zip(due, self._evaluate(due) if due else [], strict=True):
+            try:
+                events.append(self._evaluated(slot, evaluation))
+                evaluations[slot.number] = evaluation
+            except TrialFailed as error:
+                events.append(self._stop(slot, error))
+        going_on = [slot for slot in stepped if slot.number in self.slots]
+        for slot in going_on:
             if not slot.done and slot.step % self.spec.checkpoint_every_steps == 0:
                 events.append(self._save(slot))
-        for slot in finished:
-            events.append(self._finish(slot, evaluations[due.index(slot)]))
+        for slot in going_on:
+            if slot.done:
+                events.append(self._finish(slot, evaluations[slot.number]))
         if due:  # an evaluation's time is not training time
             for meter in self._meters.values():
                 meter.started = time.monotonic()
@@ -222,6 +233,13 @@ class PackWorker:
         )
 
     def _evaluated(self, slot: Slot, evaluation: Evaluation) -> Evaluated:
+        """Raises TrialFailed, having written nothing, if the loss is not finite."""
+        if not math.isfinite(evaluation.loss):
+            raise TrialFailed(
+                "loss_not_finite",
+                f"step {slot.step}: held-out loss {evaluation.loss}: lower "
+                "optimizer.learning_rate or raise schedule.warmup_steps",
+            )
         write_json(
             Path(slot.task.attempt_dir) / "evaluation.json",
             evaluation.to_json(self.held_out_reader) | {"step": slot.step},

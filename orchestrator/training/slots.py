@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import AdapterConfig
-from orchestrator.errors import ConfigError
+from orchestrator.errors import BaseModelError, ConfigError
 
 # Views into rows are not dense, and autograd would like dense gradients for them; it adds its own
 # dense result into our view in place, which is what we want.
@@ -208,6 +208,7 @@ def target_names(model: nn.Module, targets: Targets) -> list[str]:
 
     Raises:
         ConfigError: a name in `targets` matches no linear layer.
+        BaseModelError: the model has none at all; GPT-2's are of a class of its own.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [
@@ -215,6 +216,11 @@ def target_names(model: nn.Module, targets: Targets) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     ]
+    if not linear:
+        raise BaseModelError(
+            "the base model has no linear layer that an adapter could be put on: choose another "
+            "base model"
+        )
     if targets != "all-linear":
         for target in targets:
             if not _matching(linear, (target,)):

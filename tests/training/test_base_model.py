@@ -1,3 +1,5 @@
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +92,97 @@ def test_weights_that_are_no_model_are_refused(tmp_path: Path, base_folder: Path
         (tmp_path / name).write_text((base_folder / name).read_text())
     with pytest.raises(BaseModelError, match="cannot load it"):
         load(tmp_path, 16)
+
+
+def test_a_file_that_is_no_gguf_is_refused_with_the_remedy(base_folder: Path) -> None:
+    with pytest.raises(BaseModelError, match="no .gguf: name the folder"):
+        find_source(BaseModelConfig(source=str(base_folder / "config.json")))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "base_models"
+
+
+def make_gguf(path: Path) -> Path:
+    """A Llama of one layer with random weights, and a tokenizer of all bytes."""
+    from gguf import GGUFWriter
+    from tokenizers import pre_tokenizers
+
+    hidden, inner = 32, 64
+    words = ["<|pad|>", "<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(words))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([3, 3] + [1] * (len(words) - 2))
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(1)
+    shapes = {
+        "token_embd": (len(words), hidden),
+        "output_norm": (hidden,),
+        "blk.0.attn_norm": (hidden,),
+        "blk.0.ffn_norm": (hidden,),
+        **{f"blk.0.attn_{part}": (hidden, hidden) for part in ("q", "k", "v", "output")},
+        "blk.0.ffn_gate": (inner, hidden),
+        "blk.0.ffn_up": (inner, hidden),
+        "blk.0.ffn_down": (hidden, inner),
+    }
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_becomes_a_folder_that_loads(tmp_path: Path, cache: Path) -> None:
+    found = resolve_base_model(BaseModelConfig(source=str(make_gguf(tmp_path / "tiny.gguf"))))
+    assert Path(found.folder).parent == cache
+    load(Path(found.folder), 16)
+
+
+@pytest.mark.parametrize(
+    ("end", "patch"),
+    [(0, b""), (100, b""), (-4, b""), (None, b"no gguf"), (None, b"GGUF\x03\0\0\0" + b"\xff" * 8)],
+    ids=["empty", "cut in the header", "cut in the weights", "no magic", "absurd counts"],
+)
+def test_a_broken_gguf_file_is_named_and_leaves_nothing_in_the_cache(
+    tmp_path: Path, cache: Path, end: int | None, patch: bytes
+) -> None:
+    path = make_gguf(tmp_path / "tiny.gguf")
+    content = path.read_bytes()[:end]
+    path.write_bytes(patch + content[len(patch) :])
+    with pytest.raises(BaseModelError, match="tiny.gguf cannot be read: .*fetch the file again"):
+        resolve_base_model(BaseModelConfig(source=str(path)))
+    assert not list(cache.rglob("*"))
+
+
+def test_a_conversion_removes_what_killed_ones_left_and_nothing_else(
+    tmp_path: Path, cache: Path
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    killed, recent, alive = (
+        cache / f".{name}.tmp" for name in (f"x.{ended.pid}", f"y.{ended.pid}", f"z.{os.getppid()}")
+    )
+    for folder in (killed, recent, alive):
+        (folder / "inner").mkdir(parents=True)
+    for folder in (killed, alive):
+        os.utime(folder, (0, 0))
+    resolve_base_model(BaseModelConfig(source=str(make_gguf(tmp_path / "tiny.gguf"))))
+    assert not killed.exists()
+    assert recent.exists()
+    assert alive.exists()

@@ -173,6 +173,22 @@ def test_a_member_that_diverges_harms_nobody(make_spec: MakeSpec, tmp_path: Path
     assert_equal(together[0], alone[0])
 
 
+def test_an_evaluation_that_is_not_finite_stops_its_trial_alone(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    good = trial_config(seed=1)
+    bad = trial_config(seed=2, optimizer__learning_rate=1e20)
+    each_step = make_spec().evaluation.model_copy(update={"every_steps": 1})
+    together, events = train(make_spec(evaluation=each_step), [good, bad], tmp_path / "pack")
+    (stopped,) = [event for event in events if isinstance(event, TrialStopped)]
+    assert (stopped.trial, stopped.reason) == (1, "loss_not_finite")
+    assert "held-out loss" in stopped.message
+    assert "learning_rate" in stopped.message
+    assert not list((tmp_path / "pack" / "1").rglob("*.*"))
+    alone, _ = train(make_spec(num_slots=1), [good], tmp_path / "alone")
+    assert_equal(together[0], alone[0])
+
+
 @pytest.mark.parametrize("bit_width", [4, 8, 16])
 def test_training_lowers_the_held_out_loss_at_every_bit_width(
     make_spec: MakeSpec, tmp_path: Path, bit_width: int

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from orchestrator.config import AdapterConfig, OptimizerConfig, ScheduleConfig
-from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.errors import BaseModelError, ConfigError, RunFolderError
 from orchestrator.training import loss as loss_module
 from orchestrator.training.checkpoints import (
     Checkpoint,
@@ -125,6 +125,11 @@ def test_a_target_that_matches_no_layer_is_refused_with_the_names_that_exist() -
         Slots(small_model(), ("first", "thrid"), 1, 4, "cpu")
 
 
+def test_a_model_without_any_linear_layer_is_refused_with_the_remedy() -> None:
+    with pytest.raises(BaseModelError, match="no linear layer.*another base model"):
+        Slots(nn.ModuleDict({"norm": nn.LayerNorm(4)}), "all-linear", 1, 4, "cpu")
+
+
 def checkpoint(step: int) -> Checkpoint:
     return Checkpoint(step, 10 * step, 1.0, torch.full((8,), float(step)), ({}, {}))
 
@@ -138,6 +143,29 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
     assert found.step == 1
     assert len(refused) == 1
     assert "damaged" in refused[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.safetensors", None),
+        ("checkpoint.json", None),
+        ("checkpoint.json", "{"),
+        ("checkpoint.json", "{}"),
+        ("checkpoint.json", "[]"),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_is_passed_over_as_damaged(
+    tmp_path: Path, name: str, content: str | None
+) -> None:
+    folders = [save_checkpoint(tmp_path, checkpoint(step), "c", "l") for step in (1, 2)]
+    (folders[1] / name).unlink()
+    if content is not None:
+        (folders[1] / name).write_text(content)
+    found, (reason,) = latest_checkpoint(folders[::-1], "c", "l")
+    assert found is not None
+    assert found.step == 1
+    assert reason.startswith(f"{folders[1]} is damaged: ")
 
 
 def test_a_checkpoint_of_another_trial_is_refused(tmp_path: Path) -> None:

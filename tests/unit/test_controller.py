@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import RunFolderError
-from orchestrator.records import Event
+from orchestrator.errors import DiskFull
+from orchestrator.planning.packs import pack_key
+from orchestrator.records import Event, PackLost, PackSpec, TrialSpec
 from orchestrator.sweep.executor import InProcessExecutor
+from orchestrator.sweep.policy import AbandonPack, PackView, SweepView, decide
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
 from orchestrator.sweep.simulated import SimulatedWorker
@@ -67,7 +69,7 @@ def test_a_base_that_cannot_be_loaded_fails_all_trials_that_wait_for_it(tmp_path
 def test_a_full_disk_stops_the_sweep_and_fails_no_trial(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
     factory = partial(SimulatedWorker, faults={1: "disk_full"})
-    with pytest.raises(RunFolderError, match="disk is full"):
+    with pytest.raises(DiskFull, match="disk is full"):
         make_controller(store, InProcessExecutor(factory)).run()
     assert store.results == []
 
@@ -100,3 +102,44 @@ def test_finished_trials_are_not_trained_again_on_resume(tmp_path: Path) -> None
     before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("result.json")}
     make_controller(store, InProcessExecutor(SimulatedWorker)).run()
     assert {path: path.stat().st_mtime_ns for path in store.folder.rglob("result.json")} == before
+
+
+def test_a_pack_that_never_loads_does_not_outlive_the_last_trial() -> None:
+    trial = sweep_config().trial
+    loading = PackView(0, pack_key(trial), 2, occupied=0, ready=False, idle=False)
+    assert decide(SweepView((), (loading,), 2, None)) == [AbandonPack(0)]
+    assert decide(SweepView((TrialSpec(0, {}, trial),), (loading,), 1, None)) == []
+
+
+class LosesOneLoad(InProcessExecutor):
+    """The first pack is lost while it loads; the machine was at fault."""
+
+    def start_pack(self, spec: PackSpec) -> None:
+        super().start_pack(spec)
+        if spec.pack == 0:
+            self._due[0] = lambda: [PackLost(0, "worker_lost", "the node is gone")]
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_workers_lost_while_loading_fail_no_trial(tmp_path: Path, num_workers: int) -> None:
+    config = sweep_config(search__space={"adapter.rank": [1, 2, 3, 4]})
+    store = make_store(tmp_path / "run", config)
+    assert make_controller(store, LosesOneLoad(SimulatedWorker), num_workers).run()
+    assert finished(store) == [0, 1, 2, 3]
+
+
+def test_a_point_that_cannot_work_is_a_failed_trial_and_ends_nothing(tmp_path: Path) -> None:
+    config = sweep_config(search__space={"schedule.warmup_steps": [0, 6]})
+    store = make_store(tmp_path / "run", config)
+    assert make_controller(store, InProcessExecutor(SimulatedWorker)).run()
+    assert [(result.state, result.reason) for result in store.results] == [
+        ("finished", ""),
+        ("failed", "not_valid"),
+    ]
+    assert "warmup_steps" in store.results[1].message
+
+
+def test_checkpoints_of_finished_trials_are_removed(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    make_controller(store, InProcessExecutor(SimulatedWorker)).run()
+    assert list(store.folder.rglob("checkpoint-*")) == []

@@ -3,9 +3,13 @@ from pathlib import Path
 
 import pytest
 
+from jobs import dry_run
 from jobs.cli import app
 from jobs.reference import render_reference
+from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.loading import load_config
+from orchestrator.planning.capacity import Node
+from tests.sweeps import make_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,6 +17,10 @@ ROOT = Path(__file__).parents[2]
 def test_the_reference_is_the_schema() -> None:
     text = (ROOT / "docs" / "reference.md").read_text()
     assert text == render_reference(), "run `orchestrator schema --markdown > docs/reference.md`"
+
+
+def test_every_field_of_the_reference_has_a_meaning() -> None:
+    assert [line for line in render_reference().splitlines() if line.endswith("|  |")] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")))
@@ -33,3 +41,71 @@ def test_the_guide_names_every_command() -> None:
     for command in app.registered_commands:
         assert command.callback is not None
         assert f"orchestrator {command.callback.__name__}" in guide
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dry_run, "this_machine", lambda: Node(2, 0))
+    (tmp_path / "base").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "base" / name).write_text("{}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        f"name: t\nbase_model: {{source: {tmp_path}/base}}\ndata: {{train: {rows}}}\n"
+        "search: {space: {adapter.rank: [4, 8]}}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("resources.num_workers=3", "3 workers of 1 CPU core do not fit"),
+        ("resources.cpus_per_worker=4", "no worker of 4 CPU cores fits"),
+        ("resources.device=cuda", "there is no GPU"),
+        ("search.space.micro_batch_size=[3]", "micro_batch_size must divide batch_size"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_sweep_refuses_and_prints_nothing(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        dry_run.show_plan(sweep_file, [override], None, None)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_refuses_a_run_folder_that_is_taken(sweep_file: Path) -> None:
+    config = load_config(sweep_file)
+    make_store(sweep_file.parent / "run", config)
+    with pytest.raises(RunFolderError):
+        dry_run.show_plan(sweep_file, [], sweep_file.parent / "run", None)
+
+
+@pytest.mark.parametrize("override", ["resources.num_workers=64", "resources.device=cuda"])
+def test_a_dry_run_for_a_cluster_does_not_judge_by_this_machine(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    assert dry_run.show_plan(sweep_file, [override], None, "head:6379") == 0
+    assert "depends on the Ray cluster at head:6379" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_no_password_of_the_environment(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://u:secret@h/db")
+    dry_run.show_plan(sweep_file, [], None, None)
+    out = capsys.readouterr().out
+    assert "postgresql://" in out
+    assert "secret" not in out
+
+
+def test_a_dry_run_names_the_drawn_trials_that_will_not_be_trained(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = ["search.sampler=random", "search.num_trials=8", "search.space.micro_batch_size=[2,3]"]
+    dry_run.show_plan(sweep_file, search, None, None)
+    assert "will not be trained: micro_batch_size must divide" in capsys.readouterr().out

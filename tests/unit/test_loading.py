@@ -4,7 +4,13 @@ import pytest
 
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
-from orchestrator.loading import load_config, parse_config, trial_fields, trial_with
+from orchestrator.loading import (
+    load_config,
+    override_config,
+    parse_config,
+    trial_fields,
+    trial_with,
+)
 
 GOOD = """\
 name: test
@@ -149,3 +155,94 @@ def test_a_candidate_is_validated_as_a_whole_trial() -> None:
 def test_all_leaf_fields_of_a_trial_are_known() -> None:
     assert {"quant.bit_width", "adapter.rank", "steps"} <= set(trial_fields())
     assert "adapter" not in trial_fields()
+
+
+RANDOM = "search: {{sampler: random, num_trials: 2, space: {{{field}: {range}}}}}\n"
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["quant.bit_width", "strategy.stage", "quant.double_quant", "optimizer.name",
+     "adapter.target_modules"],
+)  # fmt: skip
+def test_a_range_of_a_field_that_takes_listed_values_is_refused(field: str) -> None:
+    (line,) = mistakes(GOOD + RANDOM.format(field=field, range="{low: 4, high: 8, integer: true}"))
+    assert f"a range needs a numeric field, and {field} is none: list the values instead" in line
+
+
+@pytest.mark.parametrize("field", ["adapter.rank", "micro_batch_size"])
+def test_a_range_of_a_whole_number_field_says_integer(field: str) -> None:
+    (line,) = mistakes(GOOD + RANDOM.format(field=field, range="{low: 4, high: 8}"))
+    assert f"{field} is a whole number: add integer: true to its range" in line
+    parse_config(GOOD + RANDOM.format(field=field, range="{low: 4, high: 8, integer: true}"), "f")
+
+
+@pytest.mark.parametrize("field", ["adapter.alpha", "optimizer.max_grad_norm"])
+@pytest.mark.parametrize("extra", ["", ", integer: true"])
+def test_a_range_of_a_number_field_may_be_of_whole_numbers(field: str, extra: str) -> None:
+    parse_config(GOOD + RANDOM.format(field=field, range=f"{{low: 4, high: 8{extra}}}"), "f")
+
+
+def test_a_range_of_an_unknown_field_names_the_nearest() -> None:
+    (line,) = mistakes(GOOD + RANDOM.format(field="adapter.rnk", range="{low: 4, high: 8}"))
+    assert line.endswith("adapter.rnk is no field of a trial; did you mean 'adapter.rank'?")
+
+
+def test_lists_of_names_are_choices() -> None:
+    space = "search: {space: {adapter.target_modules: [all-linear, [q_proj, v_proj]]}}\n"
+    config = parse_config(GOOD + space, "f")
+    choices = ("all-linear", ("q_proj", "v_proj"))
+    assert config.search.space == {"adapter.target_modules": choices}
+    assert SweepConfig.model_validate(config.model_dump(mode="json")) == config
+    (line,) = mistakes(GOOD + "search: {space: {adapter.rank: [[q_proj]]}}\n")
+    assert "adapter.rank: Input should be a valid integer" in line
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "field",
+    ["trial.optimizer.learning_rate", "trial.adapter.alpha", "trial.optimizer.max_grad_norm",
+     "trial.adapter.dropout"],
+)  # fmt: skip
+def test_a_number_is_finite(field: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field}: Input should be "):
+        parse_config(GOOD, "f", [f"{field}={value}"])
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://u:secret@h/db",
+        "postgresql+psycopg2://u:sec/ret@h/db",
+        "mysql://h/db?user=u&password=secret",
+        "https://u:secret@h:5000",
+    ],
+)
+def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(uri: str) -> None:
+    (line,) = mistakes(GOOD + f"tracking: {{uri: '{uri}'}}\n")
+    assert "put the password into MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_PASSWORD" in line
+    assert "secret" not in line
+    assert "sec/ret" not in line
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.1:5000",
+        "http://h:5000/a@b",
+        "sqlite:////a:b@c/mlflow.db",
+        "postgresql://u@h:5432/db",
+        "databricks",
+    ],
+)
+def test_a_tracking_uri_without_a_password_is_taken(uri: str) -> None:
+    assert parse_config(GOOD + f"tracking: {{uri: '{uri}'}}\n", "f").tracking.uri == uri
+
+
+def test_a_loaded_configuration_is_overridden_and_checked_anew() -> None:
+    config = parse_config(GOOD, "f")
+    assert override_config(config, ["resources.num_workers=3"]).resources.num_workers == 3
+    with pytest.raises(ConfigError, match=r"^trial.steps: Input should be"):
+        override_config(config, ["trial.steps=0"])
+    with pytest.raises(ConfigError, match=r"^search.space.seed.0: seed: Input should be"):
+        override_config(config, ["search.space.seed=[-1]"])

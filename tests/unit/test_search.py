@@ -1,9 +1,12 @@
+import json
+import time
+
 import pytest
 
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.records import TrialResult, TrialSpec
-from orchestrator.search.space import SAMPLERS, ask, bounds, first_batch, num_trials
+from orchestrator.search.space import SAMPLERS, ask, bounds, check_space, first_batch, num_trials
 from tests.sweeps import sweep_config
 
 RANGES = {
@@ -16,7 +19,7 @@ def ask_all(config: SweepConfig) -> list[TrialSpec]:
     trials: list[TrialSpec] = []
     results: list[TrialResult] = []
     for number in range(num_trials(config.search)):
-        trials.append(ask(config, "cpu", trials, results))
+        trials.append(ask(config, trials, results))
         results.append(
             TrialResult(
                 number, "finished", 1, 0.0, eval_loss=abs(trials[-1].config.adapter.rank - 20)
@@ -55,7 +58,7 @@ def test_what_is_asked_next_depends_only_on_the_records() -> None:
         TrialResult(t.number, "finished", 1, 0.0, eval_loss=abs(t.config.adapter.rank - 20))
         for t in trials
     ]
-    assert ask(config, "cpu", trials[:12], results[:12]) == trials[12]
+    assert ask(config, trials[:12], results[:12]) == trials[12]
 
 
 def test_tpe_moves_towards_what_was_better() -> None:
@@ -72,11 +75,80 @@ def test_a_sampler_that_learns_asks_for_its_random_start_at_once_only() -> None:
     assert first_batch(sweep_config().search) == 4
 
 
-def test_a_combination_that_cannot_work_names_the_trial() -> None:
-    config = sweep_config(search={"space": {"micro_batch_size": [4, 3]}})
-    first = ask(config, "cpu", [], [])
-    with pytest.raises(ConfigError, match=r"trial 1 \(micro_batch_size=3\): .*must divide"):
-        ask(config, "cpu", [first], [])
+def refusal(config: SweepConfig) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_space(config)
+    return str(caught.value).splitlines()
+
+
+def test_asking_refuses_no_combination() -> None:
+    config = sweep_config(search={"space": {"micro_batch_size": [3]}})
+    assert ask(config, [], []).config.micro_batch_size == 3
+
+
+def test_all_refused_combinations_of_a_grid_are_listed_at_once() -> None:
+    config = sweep_config(search={"space": {"adapter.rank": [4, 8], "micro_batch_size": [4, 3]}})
+    first, second = refusal(config)
+    assert first.startswith("trial 1 (adapter.rank=4, micro_batch_size=3): micro_batch_size must")
+    assert second.startswith("trial 3 (adapter.rank=8, micro_batch_size=3): micro_batch_size must")
+
+
+def test_a_grid_is_checked_no_further_than_it_is_tried() -> None:
+    search = {"space": {"micro_batch_size": [4, 3]}, "num_trials": 1}
+    check_space(sweep_config(search=search))
+
+
+def test_the_trial_as_written_is_refused_only_if_it_is_trained() -> None:
+    (line,) = refusal(sweep_config(search={}, trial__micro_batch_size=3))
+    assert line.startswith("trial: micro_batch_size must divide")
+    space = {"micro_batch_size": [2, 4]}
+    check_space(sweep_config(search={"space": space}, trial__micro_batch_size=3))
+
+
+def test_a_big_grid_is_checked_fast_and_its_listing_is_cut() -> None:
+    many = list(range(1, 401))
+    space = {"micro_batch_size": [1, 3], "adapter.rank": many, "seed": many}
+    started = time.monotonic()
+    lines = refusal(sweep_config(search={"space": space}))
+    assert time.monotonic() - started < 10
+    assert len(lines) == 21
+    assert lines[-1] == f"and {400 * 400 - 20} more"
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_sampler_is_refused_only_if_it_begins_with_nothing_that_works(sampler: str) -> None:
+    search = {"sampler": sampler, "num_trials": 12, "space": {"micro_batch_size": [3, 5]}}
+    expected = 12 if sampler == "random" else 10
+    assert len(refusal(sweep_config(search=search))) == expected
+    check_space(sweep_config(search=search | {"space": {"micro_batch_size": [3, 5, 2]}}))
+
+
+TARGETS = {"adapter.target_modules": [["q_proj"], ["q_proj", "v_proj"]]}
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
+def test_lists_of_names_can_be_searched_and_survive_the_run_folder(sampler: str) -> None:
+    search = {"space": TARGETS | {"adapter.rank": [4, 8]}, "sampler": sampler}
+    config = sweep_config(search=search | ({} if sampler == "grid" else {"num_trials": 14}))
+    trials = ask_all(config)
+    drawn = {trial.params["adapter.target_modules"] for trial in trials}
+    assert drawn == {("q_proj",), ("q_proj", "v_proj")}
+    for trial in trials:
+        assert trial.config.adapter.target_modules == trial.params["adapter.target_modules"]
+    results = [TrialResult(t.number, "finished", 1, 0.0, eval_loss=1.0) for t in trials[:-1]]
+    stored = [TrialSpec.from_json(json.loads(json.dumps(t.to_json()))) for t in trials[:-1]]
+    again, fresh = ask(config, stored, results), ask(config, trials[:-1], results)
+    assert again == fresh
+
+
+def test_slots_have_room_for_every_module_of_the_space() -> None:
+    config = sweep_config(search={"space": TARGETS})
+    assert bounds(config.trial, config.search).target_modules == ("q_proj", "v_proj")
+    everything = {"adapter.target_modules": [["q_proj"], "all-linear"]}
+    config = sweep_config(search={"space": everything})
+    assert bounds(config.trial, config.search).target_modules == "all-linear"
+    config = sweep_config(trial__adapter={"target_modules": ["k_proj"]})
+    assert bounds(config.trial, config.search).target_modules == ("k_proj",)
 
 
 def test_slots_have_room_for_the_largest_rank_of_the_space() -> None:

@@ -1,0 +1,63 @@
+"""How many workers fit the machines, counted node by node: a worker never spans two.
+
+In: resources, the device, and each node's CPU cores and GPUs. Out: the number of workers. Pure.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.config import ResourcesConfig
+from orchestrator.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Node:
+    num_cpus: float
+    num_gpus: float
+
+
+def worker_count(resources: ResourcesConfig, device: str, nodes: Sequence[Node]) -> int:
+    """`resources.num_workers`, else all that fit; `device` is cpu or cuda.
+
+    Raises:
+        ConfigError: fewer fit than are asked for, or none at all.
+    """
+    per_worker, wanted = resources.cpus_per_worker, resources.num_workers
+    fitting = sum(_fitting(node, per_worker, device) for node in nodes)
+    if fitting and (wanted is None or wanted <= fitting):
+        return wanted or fitting
+    if device == "cuda" and not any(node.num_gpus >= 1 for node in nodes):
+        raise ConfigError("resources.device: cuda, but there is no GPU: set auto or cpu")
+    there = _described(nodes, device)
+    gpu = " and 1 GPU" if device == "cuda" else ""
+    if fitting:
+        raise ConfigError(
+            f"resources: {wanted} workers of {_cores(per_worker)}{gpu} do not fit "
+            f"{there}: {fitting} fit: lower num_workers or cpus_per_worker"
+        )
+    remedy = f"lower cpus_per_worker={per_worker}" if per_worker > 1 else "give Ray CPU cores"
+    raise ConfigError(f"resources: no worker of {_cores(per_worker)}{gpu} fits {there}: {remedy}")
+
+
+def _fitting(node: Node, cpus_per_worker: int, device: str) -> int:
+    by_cpus = int(node.num_cpus // cpus_per_worker)
+    return min(by_cpus, int(node.num_gpus)) if device == "cuda" else by_cpus
+
+
+def _described(nodes: Sequence[Node], device: str) -> str:
+    """`2 nodes of 8 CPU cores, 1 node of 4 CPU cores`."""
+    kinds = Counter(
+        _cores(node.num_cpus) + (f" and {node.num_gpus:g} GPUs" if device == "cuda" else "")
+        for node in nodes
+    )
+    return (
+        ", ".join(
+            f"{count} node{'s' if count > 1 else ''} of {kind}" for kind, count in kinds.items()
+        )
+        or "0 nodes"
+    )
+
+
+def _cores(count: float) -> str:
+    return f"{count:g} CPU core" + ("" if count == 1 else "s")

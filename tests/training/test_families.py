@@ -1,0 +1,166 @@
+"""Which families of base models can be trained, decided by a probe when they are loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.config import QuantConfig, StrategyConfig
+from orchestrator.errors import BaseModelError
+from orchestrator.records import BaseModel
+from orchestrator.training.base_model import LoadedBase, load_base_model
+from tests.training.conftest import MakeSpec, trial_config
+from tests.training.test_pack import PackWorker, assert_equal, train
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "biogpt": {},
+    "cohere": {"logit_scale": 0.0625},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 16,
+    },
+    "gemma2": {},
+    "gpt_neox": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128},
+    "llama": {},
+    "mamba": {},
+    "minimax": {"num_local_experts": 2},
+    "mixtral": {"num_local_experts": 4, "router_jitter_noise": 0.1, "attention_dropout": 0.1},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "phi": {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attention_dropout": 0.1},
+    "qwen3_next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}
+
+
+def make_family(name: str, folder: Path) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **SIZES | FAMILIES[name])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path, bit_width: int = 16, dtype: str = "float32") -> LoadedBase:
+    quant = QuantConfig.model_validate({"bit_width": bit_width, "compute_dtype": dtype})
+    return load_base_model(BaseModel("x", None, str(folder), "d"), quant, "cpu", StrategyConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "bit_width", "dtype"),
+    [
+        *(
+            (name, 16, "float32")
+            for name in ("biogpt", "gpt_oss", "jamba", "lfm2", "mamba", "minimax", "qwen3_next")
+        ),
+        ("falcon_h1", 16, "float32"),
+        *(("opt", bits, dtype) for bits in (4, 8, 16) for dtype in ("bfloat16", "float32")),
+    ],
+)
+def test_a_family_that_lets_documents_of_a_block_touch_is_refused(
+    tmp_path: Path, name: str, bit_width: int, dtype: str
+) -> None:
+    folder = make_family(name, tmp_path)
+    with pytest.raises(BaseModelError, match=f"'{name}'.*kept apart.*another base model"):
+        load(folder, bit_width, dtype)
+
+
+@pytest.mark.parametrize("bit_width", [4, 8, 16])
+@pytest.mark.parametrize("name", ["cohere", "gemma2", "gpt_neox", "llama", "mixtral", "phi"])
+def test_a_family_that_keeps_documents_apart_loads_in_train_mode(
+    tmp_path: Path, name: str, bit_width: int
+) -> None:
+    base = load(make_family(name, tmp_path), bit_width, "bfloat16")
+    assert all(module.training for module in base.model.modules())
+
+
+def test_a_class_without_sdpa_computes_with_its_eager_attention(tmp_path: Path) -> None:
+    base = load(make_family("gemma2", tmp_path))
+    assert base.model.config._attn_implementation == "eager"  # type: ignore[union-attr]
+
+
+def test_the_probe_gives_llm_int8_its_outlier_threshold_back(tmp_path: Path) -> None:
+    base = load(make_family("llama", tmp_path), 8)
+    states = [module.state for module in base.model.modules() if hasattr(module, "state")]
+    assert {state.threshold for state in states} == {6.0}  # type: ignore[union-attr]
+
+
+def test_a_family_whose_head_does_more_than_is_known_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_family("cohere", tmp_path)
+    monkeypatch.setattr(
+        LoadedBase, "head", lambda self, hidden: self.model.get_output_embeddings()(hidden)
+    )
+    with pytest.raises(BaseModelError, match="'cohere': its output head.*another base model"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mixtral", "phi"])
+def test_a_base_with_dropout_of_its_own_computes_the_same_twice_in_train_mode(
+    tmp_path: Path, name: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_family(name, tmp_path)
+    words = torch.arange(20)[None]
+    plain = AutoModelForCausalLM.from_pretrained(folder).train()
+    assert not torch.equal(plain(words).logits, plain(words).logits)
+    base = load(folder)
+    first, second = (base.hidden(words, words) for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(base.head(first), plain.eval()(words).logits)
+
+
+def test_a_trial_in_a_pack_on_a_base_with_dropout_is_the_trial_alone(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    base = BaseModel("phi", None, str(make_family("phi", tmp_path / "base")), "digest")
+    trials = [trial_config(seed=1, steps=3), trial_config(seed=2, steps=3)]
+    together, _ = train(make_spec(base_model=base), trials, tmp_path / "pack")
+    alone, _ = train(make_spec(base_model=base, num_slots=1), trials[:1], tmp_path / "alone")
+    assert_equal(together[0], alone[0])
+
+
+def test_a_family_that_cannot_be_trained_is_refused_before_zero_takes_its_parameters(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    base = BaseModel("opt", None, str(make_family("opt", tmp_path)), "digest")
+    strategy = {
+        "kind": "zero",
+        "stage": 3,
+        "offload_optimizer": "cpu",
+        "offload_params": "cpu",
+    }
+    worker = PackWorker(make_spec(base_model=base, num_slots=1, strategy=strategy))
+    with pytest.raises(BaseModelError, match="'opt'"):
+        worker.load()

@@ -1,0 +1,55 @@
+"""The command line's own behaviour, without training anything."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import run
+from jobs.sweep import settled
+from orchestrator.errors import RunFolderError
+from orchestrator.loading import override_config
+from orchestrator.sweep.run_store import RunStore, new_run_id
+from tests.sweeps import make_store, sweep_config
+
+
+@pytest.mark.parametrize(
+    "arguments", [["bogus"], ["sweep"], ["sweep", "--nope"], ["ui", "--port", "abc"]]
+)
+def test_a_usage_mistake_is_one_error_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_settled_config_means_the_same_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "base").mkdir()
+    here = settled(sweep_config(base_model__source="./base"))
+    assert here.data.train == str(tmp_path / "train.jsonl")
+    assert here.base_model.source == str(tmp_path / "base")
+    monkeypatch.chdir("/")
+    assert settled(here) == here
+    assert here.tracking.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+def test_a_password_in_the_environment_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@host/db")
+    assert "secret" not in settled(sweep_config()).model_dump_json()
+
+
+def test_two_sweeps_of_one_name_in_one_second_have_different_ids() -> None:
+    assert new_run_id("sums", 0.0) != new_run_id("sums", 0.0)
+
+
+def test_a_resume_may_change_resources_but_not_what_is_trained(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    store.change_config(override_config(store.sweep.config, ["resources.num_workers=3"]))
+    assert RunStore.open(store.folder).sweep.config.resources.num_workers == 3
+    other = override_config(store.sweep.config, ["trial.steps=7"])
+    with pytest.raises(RunFolderError, match="trial.steps: 6 -> 7"):
+        store.change_config(other)
