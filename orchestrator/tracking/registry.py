@@ -17,22 +17,13 @@ from orchestrator.files import file_digest, read_json
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.mlflow_view import MlflowView
-from orchestrator.tracking.model_files import ADAPTER_WEIGHTS, download_adapter, log_adapter_model
+from orchestrator.tracking.model_files import ADAPTER_WEIGHTS, log_adapter_model
 from orchestrator.tracking.promotion import Promotion, Standing, decide_promotion
 from orchestrator.tracking.runs import RUN_ID_TAG
 from orchestrator.tracking.stores import client, environment, mlflow_calls, without_password
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
-
-__all__ = [
-    "Promotion",
-    "Registration",
-    "Registry",
-    "Standing",
-    "decide_promotion",
-    "download_adapter",
-]
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 PROMOTION_TAG = "promotion"
@@ -81,10 +72,8 @@ class Registry:
     def __init__(self, uri: str) -> None:
         self.uri = uri
 
-    def register_winner(self, store: RunStore, view: MlflowView | None) -> Registration:
+    def register_winner(self, store: RunStore, view: MlflowView) -> Registration:
         """Register once; a second call returns what the first did.
-
-        Without a `view` the sweep's runs are brought up to date and ended here.
 
         Raises:
             RegistryError: there is no winner, its adapter is damaged, or MLflow refused a call.
@@ -93,12 +82,8 @@ class Registry:
         if done := self._registered(store):
             return done
         entry = _entry(store)
-        mine = view or MlflowView(store, self.uri)
-        if view is None:
-            mine.connect()
-            mine.sync()
         with mlflow_calls(self.uri, RegistryError):
-            version = self.ensure_version(entry, mine)
+            version = self.ensure_version(entry, view)
             promotion = self.promote(entry.model_name, version)
         registration = Registration(
             entry.model_name,
@@ -109,8 +94,6 @@ class Registry:
         )
         address = without_password(self.uri)
         store.write("registration", asdict(registration) | {"uri": address})
-        if view is None:
-            mine.finish("FINISHED")
         return registration
 
     def ensure_version(self, entry: Entry, view: MlflowView) -> "ModelVersion":

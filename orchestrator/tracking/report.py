@@ -29,8 +29,6 @@ from orchestrator.tracking.translation import brief, perplexity
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-__all__ = ["summary_rows", "write_report"]
-
 MAX_DECISIONS = 40
 
 

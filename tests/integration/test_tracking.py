@@ -26,7 +26,8 @@ from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.adapter_model import generate, load
 from orchestrator.tracking.follower import TrackingFollower
 from orchestrator.tracking.mlflow_view import MlflowView
-from orchestrator.tracking.registry import Registry, _entry, download_adapter
+from orchestrator.tracking.model_files import download_adapter
+from orchestrator.tracking.registry import Registration, Registry, _entry
 from orchestrator.tracking.stores import check_reachable, default_store, ui_command
 from tests import runs as samples
 
@@ -340,12 +341,22 @@ def test_a_crash_between_version_and_alias_is_made_good(
     assert aliases(client, registration.model_name) == {"candidate": 1, "champion": 1}
 
 
+def register(store: RunStore, uri: str) -> Registration:
+    """What a sweep does at its end."""
+    view = MlflowView(store, uri)
+    view.connect()
+    view.sync()
+    registration = Registry(uri).register_winner(store, view)
+    view.finish("FINISHED")
+    return registration
+
+
 def test_the_gate_keeps_a_better_champion(
     make_run: MakeRun, uri: str, client: MlflowClient
 ) -> None:
-    good = Registry(uri).register_winner(make_run(gain=1.2), None)
-    worse = Registry(uri).register_winner(make_run(gain=0.8), None)
-    better = Registry(uri).register_winner(make_run(gain=1.4), None)
+    good = register(make_run(gain=1.2), uri)
+    worse = register(make_run(gain=0.8), uri)
+    better = register(make_run(gain=1.4), uri)
     assert (good.champion, worse.champion, better.champion) == (True, False, True)
     assert "is not below version 1's" in worse.reason
     assert aliases(client, good.model_name) == {"candidate": 3, "champion": 3}
@@ -355,7 +366,7 @@ def test_registering_without_a_view_ends_the_sweeps_run(
     make_run: MakeRun, uri: str, client: MlflowClient
 ) -> None:
     store = make_run()
-    Registry(uri).register_winner(store, None)
+    register(store, uri)
     run = client.get_run(store.read("tracking")["run_id"])
     assert run.info.status == "FINISHED"
     assert "Registered as" in run.data.tags["mlflow.note.content"]
@@ -365,7 +376,7 @@ def test_registering_leaves_mlflows_global_state_alone(
     make_run: MakeRun, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
-    Registry(uri).register_winner(make_run(), None)
+    register(make_run(), uri)
     assert mlflow.get_tracking_uri() == "http://elsewhere:5000"
 
 
@@ -374,19 +385,19 @@ def test_a_damaged_adapter_is_not_registered(make_run: MakeRun, uri: str) -> Non
     entry = _entry(store)
     (entry.folder / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(RegistryError, match="is damaged"):
-        Registry(uri).register_winner(store, None)
+        register(store, uri)
 
 
 def test_a_sweep_without_winner_is_not_registered(make_run: MakeRun, uri: str) -> None:
     with pytest.raises(RegistryError, match="has no winner"):
-        Registry(uri).register_winner(make_run(winner=False), None)
+        register(make_run(winner=False), uri)
 
 
 def test_a_downloaded_adapter_is_the_one_that_was_registered(
     make_run: MakeRun, uri: str, tmp_path: Path
 ) -> None:
     store = make_run()
-    registration = Registry(uri).register_winner(store, None)
+    registration = register(store, uri)
     name = registration.model_name
     folder = download_adapter(uri, f"models:/{name}@champion", tmp_path / "adapter")
     assert file_digest(folder / "adapter_model.safetensors") == registration.adapter_digest
@@ -400,7 +411,7 @@ def test_a_downloaded_adapter_is_the_one_that_was_registered(
 def test_a_damaged_registered_adapter_is_refused(
     make_run: MakeRun, uri: str, client: MlflowClient, tmp_path: Path
 ) -> None:
-    registration = Registry(uri).register_winner(make_run(), None)
+    registration = register(make_run(), uri)
     location = client.get_model_version_download_uri(registration.model_name, "1")
     (weights,) = Path(location.removeprefix("file://")).rglob("adapter_model.safetensors")
     weights.write_bytes(b"flipped")
@@ -413,7 +424,7 @@ def test_a_damaged_registered_adapter_is_refused(
 def test_an_unknown_version_names_those_that_exist(
     make_run: MakeRun, uri: str, tmp_path: Path, wrong: str
 ) -> None:
-    name = Registry(uri).register_winner(make_run(), None).model_name
+    name = register(make_run(), uri).model_name
     with pytest.raises(RegistryError, match=f"models:/{name}@champion"):
         download_adapter(uri, f"models:/{name}{wrong}", tmp_path / "adapter")
 
@@ -436,7 +447,7 @@ def test_a_registered_adapter_generates_what_peft_generates(
     digest = file_digest(entry.folder / "adapter_model.safetensors")
     (store.trial_dir(0) / "result.json").unlink()
     store.finish_trial(replace(entry.result, adapter_digest=digest))
-    name = Registry(uri).register_winner(store, None).model_name
+    name = register(store, uri).model_name
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     model = mlflow.pyfunc.load_model(f"models:/{name}@champion")

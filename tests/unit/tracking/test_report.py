@@ -18,7 +18,8 @@ from orchestrator.tracking.plots import (
     quality_by_memory,
     rank_by_bit_width,
 )
-from orchestrator.tracking.report import summary_rows, write_report
+from orchestrator.tracking.report import write_report
+from orchestrator.tracking.summary import summary_rows
 from orchestrator.tracking.translation import MAX_TAG_CHARS
 from tests.runs import BEGAN, GRID, make_config, make_run
 
