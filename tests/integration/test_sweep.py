@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -160,8 +159,6 @@ def assert_all_trained_once(folder: Path) -> None:
     assert second.attempt == 2
     rows = [point for point in store.points(1) if point["kind"] == "progress"]
     assert max(point["step"] for point in rows) == 400
-    by_attempt = Counter(point["attempt"] for point in rows)
-    assert by_attempt[1] > 0
     (resumed,) = [d for d in store.decisions if d["action"] == "resume_trial"]
     step = int(resumed["reason"].rpartition(" ")[2])
     assert step > 0
