@@ -149,7 +149,7 @@ def ui(
     """Open the MLflow UI on the local store."""
     from jobs.views import serve_ui
 
-    return serve_ui(port, tracking_uri, runs_dir)
+    serve_ui(port, tracking_uri, runs_dir)
 
 
 @app.command()

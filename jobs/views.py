@@ -2,8 +2,8 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 from orchestrator.errors import RunFolderError
 from orchestrator.sweep.run_store import RunStore
@@ -42,15 +42,14 @@ def sync_run(run_dir: Path | None, runs_dir: Path) -> int:
     return 0
 
 
-def serve_ui(port: int, tracking_uri: str | None, runs_dir: Path) -> int:
+def serve_ui(port: int, tracking_uri: str | None, runs_dir: Path) -> NoReturn:
+    """Becomes the server, so that whatever ends this command ends it."""
     from orchestrator.tracking.stores import default_store, ui_command
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_store(runs_dir)
-    print(f"MLflow UI on http://127.0.0.1:{port} (end it with Ctrl-C)")
-    try:
-        return subprocess.run(ui_command(uri, port), check=False).returncode
-    except KeyboardInterrupt:
-        return 0
+    command = ui_command(uri, port)
+    print(f"MLflow UI on http://127.0.0.1:{port} (end it with Ctrl-C)", flush=True)
+    os.execv(command[0], command)
 
 
 def print_schema(markdown: bool) -> int:
