@@ -1,7 +1,7 @@
 """Small sweeps for tests, run by simulated workers."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,18 @@ def sweep_config(**changes: Any) -> SweepConfig:
         "search": {"space": SPACE},
         "checkpoint_every_steps": 2,
     }
+    return SweepConfig.model_validate(with_changes(content, changes))
+
+
+def with_changes(content: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with fields replaced that `changes` names, dotted with __."""
     for dotted, value in changes.items():
         *parents, leaf = dotted.split("__")
         place = content
         for parent in parents:
             place = place.setdefault(parent, {})
         place[leaf] = value
-    return SweepConfig.model_validate(content)
+    return content
 
 
 def make_store(folder: Path, config: SweepConfig) -> RunStore:

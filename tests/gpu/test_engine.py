@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from orchestrator.config import QuantConfig
-from orchestrator.records import Checkpointed, TrialDone
+from orchestrator.records import TrialDone
 from orchestrator.training.optimizers import OPTIMIZERS
-from orchestrator.training.pack import PackWorker
 from tests.training.conftest import MakeSpec, trial_config
-from tests.training.test_pack import assert_equal, task, train
+from tests.training.test_pack import assert_equal, killed_and_resumed, train
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -50,14 +49,5 @@ def test_a_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
     spec = make_spec(device="cuda", num_slots=1, max_rank=64, bit_width=4)
     _, events = train(spec, [config], tmp_path / "whole")
     (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
-    worker = PackWorker(spec)
-    worker.load()
-    events = worker.advance([task(0, config, tmp_path / "cut")])
-    while not any(isinstance(event, Checkpointed) and event.step == 4 for event in events):
-        events += worker.advance([])
-    worker = PackWorker(spec)
-    worker.load()
-    events = worker.advance([task(0, config, tmp_path / "cut", attempt=2)])
-    while not (done := [event for event in events if isinstance(event, TrialDone)]):
-        events += worker.advance([])
-    assert done[0].adapter_digest == undisturbed.adapter_digest
+    resumed = killed_and_resumed(spec, config, tmp_path / "cut")
+    assert resumed.adapter_digest == undisturbed.adapter_digest

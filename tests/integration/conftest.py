@@ -4,13 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.stores import default_store
+from tests import runs as samples
+from tests.integration.mlflow_runs import MakeRun
+from tests.sweeps import with_changes
 from tests.tiny import make_base_model, question_rows
 
 COMMAND_TIMEOUT_S = 240
@@ -53,6 +60,33 @@ def orchestrator(environment: Mapping[str, str]) -> Command:
     return command
 
 
+@pytest.fixture(scope="session")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow database for all tests: a new one takes 8 s."""
+    store = default_store(tmp_path_factory.mktemp("mlflow"))
+    MlflowClient(tracking_uri=store).search_experiments(max_results=1)
+    return store
+
+
+@pytest.fixture
+def client(uri: str) -> MlflowClient:
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Iterator[MakeRun]:
+    """Run folders with an experiment and a model of their own."""
+    name = f"sweep-{uuid.uuid4().hex[:8]}"
+    count = iter(range(100))
+
+    def make(**options: Any) -> RunStore:
+        run_id = f"{name}-{next(count)}"
+        config = samples.make_config(name=name)
+        return samples.make_run(tmp_path / run_id, run_id=run_id, config=config, **options)
+
+    return make
+
+
 def program() -> list[str]:
     return [sys.executable, "-c", "from jobs.cli import main; main()"]
 
@@ -75,12 +109,6 @@ def write_config(folder: Path, base: Path, **changes: Any) -> Path:
         "evaluation": {"every_steps": 3},
         "checkpoint_every_steps": 2,
     }
-    for dotted, value in changes.items():
-        *parents, leaf = dotted.split("__")
-        place = content
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = value
     path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(with_changes(content, changes)))
     return path

@@ -13,7 +13,7 @@ from orchestrator.config import EvaluationConfig, QuantConfig, TrialConfig
 from orchestrator.data.manifest import manifest_path
 from orchestrator.data.prepare import prepare
 from orchestrator.records import BaseModel, PackSpec
-from tests.sweeps import sweep_config
+from tests.sweeps import sweep_config, with_changes
 from tests.tiny import make_base_model, question_rows
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
@@ -68,10 +68,4 @@ def trial_config(**changes: Any) -> TrialConfig:
         "optimizer": {"learning_rate": 1e-2},
         "schedule": {"kind": "linear", "warmup_steps": 1},
     }
-    for dotted, value in changes.items():
-        *parents, leaf = dotted.split("__")
-        place = content
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[leaf] = value
-    return TrialConfig.model_validate(content)
+    return TrialConfig.model_validate(with_changes(content, changes))

@@ -63,6 +63,23 @@ def train(
     return adapters, events
 
 
+def killed_and_resumed(spec: PackSpec, config: TrialConfig, folder: Path) -> TrialDone:
+    """The end of a trial whose first worker was killed after its checkpoint at step 4."""
+    worker = PackWorker(spec)
+    worker.load()
+    events = worker.advance([task(0, config, folder)])
+    while not any(isinstance(event, Checkpointed) and event.step == 4 for event in events):
+        events += worker.advance([])
+    del worker  # killed: what is on disk is all there is
+
+    worker = PackWorker(spec)
+    worker.load()
+    events = worker.advance([task(0, config, folder, attempt=2)])
+    while not (done := [event for event in events if isinstance(event, TrialDone)]):
+        events += worker.advance([])
+    return done[0]
+
+
 def assert_equal(one: Adapter, other: Adapter, tolerance: float = 2e-6) -> None:
     assert one.keys() == other.keys()
     for name in one:
@@ -212,20 +229,9 @@ def test_a_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
     _, events = train(spec, [config], tmp_path / "whole")
     (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
 
-    worker = PackWorker(spec)
-    worker.load()
-    events = worker.advance([task(0, config, tmp_path / "cut")])
-    while not any(isinstance(event, Checkpointed) and event.step == 4 for event in events):
-        events += worker.advance([])
-    del worker  # killed: what is on disk is all there is
-
-    worker = PackWorker(spec)
-    worker.load()
-    events = worker.advance([task(0, config, tmp_path / "cut", attempt=2)])
-    while not (done := [event for event in events if isinstance(event, TrialDone)]):
-        events += worker.advance([])
-    assert done[0].adapter_digest == undisturbed.adapter_digest
-    assert done[0].tokens == undisturbed.tokens
+    resumed = killed_and_resumed(spec, config, tmp_path / "cut")
+    assert resumed.adapter_digest == undisturbed.adapter_digest
+    assert resumed.tokens == undisturbed.tokens
 
 
 def test_a_pack_that_leaves_saves_every_slot_first(make_spec: MakeSpec, tmp_path: Path) -> None:
