@@ -64,8 +64,9 @@ def sweep(
     """Run all trials on Ray, register the winner."""
     if dry_run:
         from jobs.dry_run import show_plan
+        from orchestrator.planning.machine import this_machine
 
-        return show_plan(config, overrides or [], run_dir, ray_address)
+        return show_plan(config, overrides or [], run_dir, ray_address, this_machine())
     from jobs.sweep import start_sweep
 
     return start_sweep(config, overrides or [], run_dir, ray_address)

@@ -15,9 +15,8 @@ from rich.table import Table
 from orchestrator.config import SweepConfig
 from orchestrator.data.sources import estimate_slices
 from orchestrator.loading import load_config
-from orchestrator.planning.capacity import worker_count
+from orchestrator.planning.capacity import Node, worker_count
 from orchestrator.planning.compatibility import problems
-from orchestrator.planning.machine import this_machine
 from orchestrator.planning.packs import preview_packs
 from orchestrator.records import TrialSpec
 from orchestrator.search.space import ask, check_space, first_batch, num_trials
@@ -40,7 +39,11 @@ class Placement:
 
 
 def show_plan(
-    path: Path, overrides: list[str], run_dir: Path | None, ray_address: str | None
+    path: Path,
+    overrides: list[str],
+    run_dir: Path | None,
+    ray_address: str | None,
+    machine: Node,
 ) -> int:
     config = load_config(path, overrides)
     # All that the sweep would refuse is refused before a line is printed.
@@ -49,7 +52,7 @@ def show_plan(
     shards = _shards(config)
     if run_dir is not None:
         RunStore(run_dir).check_free(config)
-    placement = _placement(config, ray_address or os.environ.get("RAY_ADDRESS"))
+    placement = _placement(config, ray_address or os.environ.get("RAY_ADDRESS"), machine)
     trials = first_trials(config)
     console = Console(soft_wrap=True)
     console.print(_trials_table(config, trials))
@@ -71,12 +74,11 @@ def first_trials(config: SweepConfig) -> list[TrialSpec]:
     return trials
 
 
-def _placement(config: SweepConfig, ray_address: str | None) -> Placement:
+def _placement(config: SweepConfig, ray_address: str | None, machine: Node) -> Placement:
     resources = config.resources
     if ray_address:
         words = f"depends on the Ray cluster at {ray_address}, which a dry run does not ask"
         return Placement(resources.device, resources.num_workers, words)
-    machine = this_machine()
     device = resources.device
     if device == "auto":
         device = "cuda" if machine.num_gpus else "cpu"

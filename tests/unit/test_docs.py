@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import dry_run
 from jobs.cli import app
+from jobs.dry_run import show_plan
 from jobs.reference import render_reference
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.loading import load_config
@@ -12,6 +12,7 @@ from orchestrator.planning.capacity import Node
 from tests.sweeps import make_store
 
 ROOT = Path(__file__).parents[2]
+MACHINE = Node(2, 0)
 
 
 def test_the_reference_is_the_schema() -> None:
@@ -47,7 +48,6 @@ def test_the_guide_names_every_command() -> None:
 def sweep_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dry_run, "this_machine", lambda: Node(2, 0))
     (tmp_path / "base").mkdir()
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / "base" / name).write_text("{}")
@@ -74,7 +74,7 @@ def test_a_dry_run_refuses_what_the_sweep_refuses_and_prints_nothing(
     sweep_file: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        dry_run.show_plan(sweep_file, [override], None, None)
+        show_plan(sweep_file, [override], None, None, MACHINE)
     assert capsys.readouterr().out == ""
 
 
@@ -82,14 +82,14 @@ def test_a_dry_run_refuses_a_run_folder_that_is_taken(sweep_file: Path) -> None:
     config = load_config(sweep_file)
     make_store(sweep_file.parent / "run", config)
     with pytest.raises(RunFolderError):
-        dry_run.show_plan(sweep_file, [], sweep_file.parent / "run", None)
+        show_plan(sweep_file, [], sweep_file.parent / "run", None, MACHINE)
 
 
 @pytest.mark.parametrize("override", ["resources.num_workers=64", "resources.device=cuda"])
 def test_a_dry_run_for_a_cluster_does_not_judge_by_this_machine(
     sweep_file: Path, capsys: pytest.CaptureFixture[str], override: str
 ) -> None:
-    assert dry_run.show_plan(sweep_file, [override], None, "head:6379") == 0
+    assert show_plan(sweep_file, [override], None, "head:6379", MACHINE) == 0
     assert "depends on the Ray cluster at head:6379" in capsys.readouterr().out
 
 
@@ -97,7 +97,7 @@ def test_a_dry_run_shows_no_password_of_the_environment(
     sweep_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://u:secret@h/db")
-    dry_run.show_plan(sweep_file, [], None, None)
+    show_plan(sweep_file, [], None, None, MACHINE)
     out = capsys.readouterr().out
     assert "postgresql://" in out
     assert "secret" not in out
@@ -107,5 +107,5 @@ def test_a_dry_run_names_the_drawn_trials_that_will_not_be_trained(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     search = ["search.sampler=random", "search.num_trials=8", "search.space.micro_batch_size=[2,3]"]
-    dry_run.show_plan(sweep_file, search, None, None)
+    show_plan(sweep_file, search, None, None, MACHINE)
     assert "will not be trained: micro_batch_size must divide" in capsys.readouterr().out
