@@ -1,5 +1,6 @@
 """MLflow for real: a SQLite store and server, and the runs of sweeps in it."""
 
+import logging
 import math
 import shutil
 import socket
@@ -217,6 +218,9 @@ def test_the_follower_warns_once_and_its_end_raises(
         def sync(self) -> None:
             raise TrackingError("no route")
 
+    # Libraries that ran before in this process may have turned the root logger down.
+    caplog.set_level(logging.WARNING, "orchestrator.tracking.follower")
+    caplog.set_level(logging.WARNING)
     follower = TrackingFollower(Broken(make_run(), f"http://127.0.0.1:{_free_port()}"), 0.01)
     follower.start()
     deadline = time.monotonic() + FAST_S
