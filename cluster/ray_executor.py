@@ -1,11 +1,14 @@
-"""Packs as Ray actors, each in a placement group of its own.
+"""Packs as Ray actors, those of a pack in a placement group of their own.
 
-An Executor (orchestrator/sweep/executor.py). One actor is one pack worker: it loads the base once
-and answers `advance` calls until it is told to leave. Restarting is the controller's decision,
+An Executor (orchestrator/sweep/executor.py). One actor is one worker of a pack: it loads the base
+once and answers `advance` calls until it is told to leave. Restarting is the controller's decision,
 never Ray's, so that an attempt is counted and its checkpoints are chosen.
 """
 
-from collections.abc import Sequence
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,87 +16,142 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.records import Directive, Event, PackLost, PackSpec
-from orchestrator.sweep.executor import WorkerFactory, answer, pack_worker
+from orchestrator.files import cache_dir
+from orchestrator.records import Directive, Event, GroupPlace, PackLost, PackSpec
+from orchestrator.sweep.executor import Worker, WorkerFactory, answer, pack_worker
 
 
 class _PackActor:
     """Runs in the worker process."""
 
-    def __init__(self, spec: PackSpec, factory: WorkerFactory) -> None:
+    def __init__(self, spec: PackSpec, world_rank: int, factory: WorkerFactory) -> None:
         self._spec = spec
+        self._world_rank = world_rank
         self._factory = factory
+        self._worker: Worker
+        self._reserved: socket.socket
 
-    def load(self) -> list[Event]:
+    def meeting_point(self) -> str:
+        """An init_method at this node, with a port that is kept free for this process."""
+        # Bound but not listening: nobody else is given the port, while torch, which sets
+        # SO_REUSEADDR as well, can listen on it once the base is loaded.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("", 0))
+        return f"tcp://{ray.util.get_node_ip_address()}:{self._reserved.getsockname()[1]}"
+
+    def load(self, init_method: str) -> list[Event]:
         def load() -> list[Event]:
-            self._worker = self._factory(self._spec)
+            place = GroupPlace(self._world_rank, self._spec.world_size, init_method)
+            self._worker = self._factory(self._spec, place)
             return [self._worker.load()]
 
-        return answer(self._spec.pack, load)
+        return self._answer(load)
 
     def advance(self, directives: Sequence[Directive]) -> list[Event]:
-        return answer(self._spec.pack, lambda: self._worker.advance(directives))
+        return self._answer(lambda: self._worker.advance(directives))
+
+    def _answer(self, step: Callable[[], list[Event]]) -> list[Event]:
+        events = answer(self._spec.pack, step)
+        return events if self._world_rank == 0 else _losses(events)
+
+
+@dataclass
+class _Pack:
+    actors: list[Any]
+    """By world_rank."""
+    placement_group: Any
+    pending: list[Any]
+    """References to answers that are still to come."""
+    events: list[Event]
+    """Of the answers that have come."""
 
 
 class RayExecutor:
     def __init__(self, factory: WorkerFactory = pack_worker) -> None:
         self._factory = factory
-        self._actors: dict[int, Any] = {}
-        self._groups: dict[int, Any] = {}
-        self._answers: dict[Any, int] = {}  # a reference -> its pack
+        self._packs: dict[int, _Pack] = {}
 
     def start_pack(self, spec: PackSpec) -> None:
         bundle: dict[str, float] = {"CPU": spec.cpus}
         if spec.device == "cuda":
             bundle["GPU"] = 1
-        group = self._groups[spec.pack] = placement_group([bundle], strategy="STRICT_PACK")
-        options = {
-            "num_cpus": spec.cpus,
-            "num_gpus": bundle.get("GPU", 0),
-            "max_restarts": 0,
-            "runtime_env": {"env_vars": worker_environment(spec)},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group),
-        }
-        actor = ray.remote(**options)(_PackActor).remote(spec, self._factory)
-        self._actors[spec.pack] = actor
-        self._answers[actor.load.remote()] = spec.pack
+        # PACK: as few nodes as possible; more than one only if no node has room for all.
+        group = placement_group([bundle] * spec.world_size, strategy="PACK")
+        actors = []
+        for world_rank in range(spec.world_size):
+            options = {
+                "num_cpus": spec.cpus,
+                "num_gpus": bundle.get("GPU", 0),
+                "max_restarts": 0,
+                "runtime_env": {"env_vars": worker_environment(spec)},
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    placement_group=group, placement_group_bundle_index=world_rank
+                ),
+            }
+            actor = ray.remote(**options)(_PackActor).remote(spec, world_rank, self._factory)
+            actors.append(actor)
+        # A reference: Ray hands each actor its value once there is one, and nothing waits here.
+        init_method = actors[0].meeting_point.remote() if spec.world_size > 1 else ""
+        pending = [actor.load.remote(init_method) for actor in actors]
+        self._packs[spec.pack] = _Pack(actors, group, pending, [])
 
     def advance(self, pack: int, directives: Sequence[Directive]) -> None:
-        self._answers[self._actors[pack].advance.remote(list(directives))] = pack
+        advanced = self._packs[pack]
+        assert not advanced.pending, "the pack has not answered yet"
+        advanced.events = []
+        advanced.pending = [actor.advance.remote(list(directives)) for actor in advanced.actors]
 
     def poll(self, timeout_s: float) -> list[tuple[int, list[Event]]]:
-        if not self._answers:
-            return []
-        ready, _ = ray.wait(list(self._answers), num_returns=1, timeout=timeout_s)
-        if ready:  # take all that are there
-            references = list(self._answers)
+        deadline = time.monotonic() + timeout_s
+        while references := [ref for pack in self._packs.values() for ref in pack.pending]:
+            left_s = max(0.0, deadline - time.monotonic())
+            ready, _ = ray.wait(references, num_returns=1, timeout=left_s)
+            if not ready:
+                break
+            # take all that are there
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
-        return [(pack, self._read(reference, pack)) for reference, pack in self._pop(ready)]
+            if answers := self._take(ready):
+                return answers
+        return []
 
     def stop_pack(self, pack: int) -> None:
-        self._answers = {ref: owner for ref, owner in self._answers.items() if owner != pack}
-        actor = self._actors.pop(pack, None)
-        if actor is not None:
-            ray.kill(actor)
-        group = self._groups.pop(pack, None)
-        if group is not None:
-            remove_placement_group(group)
+        stopped = self._packs.pop(pack, None)
+        if stopped is not None:
+            for actor in stopped.actors:
+                ray.kill(actor)
+            remove_placement_group(stopped.placement_group)
 
     def close(self) -> None:
-        for pack in list(self._actors):
+        for pack in list(self._packs):
             self.stop_pack(pack)
 
-    def _pop(self, references: Sequence[Any]) -> list[tuple[Any, int]]:
-        return [(reference, self._answers.pop(reference)) for reference in references]
+    def _take(self, ready: Sequence[Any]) -> list[tuple[int, list[Event]]]:
+        """What the packs say to which this was the last answer, or the first to tell of a loss."""
+        answers: list[tuple[int, list[Event]]] = []
+        for number, pack in self._packs.items():
+            came = [ref for ref in pack.pending if ref in ready]
+            pack.pending = [ref for ref in pack.pending if ref not in ready]
+            pack.events += [event for ref in came for event in _read(ref, number)]
+            if lost := _losses(pack.events):
+                pack.pending = []  # the other workers may wait for the lost one
+                pack.events = lost[:1]
+            if came and not pack.pending:
+                answers.append((number, pack.events))
+        return answers
 
-    @staticmethod
-    def _read(reference: Any, pack: int) -> list[Event]:
-        try:
-            events: list[Event] = ray.get(reference)
-            return events
-        except RayError as error:  # the process or its node is gone, or Ray ended it for memory
-            message = str(error).strip().splitlines()[0]
-            return [PackLost(pack, "worker_lost", f"{type(error).__name__}: {message}")]
+
+def _losses(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if isinstance(event, PackLost)]
+
+
+def _read(reference: Any, pack: int) -> list[Event]:
+    try:
+        events: list[Event] = ray.get(reference)
+        return events
+    except RayError as error:  # the process or its node is gone, or Ray ended it for memory
+        message = str(error).strip().splitlines()[0]
+        return [PackLost(pack, "worker_lost", f"{type(error).__name__}: {message}")]
 
 
 def worker_environment(spec: PackSpec) -> dict[str, str]:
@@ -109,4 +167,7 @@ def worker_environment(spec: PackSpec) -> dict[str, str]:
         environment |= {"OMP_NUM_THREADS": str(spec.cpus), "OMP_WAIT_POLICY": "passive"}
         # DeepSpeed would take a GPU that it sees, and warn where it sees none.
         environment["DS_ACCELERATOR"] = "cpu"
+    else:
+        # Compiled kernels outlive the worker, and its partners find them.
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir() / "inductor")
     return environment

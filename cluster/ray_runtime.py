@@ -2,20 +2,27 @@
 
 In: an address or None. Out: its nodes while the context lasts. A local Ray that was started
 here is ended here; it also ends when this process is killed.
+
+Ray counts cores and GPUs, but does not say how much memory a GPU has: each node of a cluster is
+asked by a task that takes neither.
 """
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from orchestrator.errors import ClusterError
 from orchestrator.planning.capacity import Node
-from orchestrator.planning.machine import this_machine
+from orchestrator.planning.machine import gpu_memory_bytes, this_machine
 
 # Nothing large travels through Ray's object store: stages hand over files. 80 MB is near its least.
 LOCAL_OBJECT_STORE_BYTES = 80 * 2**20
+# A node's first task starts a process and imports Ray there: some seconds, more on a busy node.
+MEMORY_TIMEOUT_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -57,7 +64,52 @@ def ray_cluster(address: str | None) -> Iterator[list[Node]]:
         )
         raise ClusterError(f"cannot use {place}: {error}: {remedy}") from error
     try:
-        resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield [Node(found.get("CPU", 0), found.get("GPU", 0)) for found in resources]
+        yield _nodes(asks=bool(address))
     finally:
         ray.shutdown()
+
+
+def _nodes(asks: bool) -> list[Node]:
+    """The nodes that are alive; their memory from a task on each of them, or this machine's."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    if asks:
+        memories = _memories([node["NodeID"] for node in alive])
+    else:
+        machine = this_machine()
+        memories = [(machine.gpu_memory_bytes, machine.memory_bytes)] * len(alive)
+    return [
+        Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0), *memory)
+        for node, memory in zip(alive, memories, strict=True)
+    ]
+
+
+def _memories(node_ids: Sequence[str]) -> list[tuple[int, int]]:
+    """Each node's least GPU memory and its own memory, in bytes; 0 where a node does not answer."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(_memory_here)
+    asked = [
+        task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+        ).remote()
+        for node_id in node_ids
+    ]
+    ray.wait(asked, num_returns=len(asked), timeout=MEMORY_TIMEOUT_S)
+    memories = []
+    for node_id, reference in zip(node_ids, asked, strict=True):
+        try:
+            memories.append(ray.get(reference, timeout=0))
+        except RayError as error:  # it is gone, too busy, or has another version of this project
+            log.warning("node %s does not say how much memory it has: %s", node_id, error)
+            ray.cancel(reference, force=True)
+            memories.append((0, 0))
+    return memories
+
+
+def _memory_here() -> tuple[int, int]:
+    # Ray hides all GPUs from a task that takes none: all of the node's are looked at.
+    return gpu_memory_bytes(), this_machine().memory_bytes

@@ -15,16 +15,19 @@ from rich.table import Table
 from orchestrator.config import SweepConfig
 from orchestrator.data.sources import estimate_slices
 from orchestrator.loading import load_config
-from orchestrator.planning.capacity import Node, worker_count
+from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.packs import preview_packs
-from orchestrator.records import TrialSpec
+from orchestrator.planning.shape import UnknownShape, read_shape
+from orchestrator.records import Device, TrialSpec
 from orchestrator.search.space import ask, check_space, first_batch, num_trials
-from orchestrator.sweep.flow import auto_compute_dtype
+from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.stores import resolve_tracking_uri, without_password
 from orchestrator.tracking.translation import shown
 from orchestrator.training.model_source import find_source
+
+NO_BASE_YET = UnknownShape("the base is not here yet; chosen again when it is")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Placement:
     """cpu, cuda, or auto where a cluster decides."""
     num_workers: int | None
     """None where a cluster decides."""
+    worker_memory_bytes: int
+    """0 where a cluster decides, or this machine does not say."""
     words: str
 
 
@@ -57,9 +62,9 @@ def show_plan(
     console = Console(soft_wrap=True)
     console.print(_trials_table(config, trials))
     for trial in trials:
-        for problem in problems(trial.config):
+        for problem in problems(trial.config, config.resources.workers_per_pack):
             console.print(f"trial {trial.number} will not be trained: {problem}", markup=False)
-    _print_packs(console, config, trials, placement)
+    _print_packs(console, config, trials, placement, base_model)
     for line in shards:
         console.print(line, markup=False)
     _print_settings(console, config, placement.device, base_model, run_dir)
@@ -78,14 +83,15 @@ def _placement(config: SweepConfig, ray_address: str | None, machine: Node) -> P
     resources = config.resources
     if ray_address:
         words = f"depends on the Ray cluster at {ray_address}, which a dry run does not ask"
-        return Placement(resources.device, resources.num_workers, words)
+        return Placement(resources.device, resources.num_workers, 0, words)
     device = resources.device
     if device == "auto":
         device = "cuda" if machine.num_gpus else "cpu"
     num_workers = worker_count(resources, device, [machine])
     unit = "GPU" if device == "cuda" else f"{resources.cpus_per_worker} CPU core(s)"
+    memory_bytes = worker_memory_bytes(resources, device, [machine], num_workers)
     words = f"{num_workers} workers, each with {unit} of this machine"
-    return Placement(device, num_workers, words)
+    return Placement(device, num_workers, memory_bytes, words)
 
 
 def _trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
@@ -106,16 +112,31 @@ def _trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
 
 
 def _print_packs(
-    console: Console, config: SweepConfig, trials: Sequence[TrialSpec], placement: Placement
+    console: Console,
+    config: SweepConfig,
+    trials: Sequence[TrialSpec],
+    placement: Placement,
+    base_model: Path | None,
 ) -> None:
     console.print(f"placement: {placement.words}", markup=False)
     if placement.num_workers is None:
         return
-    valid = [trial for trial in trials if not problems(trial.config)]
-    packs = preview_packs(valid, placement.num_workers, config.resources.slots_per_pack)
+    workers_per_pack = config.resources.workers_per_pack
+    valid = [trial for trial in trials if not problems(trial.config, workers_per_pack)]
+    # A cluster that is not asked is taken to have GPUs.
+    device: Device = "cpu" if placement.device == "cpu" else "cuda"
+    premises = sweep_premises(
+        config,
+        device,
+        auto_compute_dtype(device),
+        read_shape(base_model) if base_model is not None and base_model.is_dir() else NO_BASE_YET,
+        placement.worker_memory_bytes,
+    )
+    packs = preview_packs(valid, placement.num_workers, premises)
     for number, (plan, members) in enumerate(packs):
         names = ", ".join(str(trial.number) for trial in members)
-        console.print(f"  pack {number}: {plan.reason}; starts with trials {names}")
+        starts = f"starts with trials {names}"
+        console.print(f"  pack {number}: {plan.reason}; {starts}", markup=False, highlight=False)
     later = len(valid) - sum(len(members) for _, members in packs)
     if later:
         console.print(f"  {later} trials follow as slots come free")

@@ -22,7 +22,8 @@ from orchestrator.data.prepare import RunTasks, run_in_process
 from orchestrator.data.sources import estimate_slices
 from orchestrator.errors import ConfigError, RegistryError, RunFolderError, TrackingError
 from orchestrator.loading import load_config, override_config
-from orchestrator.planning.capacity import worker_count
+from orchestrator.planning.capacity import worker_count, worker_memory_bytes
+from orchestrator.planning.machine import this_machine
 from orchestrator.search.space import check_space
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
@@ -55,6 +56,7 @@ class Backend:
     run_tasks: RunTasks
     num_workers: int
     device: str
+    worker_memory_bytes: int
 
 
 def start_sweep(
@@ -129,14 +131,16 @@ def _ray_backend(config: SweepConfig, address: str | None) -> Iterator[Backend]:
         device = _device(config, "cuda" if any(node.num_gpus >= 1 for node in nodes) else "cpu")
         num_workers = worker_count(config.resources, device, nodes)
         num_cpus = int(sum(node.num_cpus for node in nodes))
-        yield Backend("ray", RayExecutor(), RayTasks(num_cpus), num_workers, device)
+        memory_bytes = worker_memory_bytes(config.resources, device, nodes, num_workers)
+        yield Backend("ray", RayExecutor(), RayTasks(num_cpus), num_workers, device, memory_bytes)
 
 
 def _in_process_backend(config: SweepConfig) -> Backend:
     import torch
 
     device = _device(config, "cuda" if torch.cuda.is_available() else "cpu")
-    return Backend("in_process", InProcessExecutor(), run_in_process, 1, device)
+    memory_bytes = worker_memory_bytes(config.resources, device, [this_machine()], 1)
+    return Backend("in_process", InProcessExecutor(), run_in_process, 1, device, memory_bytes)
 
 
 def _device(config: SweepConfig, found: str) -> str:
@@ -199,7 +203,12 @@ def _run(store: RunStore, backend: Backend) -> int:
             interrupts.reach(controller)
 
         services = Services(
-            backend.executor, backend.run_tasks, backend.num_workers, display, before_training
+            backend.executor,
+            backend.run_tasks,
+            backend.num_workers,
+            display,
+            before_training,
+            backend.worker_memory_bytes,
         )
         try:
             with display.shown():

@@ -129,9 +129,10 @@ class QuantConfig(Strict):
     """Quantise the quantisation constants too; saves 0.37 bits per weight (QLoRA, section 3). Only
     with bit_width 4."""
 
-    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    compute_dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """The arithmetic's type. auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, else
-    float32; the choice is made once per sweep and recorded in its plan."""
+    float32; the choice is made once per sweep and recorded in its plan. float64, for checking
+    results, needs bit_width 16."""
 
 
 class AdapterConfig(Strict):
@@ -219,10 +220,11 @@ class TrialConfig(Strict):
     """Blocks in one optimizer step."""
 
     micro_batch_size: PositiveInt | None = None
-    """Blocks in one forward pass; must divide batch_size. null: the whole batch at once."""
+    """Blocks in one forward pass; must divide batch_size. null: as many as the memory holds."""
 
-    gradient_checkpointing: Annotated[bool, Field(strict=True)] = False
-    """Recompute activations in the backward pass: less memory, about a third more work."""
+    gradient_checkpointing: Annotated[bool, Field(strict=True)] | None = None
+    """Recompute activations in the backward pass: less memory, about a third more work. null: only
+    where the memory demands it."""
 
     seed: NonNegativeInt = 0
     """Decides the adapter's first values, the order of the data and dropout."""
@@ -306,6 +308,18 @@ class ResourcesConfig(Strict):
 
     slots_per_pack: PositiveInt | None = None
     """Trials that share one base model in one worker; null lets the planner choose."""
+
+    workers_per_pack: PositiveInt | None = None
+    """Workers that train one pack together, each with a part of every step's blocks; null: one, or
+    more where workers would be idle."""
+
+    dequantise_once: Annotated[bool, Field(strict=True)] | None = None
+    """Keep the 4-bit base's values in memory as the arithmetic needs them, instead of making them
+    again at every use: the same numbers, sooner. null: where the memory allows."""
+
+    step_program: Literal["auto", "eager", "compiled", "graph"] = "auto"
+    """How a training step runs. compiled: the base's blocks through torch.compile. graph: these
+    recorded in a CUDA graph as well. auto: graph on GPUs, eager on CPUs."""
 
 
 class TrackingConfig(Strict):

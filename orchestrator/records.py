@@ -11,6 +11,7 @@ from orchestrator.config import Choice, EvaluationConfig, TrialConfig
 
 Device = Literal["cpu", "cuda"]
 ComputeDtype = Literal["bfloat16", "float32"]
+StepProgram = Literal["eager", "compiled", "graph"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,25 @@ class PackSpec:
     cpus: int
     evaluation: EvaluationConfig
     checkpoint_every_steps: int
+    dropout: bool = False
+    """Whether any trial of the sweep drops inputs of its adapter."""
+    world_size: int = 1
+    """Workers that train the pack together, each with a part of every step's blocks."""
+    dequantise_once: bool = False
+    step_program: StepProgram = "eager"
+
+
+@dataclass(frozen=True)
+class GroupPlace:
+    """A worker's place among those that train one pack together."""
+
+    world_rank: int = 0
+    world_size: int = 1
+    init_method: str = ""
+    """tcp://host:port where they meet; empty for one that is alone."""
+
+
+ALONE = GroupPlace()
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,23 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import SweepConfig
-from orchestrator.planning.packs import PackPlan
-from orchestrator.records import BaseModel, Event, PackSpec, TrialResult, TrialSpec
+from orchestrator.config import ResourcesConfig, SweepConfig, TrialConfig
+from orchestrator.planning.fit import Fit
+from orchestrator.planning.options import Premises
+from orchestrator.planning.packs import PackPlan, pack_key
+from orchestrator.planning.shape import BaseShape, Linear, UnknownShape
+from orchestrator.records import BaseModel, Device, Event, PackSpec, TrialResult, TrialSpec
 from orchestrator.search.space import ask, num_trials
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor
+from orchestrator.sweep.flow import sweep_premises
 from orchestrator.sweep.run_store import RunStore, SweepRecord
 
+NO_BASE = UnknownShape("there is no base")
 SPACE = {"quant.bit_width": [4, 16], "adapter.rank": [4, 16]}
 
 
@@ -60,7 +66,51 @@ def make_controller(
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(number, plan)
 
-    return Controller(store, executor, next_trial, build_pack, num_workers, observe)
+    # The workers here are those of one process, which cannot train a pack together.
+    resources = ResourcesConfig(slots_per_pack=config.resources.slots_per_pack, workers_per_pack=1)
+    given = replace(premises(config), resources=resources)
+    return Controller(store, executor, next_trial, build_pack, num_workers, given, observe)
+
+
+def premises(
+    config: SweepConfig,
+    device: Device = "cpu",
+    shape: BaseShape | UnknownShape = NO_BASE,
+    worker_memory_bytes: int = 0,
+) -> Premises:
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    return sweep_premises(config, device, dtype, shape, worker_memory_bytes)
+
+
+def llama_shape(
+    layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int
+) -> BaseShape:
+    head_dim = hidden // heads
+    sizes = {
+        "self_attn.q_proj": (hidden, heads * head_dim),
+        "self_attn.k_proj": (hidden, kv_heads * head_dim),
+        "self_attn.v_proj": (hidden, kv_heads * head_dim),
+        "self_attn.o_proj": (heads * head_dim, hidden),
+        "mlp.gate_proj": (hidden, intermediate),
+        "mlp.up_proj": (hidden, intermediate),
+        "mlp.down_proj": (intermediate, hidden),
+    }
+    linears = tuple(
+        Linear(f"model.layers.{layer}.{name}", *size)
+        for layer in range(layers)
+        for name, size in sizes.items()
+    )
+    plain = 2 * vocab * hidden + (2 * layers + 1) * hidden
+    return BaseShape(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, linears, plain)
+
+
+LLAMA_8B = llama_shape(32, 4096, 14336, 32, 8, 128_256)
+LLAMA_HALF_B = llama_shape(24, 896, 4864, 14, 2, 151_936)
+
+
+def pack_plan(trial: TrialConfig, num_slots: int) -> PackPlan:
+    chosen = Fit(num_slots, trial.batch_size, False, False, "eager", None, 0, ())
+    return PackPlan(pack_key(trial), 1, chosen, "")
 
 
 def pack_spec(number: int, plan: PackPlan) -> PackSpec:
@@ -74,11 +124,12 @@ def pack_spec(number: int, plan: PackPlan) -> PackSpec:
         target_modules="all-linear",
         num_slots=plan.num_slots,
         max_rank=16,
-        micro_batch_size=plan.key.micro_batch_size,
-        gradient_checkpointing=False,
+        micro_batch_size=plan.fit.micro_batch_size,
+        gradient_checkpointing=plan.fit.gradient_checkpointing,
         strategy=dict(plan.key.strategy),
         device="cpu",
         cpus=1,
         evaluation=sweep_config().evaluation,
         checkpoint_every_steps=2,
+        world_size=plan.world_size,
     )

@@ -7,6 +7,7 @@ A document is never split; on random lengths well over 95 % of the positions hol
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,14 @@ def pack(lengths: Sequence[int], block_length: int) -> list[list[int]]:
         if space:
             by_space[space].append(block)
     return sorted(sorted(block) for block in blocks)
+
+
+def document_starts(position_ids: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where positions [blocks, block_length] start again: the first token of each document, and of
+    the padding."""
+    starts = np.ones(position_ids.shape, dtype=bool)
+    starts[:, 1:] = np.diff(position_ids, axis=1) != 1
+    return starts
 
 
 def build_blocks(documents: Sequence[Document], block_length: int, pad_id: int) -> Blocks:

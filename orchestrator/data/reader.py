@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.manifest import Manifest
-from orchestrator.data.packing import NO_DOCUMENT
+from orchestrator.data.packing import NO_DOCUMENT, document_starts
 from orchestrator.errors import DataError
 from orchestrator.files import file_digest
 
@@ -27,8 +27,8 @@ class Batch:
     document_ids: NDArray[np.int64]
     """Index into the reader's `document_keys`; NO_DOCUMENT on padding."""
 
-    def part(self, start: int, stop: int) -> "Batch":
-        return Batch(*(array[start:stop] for array in self._arrays()))
+    def part(self, start: int, stop: int, every: int = 1) -> "Batch":
+        return Batch(*(array[start:stop:every] for array in self._arrays()))
 
     @staticmethod
     def concatenate(batches: "Sequence[Batch]") -> "Batch":
@@ -57,6 +57,16 @@ class BlockReader:
         return tuple(
             bytes(key).hex() for shard in shards for key in shard.get_tensor("document_keys")
         )
+
+    @cached_property
+    def max_documents(self) -> int:
+        """Most documents in one block, padding counted as one. Reads all positions once."""
+        counts = [
+            document_starts(self._open(number).get_tensor("position_ids")).sum(axis=1).max()
+            for number, shard in enumerate(self.manifest.shards)
+            if shard.num_blocks
+        ]
+        return int(max(counts, default=1))
 
     def blocks(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """The blocks in the order asked for.

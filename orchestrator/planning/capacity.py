@@ -1,6 +1,7 @@
-"""How many workers fit the machines, counted node by node: a worker never spans two.
+"""How many workers fit the machines, and their memory, node by node: a worker never spans two.
 
-In: resources, the device, and each node's CPU cores and GPUs. Out: the number of workers. Pure.
+In: resources, the device, and each node's CPU cores, GPUs and memory. Out: the number of workers,
+and the least memory that one of them has. Pure.
 """
 
 from collections import Counter
@@ -15,17 +16,22 @@ from orchestrator.errors import ConfigError
 class Node:
     num_cpus: float
     num_gpus: float
+    gpu_memory_bytes: int = 0
+    """Of each GPU; the least where they differ. 0: unknown."""
+    memory_bytes: int = 0
+    """Of the node itself, as far as it may be used. 0: unknown."""
 
 
 def worker_count(resources: ResourcesConfig, device: str, nodes: Sequence[Node]) -> int:
     """`resources.num_workers`, else all that fit; `device` is cpu or cuda.
 
     Raises:
-        ConfigError: fewer fit than are asked for, or none at all.
+        ConfigError: fewer fit than are asked for, or than one pack needs, or none at all.
     """
     per_worker, wanted = resources.cpus_per_worker, resources.num_workers
     fitting = sum(_fitting(node, per_worker, device) for node in nodes)
     if fitting and (wanted is None or wanted <= fitting):
+        check_pack_fits(resources, wanted or fitting)
         return wanted or fitting
     if device == "cuda" and not any(node.num_gpus >= 1 for node in nodes):
         raise ConfigError("resources.device: cuda, but there is no GPU: set auto or cpu")
@@ -38,6 +44,31 @@ def worker_count(resources: ResourcesConfig, device: str, nodes: Sequence[Node])
         )
     remedy = f"lower cpus_per_worker={per_worker}" if per_worker > 1 else "give Ray CPU cores"
     raise ConfigError(f"resources: no worker of {_cores(per_worker)}{gpu} fits {there}: {remedy}")
+
+
+def check_pack_fits(resources: ResourcesConfig, num_workers: int) -> None:
+    """Raises ConfigError if a pack is to have more workers than there are."""
+    needed = resources.workers_per_pack or 1
+    if needed > num_workers:
+        there = "there is 1" if num_workers == 1 else f"there are {num_workers}"
+        raise ConfigError(
+            f"resources.workers_per_pack={needed} needs as many workers, but {there}: "
+            f"set it to {num_workers} or less"
+        )
+
+
+def worker_memory_bytes(
+    resources: ResourcesConfig, device: str, nodes: Sequence[Node], num_workers: int
+) -> int:
+    """Memory of the worker that has least, on whichever nodes the workers will run; 0 if a node's
+    is unknown. On a CPU the workers of a node share its memory evenly."""
+    fitting = [(node, _fitting(node, resources.cpus_per_worker, device)) for node in nodes]
+    parts = [
+        node.gpu_memory_bytes if device == "cuda" else node.memory_bytes // min(count, num_workers)
+        for node, count in fitting
+        if count
+    ]
+    return min(parts, default=0)
 
 
 def _fitting(node: Node, cpus_per_worker: int, device: str) -> int:

@@ -1,6 +1,7 @@
 """Combinations that cannot work, refused before any GPU is taken.
 
-In: a TrialConfig. Out: a list of messages, empty when the trial can run. Pure.
+In: a TrialConfig, and how many workers are to share a pack. Out: a list of messages, empty when the
+trial can run. Pure.
 Each rule names the fields, the reason and its source; versions are those of constraints.txt.
 """
 
@@ -12,9 +13,26 @@ from orchestrator.config import QuantConfig, TrialConfig
 RULED_FIELDS = ("quant.", "strategy.", "schedule.", "steps", "batch_size", "micro_batch_size")
 
 
-def problems(trial: TrialConfig) -> list[str]:
+def problems(trial: TrialConfig, workers_per_pack: int | None = None) -> list[str]:
     """Each names the fields, their values and what to do."""
-    return [message for rule in RULES for message in rule(trial)]
+    found = [message for rule in RULES for message in rule(trial)]
+    return found or list(_workers_share_a_step(trial, workers_per_pack or 1))
+
+
+def _workers_share_a_step(trial: TrialConfig, workers_per_pack: int) -> Iterator[str]:
+    if workers_per_pack == 1:
+        return
+    if trial.strategy.kind == "zero":
+        yield (
+            "resources.workers_per_pack needs strategy.kind: replicated, but got "
+            f"resources.workers_per_pack={workers_per_pack}, strategy.kind=zero"
+        )
+    elif trial.batch_size % (workers_per_pack * (trial.micro_batch_size or 1)):
+        yield (
+            "resources.workers_per_pack times micro_batch_size must divide batch_size, but got "
+            f"resources.workers_per_pack={workers_per_pack}, "
+            f"micro_batch_size={trial.micro_batch_size}, batch_size={trial.batch_size}"
+        )
 
 
 def _micro_batch_divides_batch(trial: TrialConfig) -> Iterator[str]:
@@ -40,6 +58,15 @@ def _four_bit_fields_need_four_bits(trial: TrialConfig) -> Iterator[str]:
         yield (
             "quant.quant_type is a 4-bit code, but got "
             f"quant.quant_type={quant.quant_type}, quant.bit_width={quant.bit_width}"
+        )
+
+
+def _float64_needs_16_bits(trial: TrialConfig) -> Iterator[str]:
+    # bitsandbytes 0.50 dequantises to 32 bits at most.
+    if trial.quant.compute_dtype == "float64" and trial.quant.bit_width != 16:
+        yield (
+            "quant.compute_dtype: float64 needs quant.bit_width: 16, but got "
+            f"quant.bit_width={trial.quant.bit_width}"
         )
 
 
@@ -83,6 +110,7 @@ RULES: tuple[Callable[[TrialConfig], Iterator[str]], ...] = (
     _micro_batch_divides_batch,
     _warmup_is_shorter_than_training,
     _four_bit_fields_need_four_bits,
+    _float64_needs_16_bits,
     _zero_has_a_stage,
     _parameter_offload_needs_stage_3,
     _int8_weights_cannot_be_offloaded,

@@ -1,20 +1,76 @@
-"""What this machine may use: the CPU cores and GPUs that this process was given, not all it has.
+"""What this machine may use: the cores, GPUs and memory given to this process, not all it has.
 
 In: the affinity, cgroup limits and CUDA_VISIBLE_DEVICES of this process. Out: a Node. Imports no
-torch: a dry run needs the count too.
+torch: a dry run needs it too, and no process but a worker may initialise CUDA.
 """
 
+import itertools
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.planning.capacity import Node
 
 NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
 CGROUPS = Path("/sys/fs/cgroup")
 
+log = logging.getLogger(__name__)
+
 
 def this_machine() -> Node:
-    return Node(_num_cpus(), _num_gpus())
+    visible = _visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    num_gpus = _num_gpus(visible)
+    return Node(_num_cpus(), num_gpus, gpu_memory_bytes(visible), memory_bytes(CGROUPS))
+
+
+def gpu_memory_bytes(visible: Sequence[str] | None = None) -> int:
+    """Of the GPU that has least, of those `visible`, given as indices or UUIDs; None: of all. 0 if
+    NVIDIA's management library is absent or does not say."""
+    if not any(NVIDIA_DEVICES.glob("*")):
+        return 0
+    try:
+        import pynvml  # of nvidia-ml-py; it asks the driver and leaves CUDA alone
+    except ImportError:
+        return 0
+    try:
+        return least_gpu_memory_bytes(pynvml, visible)
+    except (pynvml.NVMLError, ValueError) as error:  # ValueError: a name that is no index
+        log.warning("the GPUs' memory is unknown: %s", error)
+        return 0
+
+
+def least_gpu_memory_bytes(nvml: Any, visible: Sequence[str] | None) -> int:
+    """`nvml` is the pynvml module. Raises its NVMLError."""
+    nvml.nvmlInit()
+    try:
+        if visible is None:
+            visible = [str(index) for index in range(nvml.nvmlDeviceGetCount())]
+        handles = [
+            nvml.nvmlDeviceGetHandleByUUID(name)
+            if name.startswith(("GPU-", "MIG-"))
+            else nvml.nvmlDeviceGetHandleByIndex(int(name))
+            for name in visible
+        ]
+        totals = [int(nvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+        return min(totals, default=0)
+    finally:
+        nvml.nvmlShutdown()
+
+
+def memory_bytes(cgroups: Path) -> int:
+    """Of this machine, or what its container may use; 0 if unknown."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # a system without these names
+        return 0
+    for file in (cgroups / "memory.max", cgroups / "memory" / "memory.limit_in_bytes"):
+        try:
+            return min(total, int(file.read_text()))
+        except (OSError, ValueError):  # no cgroup of this version, or the limit is `max`
+            continue
+    return total
 
 
 def _num_cpus() -> int:
@@ -38,14 +94,15 @@ def _cgroup_cpus() -> float:
     return cpus if cpus > 0 else float("inf")  # -1 is no quota
 
 
-def _num_gpus() -> int:
+def _num_gpus(visible: Sequence[str] | None) -> int:
     there = len(list(NVIDIA_DEVICES.glob("*")))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return there
-    count = 0
-    for device in visible.split(","):
-        if device.strip() in ("", "-1", "NoDevFiles"):  # CUDA stops at the first that is none
-            break
-        count += 1
-    return min(there, count)
+    return there if visible is None else min(there, len(visible))
+
+
+def _visible_gpus(setting: str | None) -> list[str] | None:
+    """Of CUDA_VISIBLE_DEVICES; None where all are visible."""
+    if setting is None:
+        return None
+    names = [name.strip() for name in setting.split(",")]
+    # CUDA stops at the first that is none.
+    return list(itertools.takewhile(lambda name: name not in ("", "-1", "NoDevFiles"), names))

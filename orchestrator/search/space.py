@@ -39,6 +39,10 @@ class Bounds:
 
     max_rank: int
     target_modules: tuple[str, ...] | Literal["all-linear"]
+    dropout: bool
+    """Whether any trial drops inputs of its adapter."""
+    optimizers: tuple[str, ...]
+    """All that a trial may use."""
 
 
 def num_trials(search: SearchConfig) -> int:
@@ -90,13 +94,24 @@ def ask(
 
 
 def bounds(trial: TrialConfig, search: SearchConfig) -> Bounds:
-    ranks = search.space.get("adapter.rank", (trial.adapter.rank,))
-    highest = (
-        ranks.high
-        if isinstance(ranks, RangeConfig)
-        else max(rank for rank in ranks if isinstance(rank, int))
+    return Bounds(
+        max_rank=int(_highest(search.space.get("adapter.rank", (trial.adapter.rank,)))),
+        target_modules=_target_modules(trial, search),
+        dropout=_highest(search.space.get("adapter.dropout", (trial.adapter.dropout,))) > 0,
+        optimizers=_optimizers(trial, search),
     )
-    return Bounds(int(highest), _target_modules(trial, search))
+
+
+def _highest(values: tuple[Choice, ...] | RangeConfig) -> float:
+    if isinstance(values, RangeConfig):
+        return values.high
+    return max(value for value in values if isinstance(value, int | float))
+
+
+def _optimizers(trial: TrialConfig, search: SearchConfig) -> tuple[str, ...]:
+    choices = search.space.get("optimizer.name", (trial.optimizer.name,))
+    assert isinstance(choices, tuple)
+    return tuple(choice for choice in choices if isinstance(choice, str))
 
 
 def _target_modules(
@@ -118,7 +133,9 @@ def _refused_of_grid(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
         ruled = {name: value for name, value in params.items() if name.startswith(RULED_FIELDS)}
         key = repr(ruled)
         if key not in found:
-            found[key] = problems(trial_with(config.trial, ruled))
+            found[key] = problems(
+                trial_with(config.trial, ruled), config.resources.workers_per_pack
+            )
         if found[key]:
             yield _title(number, params), found[key]
 
@@ -129,7 +146,7 @@ def _refused_of_sampler(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
     refused = []
     while len(known) < first_batch(config.search):
         trial = ask(config, known, [])
-        found = problems(trial.config)
+        found = problems(trial.config, config.resources.workers_per_pack)
         if not found:
             return
         known.append(trial)

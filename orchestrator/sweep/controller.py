@@ -12,7 +12,8 @@ from pathlib import Path
 
 from orchestrator.errors import DiskFull
 from orchestrator.planning.compatibility import problems
-from orchestrator.planning.packs import PackKey, PackPlan, pack_key, preview_packs
+from orchestrator.planning.options import Premises
+from orchestrator.planning.packs import PackPlan, pack_key, preview_packs
 from orchestrator.records import (
     Assign,
     Decision,
@@ -58,8 +59,7 @@ Observer = Callable[[Event], None]
 
 @dataclass
 class _Pack:
-    spec: PackSpec
-    key: PackKey
+    plan: PackPlan
     attempts: dict[int, int] = field(default_factory=dict)
     """Attempt number of each trial in its slots."""
     ready: bool = False
@@ -75,6 +75,7 @@ class Controller:
         ask: AskTrial,
         build_pack: BuildPack,
         num_workers: int,
+        premises: Premises,
         observe: Observer = lambda event: None,
     ) -> None:
         self._store = store
@@ -82,10 +83,9 @@ class Controller:
         self._ask = ask
         self._build_pack = build_pack
         self._num_workers = num_workers
+        self._premises = premises
         self._observe = observe
-        config = store.sweep.config
-        self._slots_per_pack = config.resources.slots_per_pack
-        self._max_restarts = config.max_restarts
+        self._max_restarts = store.sweep.config.max_restarts
         self._trials = {trial.number: trial for trial in store.trials}
         self._results = {result.number: result for result in store.results}
         self._losses: dict[int, int] = {}  # worker losses by trial
@@ -124,23 +124,18 @@ class Controller:
         while trial := self._ask(list(self._trials.values()), list(self._results.values())):
             self._store.add_trial(trial)
             self._trials[trial.number] = trial
-            if found := problems(trial.config):
+            if found := problems(trial.config, self._premises.resources.workers_per_pack):
                 self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
 
     def _write_plan(self) -> None:
         """The packs that this start of the sweep begins with; what follows is in the decisions."""
-        packs = preview_packs(self._view().waiting, self._num_workers, self._slots_per_pack)
+        packs = preview_packs(self._view().waiting, self._num_workers, self._premises)
         self._store.write(
             "plan",
             {
                 "num_workers": self._num_workers,
                 "packs": [
-                    {
-                        "base": plan.key.title,
-                        "num_slots": plan.num_slots,
-                        "reason": plan.reason,
-                        "trials": [trial.number for trial in members],
-                    }
+                    plan.to_json() | {"trials": [trial.number for trial in members]}
                     for plan, members in packs
                 ],
             },
@@ -155,12 +150,19 @@ class Controller:
         )
         packs = tuple(
             PackView(
-                number, pack.key, pack.spec.num_slots, len(pack.attempts), pack.ready, pack.idle
+                number,
+                pack.plan.key,
+                pack.plan.num_slots,
+                len(pack.attempts),
+                pack.ready,
+                pack.idle,
+                pack.plan.world_size,
+                pack.plan.pass_blocks,
             )
             for number, pack in self._packs.items()
         )
         return SweepView(
-            waiting, packs, self._num_workers, self._slots_per_pack, self._stop_at is not None
+            waiting, packs, self._num_workers, self._premises, self._stop_at is not None
         )
 
     def _carry_out(self, action: Action) -> None:
@@ -169,9 +171,8 @@ class Controller:
                 number = self._next_pack
                 self._next_pack += 1
                 self._decided("start_pack", f"pack {number}", action.reason)
-                spec = self._build_pack(number, plan)
-                self._packs[number] = _Pack(spec, plan.key)
-                self._executor.start_pack(spec)
+                self._packs[number] = _Pack(plan)
+                self._executor.start_pack(self._build_pack(number, plan))
             case AssignTrial(pack, trial):
                 self._decided("assign", f"trial {trial}", action.reason)
                 self._assign(self._packs[pack], self._trials[trial])
@@ -232,11 +233,12 @@ class Controller:
         if event.reason == "disk_full":
             raise DiskFull(f"the disk is full: {event.message}")
         trials = dict(pack.attempts)
-        others = any(other.key == pack.key for other in self._packs.values())
+        others = any(other.plan.key == pack.plan.key for other in self._packs.values())
         if not pack.ready and not others:
             # The base could not be loaded anywhere: whatever waits for it shares the loss. With
             # another pack of its kind at work, the machine was at fault, and the trials wait on.
-            key_waits = [t for t in self._view().waiting if pack_key(t.config) == pack.key]
+            key = pack.plan.key
+            key_waits = [t for t in self._view().waiting if pack_key(t.config) == key]
             trials |= {trial.number: 0 for trial in key_waits}
         for trial, attempt in trials.items():
             losses = self._losses[trial] = self._losses.get(trial, 0) + 1

@@ -9,22 +9,29 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from orchestrator.errors import TrialFailed, is_disk_full
-from orchestrator.records import Directive, Event, PackLost, PackReady, PackSpec
+from orchestrator.records import ALONE, Directive, Event, GroupPlace, PackLost, PackReady, PackSpec
 
 
 class Worker(Protocol):
-    """What an executor runs: orchestrator.training.pack.PackWorker, or a stand-in."""
+    """What an executor runs: orchestrator.training.pack.PackWorker, or a stand-in.
+
+    Of the workers of one pack all get the same calls; the one of world_rank 0 speaks for them.
+    """
 
     def load(self) -> PackReady: ...
 
     def advance(self, directives: Sequence[Directive]) -> list[Event]: ...
 
 
-WorkerFactory = Callable[[PackSpec], Worker]
+WorkerFactory = Callable[[PackSpec, GroupPlace], Worker]
 
 
 class Executor(Protocol):
-    """Runs packs. A pack answers each start or `advance` once, and then waits for the next."""
+    """Runs packs. A pack answers each start or `advance` once, and then waits for the next.
+
+    A pack of several workers has answered when all of them have; it is lost with any of them, and
+    then answers at once. A lost pack must be stopped: its other workers may wait for the lost one.
+    """
 
     def start_pack(self, spec: PackSpec) -> None:
         """Begin loading; its first answer is PackReady or PackLost."""
@@ -39,7 +46,7 @@ class Executor(Protocol):
         ...
 
     def stop_pack(self, pack: int) -> None:
-        """End the worker at once, wherever it is. Safe for a pack that is gone."""
+        """End the pack's workers at once, wherever they are. Safe for a pack that is gone."""
         ...
 
     def close(self) -> None:
@@ -47,10 +54,10 @@ class Executor(Protocol):
         ...
 
 
-def pack_worker(spec: PackSpec) -> Worker:
+def pack_worker(spec: PackSpec, place: GroupPlace) -> Worker:
     from orchestrator.training.pack import PackWorker
 
-    return PackWorker(spec)
+    return PackWorker(spec, place)
 
 
 def answer(pack: int, step: Callable[[], list[Event]]) -> list[Event]:
@@ -68,8 +75,10 @@ class InProcessExecutor:
         self._due: dict[int, Callable[[], list[Event]]] = {}
 
     def start_pack(self, spec: PackSpec) -> None:
+        assert spec.world_size == 1, "one process is one worker"
+
         def load() -> list[Event]:
-            worker = self._workers[spec.pack] = self._factory(spec)
+            worker = self._workers[spec.pack] = self._factory(spec, ALONE)
             return [worker.load()]
 
         self._due[spec.pack] = load
@@ -99,6 +108,8 @@ class InProcessExecutor:
 def _lost(pack: int, error: Exception) -> PackLost:
     if is_disk_full(error):
         return PackLost(pack, "disk_full", f"{error}: free space, then resume")
+    if isinstance(error, ConnectionError):  # from or to a partner in the same pack
+        return PackLost(pack, "worker_lost", str(error))
     if isinstance(error, TrialFailed):
         return PackLost(pack, error.reason, error.message)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here

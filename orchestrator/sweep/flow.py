@@ -15,13 +15,18 @@ from typing import Protocol
 from orchestrator.config import SweepConfig
 from orchestrator.data.manifest import load_manifest, manifest_path
 from orchestrator.data.prepare import PreparedData, RunTasks, prepare
-from orchestrator.errors import TrialFailed
+from orchestrator.errors import ConfigError, TrialFailed
 from orchestrator.files import cache_dir
-from orchestrator.planning.packs import MAX_AUTO_SLOTS, PackPlan
+from orchestrator.planning.capacity import check_pack_fits
+from orchestrator.planning.memory import OPTIMIZER_BYTES
+from orchestrator.planning.options import Premises
+from orchestrator.planning.packs import PackPlan
+from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import (
     BaseModel,
     ComputeDtype,
     Decision,
+    Device,
     Event,
     PackSpec,
     TrialResult,
@@ -32,6 +37,10 @@ from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import Winner, select_winner
+
+# Trials that a sampler which learns has under way for each worker: more fill a worker better, and
+# are drawn knowing fewer results.
+LEARNING_TRIALS_PER_WORKER = 4
 
 
 class Display(Protocol):
@@ -50,6 +59,8 @@ class Services:
     display: Display
     on_controller: Callable[[Controller], None] = field(default=lambda controller: None)
     """Is given the controller before it runs, so that signals can reach it."""
+    worker_memory_bytes: int = 0
+    """Of the worker that has least; 0: unknown."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,8 @@ def _train(
     def next_trial(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
         if len(known) >= num_trials(config.search):
             return None
-        slots = services.num_workers * (config.resources.slots_per_pack or MAX_AUTO_SLOTS)
+        per_worker = config.resources.slots_per_pack or LEARNING_TRIALS_PER_WORKER
+        slots = services.num_workers * per_worker
         if len(known) >= first_batch(config.search) and len(known) - len(results) >= slots:
             return None  # a sampler that learns waits for results
         return ask(config, known, results)
@@ -131,12 +143,56 @@ def _train(
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(store, base, data, number, plan)
 
+    from orchestrator.training.model_source import local_folder
+
     with closing(services.executor) as executor:
+        check_pack_fits(config.resources, services.num_workers)
         controller = Controller(
-            store, executor, next_trial, build_pack, services.num_workers, services.display.observe
+            store,
+            executor,
+            next_trial,
+            build_pack,
+            services.num_workers,
+            sweep_premises(
+                config,
+                device_named(store.sweep.device),
+                store.sweep.compute_dtype,
+                read_shape(Path(local_folder(base))),
+                services.worker_memory_bytes,
+            ),
+            services.display.observe,
         )
         services.on_controller(controller)
         return controller.run()
+
+
+def sweep_premises(
+    config: SweepConfig,
+    device: Device,
+    compute_dtype: str,
+    shape: BaseShape | UnknownShape,
+    worker_memory_bytes: int,
+) -> Premises:
+    """Raises ConfigError for a step program that the device cannot run."""
+    resources = config.resources
+    if resources.step_program == "graph" and device == "cpu":
+        raise ConfigError(
+            "resources.step_program: graph needs GPUs, but the device is cpu: set auto or compiled"
+        )
+    room = bounds(config.trial, config.search)
+    return Premises(
+        device=device,
+        compute_dtype=compute_dtype,
+        shape=shape,
+        worker_memory_bytes=worker_memory_bytes,
+        max_rank=room.max_rank,
+        target_modules=room.target_modules,
+        dropout=room.dropout,
+        optimizer_bytes=max(OPTIMIZER_BYTES[name] for name in room.optimizers),
+        block_length=config.data.block_length,
+        evaluation_batch_size=config.evaluation.batch_size,
+        resources=resources,
+    )
 
 
 def pack_spec(
@@ -158,14 +214,22 @@ def pack_spec(
         target_modules=room.target_modules,
         num_slots=plan.num_slots,
         max_rank=room.max_rank,
-        micro_batch_size=plan.key.micro_batch_size,
-        gradient_checkpointing=plan.key.gradient_checkpointing,
+        micro_batch_size=plan.fit.micro_batch_size,
+        gradient_checkpointing=plan.fit.gradient_checkpointing,
         strategy=dict(plan.key.strategy),
-        device="cuda" if sweep.device == "cuda" else "cpu",
+        device=device_named(sweep.device),
         cpus=config.resources.cpus_per_worker,
         evaluation=config.evaluation,
         checkpoint_every_steps=config.checkpoint_every_steps,
+        dropout=room.dropout,
+        world_size=plan.world_size,
+        dequantise_once=plan.fit.dequantise_once,
+        step_program=plan.fit.step_program,
     )
+
+
+def device_named(name: str) -> Device:
+    return "cuda" if name == "cuda" else "cpu"
 
 
 def auto_compute_dtype(device: str) -> ComputeDtype:

@@ -6,7 +6,8 @@ In: SweepView. Out: actions, each with its reason. No clock, no Ray, no files.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.planning.packs import PackKey, PackPlan, pack_key, plan_pack
+from orchestrator.planning.options import Premises
+from orchestrator.planning.packs import PackKey, PackPlan, pack_key, plan_packs
 from orchestrator.records import TrialSpec
 
 
@@ -20,6 +21,12 @@ class PackView:
     """The base is loaded."""
     idle: bool
     """It has answered and waits to be told to go on."""
+    world_size: int = 1
+    pass_blocks: int = 1
+    """Blocks of a trial that its workers together take through one pass."""
+
+    def can_train(self, trial: TrialSpec) -> bool:
+        return trial.config.batch_size % self.pass_blocks == 0
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class SweepView:
     """Trials that are neither over nor in a slot, in the order in which they should start."""
     packs: tuple[PackView, ...]
     num_workers: int
-    slots_per_pack: int | None
+    premises: Premises
     interrupted: bool = False
 
 
@@ -88,7 +95,9 @@ def _fill(pack: PackView, waiting: dict[PackKey, list[TrialSpec]]) -> list[Actio
     """Give a pack's free slots to waiting trials; takes them out of `waiting`."""
     queue = waiting.get(pack.key, [])
     free = pack.num_slots - pack.occupied
-    taken, waiting[pack.key] = queue[:free], queue[free:]
+    # Trials that set a micro-batch may differ in their batch, and workers share one evenly.
+    taken = [trial for trial in queue if pack.can_train(trial)][:free]
+    waiting[pack.key] = [trial for trial in queue if trial not in taken]
     if not pack.ready and not taken:
         return [AbandonPack(pack.number, f"no trial waits for a {pack.key.title} base any more")]
     if not pack.idle:
@@ -106,15 +115,11 @@ def _start(view: SweepView, waiting: dict[PackKey, list[TrialSpec]]) -> list[Act
     active: dict[PackKey, int] = {}
     for pack in view.packs:
         active[pack.key] = active.get(pack.key, 0) + 1
-    actions: list[Action] = []
-    for free in range(view.num_workers - len(view.packs), 0, -1):
-        plan = plan_pack(waiting, active, free, view.slots_per_pack)
-        if plan is None:
-            break
-        actions.append(StartPack(plan, plan.reason))
-        waiting[plan.key] = waiting[plan.key][plan.num_slots :]
-        active[plan.key] = active.get(plan.key, 0) + 1
-    return actions
+    free_workers = view.num_workers - sum(pack.world_size for pack in view.packs)
+    return [
+        StartPack(plan, plan.reason)
+        for plan, _ in plan_packs(waiting, active, free_workers, view.premises)
+    ]
 
 
 def _by_key(trials: Sequence[TrialSpec]) -> dict[PackKey, list[TrialSpec]]:

@@ -20,6 +20,7 @@ from orchestrator.records import (
     Directive,
     Evaluated,
     Event,
+    GroupPlace,
     Leave,
     PackLeft,
     PackReady,
@@ -45,28 +46,35 @@ def simulated_loss(trial: TrialConfig, step: int) -> float:
 
 class SimulatedWorker:
     """`faults` maps a trial number to what befalls it at its second step: raise, die, nan or
-    disk_full. A fault of -1 befalls the loading."""
+    disk_full. A fault of -1 befalls the loading. Of several workers the last one meets it; the
+    others then wait for that one without end, as they would in a sum of gradients."""
 
     def __init__(
-        self, spec: PackSpec, faults: Mapping[int, str] | None = None, step_s: float = 0.0
+        self,
+        spec: PackSpec,
+        place: GroupPlace,
+        faults: Mapping[int, str] | None = None,
+        step_s: float = 0.0,
     ) -> None:
         self._spec = spec
+        self._place = place
         self._faults = faults or {}
         self._step_s = step_s
         self._slots: dict[int, _SimulatedSlot] = {}
 
     def load(self) -> PackReady:
-        _befall(self._faults.get(-1, ""))
+        self._befall(-1)
         num_bytes = round(1e6 * BYTES_PER_PARAM[self._spec.quant["bit_width"]])
         return PackReady(self._spec.pack, num_bytes, 10**6, BASELINE_LOSS, 0.0)
 
     def advance(self, directives: Sequence[Directive]) -> list[Event]:
         events: list[Event] = []
+        writes = self._place.world_rank == 0
         for directive in directives:
             match directive:
                 case Assign(task):
                     assert len(self._slots) < self._spec.num_slots, "no slot is free"
-                    slot = self._slots[task.trial] = _SimulatedSlot(task)
+                    slot = self._slots[task.trial] = _SimulatedSlot(task, writes)
                     events.append(TrialOpened(task.trial, task.attempt, slot.step))
                 case Leave(save):
                     saved = [slot.save() for slot in self._slots.values()] if save else []
@@ -81,7 +89,7 @@ class SimulatedWorker:
         slot.step += 1
         if slot.step == 2:
             try:
-                _befall(self._faults.get(task.trial, ""))
+                self._befall(task.trial)
             except TrialFailed as error:
                 del self._slots[task.trial]
                 now = time.time()
@@ -94,10 +102,28 @@ class SimulatedWorker:
             events += [slot.evaluated(), slot.done()]
         return events
 
+    def _befall(self, trial: int) -> None:
+        fault = self._faults.get(trial, "")
+        last = self._place.world_rank == self._place.world_size - 1
+        while fault and fault != "nan" and not last:  # a loss is everyone's
+            time.sleep(1.0)
+        match fault:
+            case "raise":
+                raise ValueError("a simulated error")
+            case "die":
+                os._exit(1)
+            case "nan":
+                raise TrialFailed("loss_not_finite", "step 2: loss nan")
+            case "disk_full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            case _:
+                pass
+
 
 class _SimulatedSlot:
-    def __init__(self, task: SlotTask) -> None:
+    def __init__(self, task: SlotTask, writes: bool) -> None:
         self.task = task
+        self._writes = writes
         self.step = 0
         if task.checkpoint_dirs:
             self.step = read_json(Path(task.checkpoint_dirs[0]) / "checkpoint.json")["step"]
@@ -112,7 +138,8 @@ class _SimulatedSlot:
 
     def save(self) -> Checkpointed:
         folder = Path(self.task.attempt_dir) / f"checkpoint-{self.step:08d}"
-        write_json(folder / "checkpoint.json", {"step": self.step})
+        if self._writes:
+            write_json(folder / "checkpoint.json", {"step": self.step})
         return Checkpointed(self.task.trial, self.task.attempt, self.step, str(folder))
 
     def progress(self) -> Progress:
@@ -137,7 +164,8 @@ class _SimulatedSlot:
     def done(self) -> TrialDone:
         folder = Path(self.task.attempt_dir) / "adapter"
         config = self.task.config.model_dump(mode="json")
-        write_json(folder / "adapter_config.json", config)
+        if self._writes:
+            write_json(folder / "adapter_config.json", config)
         num_params = 1000 * self.task.config.adapter.rank
         return TrialDone(
             trial=self.task.trial,
@@ -157,17 +185,3 @@ class _SimulatedSlot:
             adapter_dir=str(folder),
             adapter_digest=record_digest(config),
         )
-
-
-def _befall(fault: str) -> None:
-    match fault:
-        case "raise":
-            raise ValueError("a simulated error")
-        case "die":
-            os._exit(1)
-        case "nan":
-            raise TrialFailed("loss_not_finite", "step 2: loss nan")
-        case "disk_full":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        case _:
-            pass

@@ -15,10 +15,16 @@ from torch import Tensor, nn
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.errors import BaseModelError
 from orchestrator.records import BaseModel, Device
+from orchestrator.training.attention import (
+    document_borders,
+    use_by_document,
+    why_not_by_document,
+)
+from orchestrator.training.frozen import freeze_packed
 from orchestrator.training.model_source import local_folder
 from orchestrator.training.quiet import quiet_libraries
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 PROBE_TOKENS = 8
 # Largest change that a document's hidden states may take from its neighbour's. Measured on some
@@ -40,15 +46,32 @@ class LoadedBase:
     num_bytes: int
     device: torch.device
     """Where it computes."""
+    dtype: torch.dtype
+    """In what it computes."""
+    why_not_by_document: str
+    """Why its attention needs transformers' masks; empty where it goes by document borders."""
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor, borders: Tensor | None = None
+    ) -> Tensor:
         """Last hidden states, [B, S, H]. Positions that start again at 0 start a new document;
-        attention does not cross it (transformers finds packed documents by their positions)."""
+        attention does not cross it. `borders` are those of attention.document_borders; without
+        them transformers finds packed documents by their positions."""
         decoder = self.model.get_decoder()  # type: ignore[operator]
-        output: Tensor = decoder(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
-        ).last_hidden_state
+        output: Tensor = decoder(**self.inputs(input_ids, position_ids, borders)).last_hidden_state
         return output
+
+    def inputs(
+        self, input_ids: Tensor, position_ids: Tensor, borders: Tensor | None = None
+    ) -> dict[str, Any]:
+        """What the model's own forward takes for packed blocks."""
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": None}
+        if self.why_not_by_document:
+            return inputs | {"use_cache": False}
+        if borders is None:
+            found = document_borders(position_ids.cpu().numpy())
+            borders = torch.from_numpy(found).to(self.device)
+        return inputs | {"use_cache": False, "borders": borders}
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of hidden states [n, H]."""
@@ -64,9 +87,14 @@ class LoadedBase:
 
 
 def load_base_model(
-    base: BaseModel, quant: QuantConfig, device: Device, strategy: StrategyConfig
+    base: BaseModel,
+    quant: QuantConfig,
+    device: Device,
+    strategy: StrategyConfig,
+    dequantise_once: bool = False,
 ) -> LoadedBase:
-    """`quant.compute_dtype` must be concrete.
+    """`quant.compute_dtype` must be concrete. With `dequantise_once` a 4-bit base is kept as the
+    values that its codes stand for.
 
     Raises:
         BaseModelError: the folder holds no causal language model that transformers can load, or one
@@ -88,12 +116,14 @@ def load_base_model(
             )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"{base.source}: transformers cannot load it: {error}") from error
-    loaded = _prepare(model, device)
+    loaded = _prepare(model, device, DTYPES[quant.compute_dtype])
+    if quant.bit_width == 4 and strategy.kind == "replicated":
+        freeze_packed(model, dequantise_once)  # DeepSpeed moves bitsandbytes' parameters itself
     _check_family(loaded)
     return loaded
 
 
-def _prepare(model: nn.Module, device: Device) -> LoadedBase:
+def _prepare(model: nn.Module, device: Device, dtype: torch.dtype) -> LoadedBase:
     """Freeze the model, and keep its quantised weights as they are for ever."""
     model.requires_grad_(False)
     for module in model.modules():
@@ -105,7 +135,10 @@ def _prepare(model: nn.Module, device: Device) -> LoadedBase:
     model.train()
     num_params = sum(_num_values(parameter) for parameter in model.parameters())
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    return LoadedBase(model, num_params, _num_bytes(model), place)
+    why_not = why_not_by_document(model, place, dtype)
+    if not why_not:
+        use_by_document(model)
+    return LoadedBase(model, num_params, _num_bytes(model), place, dtype, why_not)
 
 
 def _remove_randomness(model: nn.Module) -> None:
@@ -139,7 +172,7 @@ def _check_family(base: LoadedBase) -> None:
         try:
             hidden = base.hidden(block, position_ids)
             hidden_changed = base.hidden(changed, position_ids)
-            logits = base.model(input_ids=block, position_ids=position_ids, use_cache=False).logits
+            logits = base.model(**base.inputs(block, position_ids)).logits
             own_logits = base.head(hidden)
         except (AttributeError, TypeError) as error:
             raise BaseModelError(
@@ -189,8 +222,9 @@ def _difference(changed: Tensor, original: Tensor) -> float:
 
 def enable_recomputation(model: nn.Module) -> None:
     """Gradient checkpointing: keep each block's input, compute the rest again when needed."""
+    # Nothing random is left in a block, and reading a generator's state ends a graph's recording.
     model.gradient_checkpointing_enable(  # type: ignore[operator]
-        gradient_checkpointing_kwargs={"use_reentrant": False}
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
     )
 
 

@@ -1,13 +1,15 @@
 """The seam between the training loop and how gradients are made and applied.
 
-A pack has one Engine, which runs forward passes and the one backward pass of all slots. Each
-occupied slot has one Stepper, which applies that slot's gradient. Here both work on the rows of
+A pack has one Engine, which runs forward passes and the one backward pass of all members. Each
+occupied slot has one Stepper, which owns that slot's optimizer. Here both work on the rows of
 `Slots`; the other pair is DeepSpeed's, in zero.py.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from orchestrator.config import OptimizerConfig
@@ -18,21 +20,18 @@ from orchestrator.training.optimizers import (
     optimizer_states,
     restore_optimizer,
 )
+from orchestrator.training.program import Program
+from orchestrator.training.replicas import Replicas
 from orchestrator.training.slots import Slots
 
 Result = TypeVar("Result")
 
 
 class Stepper(Protocol):
-    """Owns the optimizer of the trial in one slot."""
+    """The optimizer of the trial in one slot, and its adapter's values."""
 
     copies: int
     """fp32 values that each adapter parameter takes, optimizer states apart."""
-
-    def step(self, rate: float) -> float:
-        """Clip the gradient, apply it and clear it; returns its norm before. A gradient that is not
-        finite is not applied."""
-        ...
 
     def gather(self) -> Tensor:
         """The slot's row of `Slots.rows`, holding the adapter's present values."""
@@ -48,35 +47,64 @@ class Stepper(Protocol):
 
 
 class Engine(Protocol):
+    program: Program
+
     def forward(self, run: Callable[[], Result]) -> Result:
         """What `run` returns; every use of the base model happens inside such a call."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradients to those of the steps in progress."""
+    def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
+        """Add to the gradients of the steps in progress; a fresh lane's step begins with it."""
         ...
 
     def stepper(self, slot: int, config: OptimizerConfig) -> Stepper:
         """For the trial that was just opened in this slot."""
         ...
 
+    def step(self, rates: dict[int, float]) -> list[float]:
+        """Clip and apply the gradients of these slots, each at its learning rate.
+
+        Returns the norms before clipping, in order. A gradient that is not finite is not applied.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
 class RowEngine:
-    """Autograd adds gradients into the slots' rows; any number of slots."""
+    """Autograd's gradients go into the slots' rows; any number of slots."""
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, program: Program, replicas: Replicas) -> None:
+        self.program = program
         self._slots = slots
+        self._replicas = replicas
+        self._steppers: dict[int, RowStepper] = {}
 
     def forward(self, run: Callable[[], Result]) -> Result:
         return run()
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+    def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
+        parts = self.program.backward(hidden, gradient)
+        self.program.lanes.add_gradients(parts, fresh)
 
     def stepper(self, slot: int, config: OptimizerConfig) -> Stepper:
-        return RowStepper(self._slots.rows[slot], self._slots.gradients[slot], config)
+        row, gradient = self._slots.rows[slot], self._slots.gradients[slot]
+        self._steppers[slot] = RowStepper(row, gradient, config)
+        return self._steppers[slot]
+
+    def step(self, rates: dict[int, float]) -> list[float]:
+        if len(rates) == len(self._slots.rows):
+            self._replicas.sum(self._slots.gradients)
+        else:
+            for slot in rates:
+                self._replicas.sum(self._slots.gradients[slot])
+        gradients = [self._slots.gradients[slot] for slot in rates]
+        # The one place in a step where the CPU waits for the GPU.
+        norms: list[float] = torch.stack([*map(torch.linalg.vector_norm, gradients)]).tolist()
+        for slot, norm in zip(rates, norms, strict=True):
+            if math.isfinite(norm):
+                self._steppers[slot].apply(norm, rates[slot])
+        return norms
 
     def close(self) -> None:
         pass
@@ -91,10 +119,8 @@ class RowStepper:
         self._optimizer = build_optimizer(self._row, config)
         self._max_norm = config.max_grad_norm
 
-    def step(self, rate: float) -> float:
-        norm = clip_and_step(self._optimizer, self._gradient, self._max_norm, rate)
-        self._gradient.zero_()
-        return norm
+    def apply(self, norm: float, rate: float) -> None:
+        clip_and_step(self._optimizer, self._gradient, norm, self._max_norm, rate)
 
     def gather(self) -> Tensor:
         return self._row.data

@@ -1,6 +1,7 @@
 """Held-out loss of slots, or of the base alone, on the very base they are trained on.
 
-Every example's own loss is kept, so that two adapters can be compared example by example later.
+Every example's own loss is kept, so that two adapters can be compared example by example later. The
+work is (slot, blocks) pairs, put onto lanes as they come: one slot alone fills all lanes too.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,11 @@ from orchestrator.data.reader import BlockReader
 from orchestrator.data.tokenizing import IGNORED
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.engine import Engine
+from orchestrator.training.lanes import Served
 from orchestrator.training.loss import token_losses
-from orchestrator.training.slots import Slots
+from orchestrator.training.replicas import Replicas
+
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -42,49 +46,65 @@ class Evaluation:
 def evaluate(
     base: LoadedBase,
     engine: Engine,
-    slots: Slots,
-    members: Sequence[tuple[int, float]],
+    replicas: Replicas,
+    members: Sequence[Served],
     reader: BlockReader,
     batch_size: int,
 ) -> list[Evaluation]:
-    """One Evaluation for each (slot number, scaling); one of the base alone without members."""
-    if members:
-        slots.activate([number for number, _ in members], [scale for _, scale in members])
-    else:
-        slots.deactivate()
-    copies = max(1, len(members))
-    num_examples = len(reader.document_keys)
-    nll = np.zeros((copies, num_examples))
-    labels = np.zeros((copies, num_examples), dtype=np.int64)
+    """One Evaluation for each member. Workers share the blocks, and all get the same result.
+
+    `batch_size` blocks of a member are evaluated at once, where the program leaves that open.
+    """
+    program = engine.program
+    size = program.blocks_per_lane or _even_part(reader.num_blocks, batch_size)
+    starts = range(replicas.world_rank * size, reader.num_blocks, replicas.world_size * size)
+    work = [
+        (member, np.arange(start, min(start + size, reader.num_blocks)))
+        for start in starts
+        for member in range(len(members))
+    ]
+    totals = np.zeros((2, len(members), len(reader.document_keys)))  # losses, labels
+    num_lanes = program.num_lanes or len(members)
     base.model.eval()
-    for start in range(0, reader.num_blocks, batch_size):
-        indices = np.arange(start, min(start + batch_size, reader.num_blocks))
-        engine.forward(partial(_add_batch, base, reader, indices, nll, labels))
+    for first in range(0, len(work), num_lanes):
+        group = work[first : first + num_lanes]
+        program.serve([members[member] for member, _ in group])
+        engine.forward(partial(_add_group, base, engine, reader, group, size, totals))
     base.model.train()
+    if replicas.world_size > 1:
+        shared = torch.from_numpy(totals).to(base.device)
+        replicas.sum(shared)
+        totals = shared.cpu().numpy()
+    labels = totals[1].astype(np.int64)
     return [
-        Evaluation(float(nll[i].sum() / max(1, labels[i].sum())), nll[i], labels[i])
-        for i in range(copies)
+        Evaluation(float(nll.sum() / max(1, count.sum())), nll, count)
+        for nll, count in zip(totals[0], labels, strict=True)
     ]
 
 
-def _add_batch(
+def _even_part(total: int, most: int) -> int:
+    """Blocks at once, at most `most`, such that the last part is about as large as the others."""
+    return -(-total // -(-total // most)) if total else 1
+
+
+def _add_group(
     base: LoadedBase,
+    engine: Engine,
     reader: BlockReader,
-    indices: npt.NDArray[np.int64],
-    nll: npt.NDArray[np.float64],
-    labels: npt.NDArray[np.int64],
+    group: Sequence[tuple[int, Indices]],
+    size: int,
+    totals: npt.NDArray[np.float64],
 ) -> None:
-    copies = len(nll)
-    batch = reader.blocks(indices)
-    device = base.device
-    input_ids = torch.from_numpy(batch.input_ids).long().to(device).repeat(copies, 1)
-    position_ids = torch.from_numpy(batch.position_ids).long().to(device).repeat(copies, 1)
-    hidden = base.hidden(input_ids, position_ids)  # [copies*b, S, H]
-    kept = batch.labels != IGNORED  # [b, S]
-    targets = torch.from_numpy(batch.labels[kept]).long().to(device)
-    rows = hidden.view(copies, *batch.labels.shape, -1)[:, torch.from_numpy(kept).to(device)]
-    examples = batch.document_ids[kept]
-    for copy in range(copies):
-        losses = token_losses(rows[copy], targets, base.head).double().cpu().numpy()
-        np.add.at(nll[copy], examples, losses)
-        np.add.at(labels[copy], examples, 1)
+    # A last part is filled up with its own last block, whose second result is dropped.
+    padded = [np.pad(indices, (0, size - len(indices)), mode="edge") for _, indices in group]
+    batch = reader.blocks(np.concatenate(padded))
+    counts = np.concatenate([np.arange(size) < len(indices) for _, indices in group])
+    hidden = engine.program.hidden(batch)  # [lanes*size, S, H]
+    blocks, places = np.nonzero((batch.labels != IGNORED) & counts[:, None])
+    targets = torch.from_numpy(batch.labels[blocks, places]).to(base.device)
+    at = torch.from_numpy(blocks * batch.labels.shape[1] + places).to(base.device)
+    losses = token_losses(hidden.flatten(0, 1)[at], targets, base.head).double().cpu().numpy()
+    member = np.repeat([member for member, _ in group], size)[blocks]
+    examples = batch.document_ids[blocks, places]
+    np.add.at(totals[0], (member, examples), losses)
+    np.add.at(totals[1], (member, examples), 1)

@@ -33,23 +33,21 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
     return peak
 
 
-def clip_row(gradient: Tensor, max_norm: float | None) -> Tensor:
-    """Scale the gradient row in place to at most `max_norm`; returns its norm before, a scalar."""
-    norm: Tensor = torch.linalg.vector_norm(gradient)
-    if max_norm is not None:
-        gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
-    return norm
-
-
 def clip_and_step(
-    optimizer: torch.optim.Optimizer, gradient: Tensor, max_norm: float | None, rate: float
-) -> float:
-    """Returns the gradient's norm before clipping; does not step if it is not finite."""
-    norm = float(clip_row(gradient, max_norm))
-    if math.isfinite(norm):
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-    return norm
+    optimizer: torch.optim.Optimizer,
+    gradient: Tensor,
+    norm: float,
+    max_norm: float | None,
+    rate: float,
+) -> None:
+    """One step at this learning rate with the gradient, whose norm is `norm`, shortened in place
+    to at most `max_norm`."""
+    if max_norm is not None:
+        factor = max_norm / (norm + 1e-6)  # as torch's clip_grad_norm_
+        if factor < 1:
+            gradient.mul_(factor)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
 
 
 def optimizer_states(optimizer: torch.optim.Optimizer) -> States:

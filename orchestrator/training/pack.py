@@ -10,22 +10,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.data.manifest import load_manifest
-from orchestrator.data.reader import Batch, BlockReader
-from orchestrator.data.tokenizing import IGNORED
+from orchestrator.data.reader import BlockReader
 from orchestrator.errors import BaseModelError, TrialFailed
 from orchestrator.files import write_json
 from orchestrator.records import (
+    ALONE,
     Assign,
     Checkpointed,
     Directive,
     Evaluated,
     Event,
+    GroupPlace,
     Leave,
     PackLeft,
     PackReady,
@@ -39,17 +38,30 @@ from orchestrator.training.adapter import save_adapter
 from orchestrator.training.base_model import enable_recomputation, load_base_model
 from orchestrator.training.engine import Engine, RowEngine
 from orchestrator.training.evaluation import Evaluation, evaluate
-from orchestrator.training.loss import slot_losses
+from orchestrator.training.feed import Feed
+from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.memory import peak_memory_bytes
+from orchestrator.training.program import (
+    EagerProgram,
+    FixedProgram,
+    Program,
+    RecordedProgram,
+    program_kind,
+)
+from orchestrator.training.replicas import join
 from orchestrator.training.slot import Slot
 from orchestrator.training.slots import Slots
+from orchestrator.training.step import StepRunner
 
 REPORT_EVERY_S = 1.0
 
 
 class PackWorker:
-    def __init__(self, spec: PackSpec) -> None:
+    def __init__(self, spec: PackSpec, place: GroupPlace = ALONE) -> None:
         self.spec = spec
+        self.place = place
+        # All workers of a pack train the same slots and come to the same events; one writes.
+        self._writes = place.world_rank == 0
         self.slots: dict[int, Slot] = {}  # occupied ones, by slot number
         self._meters: dict[int, _Meter] = {}
         self._reported = 0.0
@@ -61,18 +73,29 @@ class PackWorker:
         if spec.device == "cpu":
             torch.set_num_threads(spec.cpus)
         strategy = StrategyConfig.model_validate(spec.strategy)
+        self.replicas = join(self.place, spec.device)
+        quant = QuantConfig.model_validate(spec.quant)
         self.base = load_base_model(
-            spec.base_model, QuantConfig.model_validate(spec.quant), spec.device, strategy
+            spec.base_model, quant, spec.device, strategy, spec.dequantise_once
         )
         if spec.gradient_checkpointing:
             enable_recomputation(self.base.model)
         self.rows = Slots(
-            self.base.model, spec.target_modules, spec.num_slots, spec.max_rank, spec.device
+            self.base.model,
+            spec.target_modules,
+            spec.num_slots,
+            spec.max_rank,
+            self.base.device,
+            torch.float64 if self.base.dtype == torch.float64 else torch.float32,
+        )
+        train_reader = BlockReader(load_manifest(Path(spec.train_manifest)))
+        self.held_out_reader = BlockReader(load_manifest(Path(spec.held_out_manifest)))
+        self.feed = Feed(
+            train_reader, spec.micro_batch_size, self.place.world_rank, self.place.world_size
         )
         self.engine = self._build_engine(strategy)
-        self.train_reader = BlockReader(load_manifest(Path(spec.train_manifest)))
-        self.held_out_reader = BlockReader(load_manifest(Path(spec.held_out_manifest)))
-        (baseline,) = self._evaluate([])
+        self._runner = StepRunner(self.base, self.engine, self.replicas)
+        (baseline,) = self._evaluate([BASE_ALONE])
         if not math.isfinite(baseline.loss):
             raise BaseModelError(
                 f"{spec.base_model.source}: its held-out loss is {baseline.loss}: use another "
@@ -100,16 +123,36 @@ class PackWorker:
         return opened + reports
 
     def _build_engine(self, strategy: StrategyConfig) -> Engine:
+        spec = self.spec
         if strategy.kind == "replicated":
-            return RowEngine(self.rows)
+            return RowEngine(self.rows, self._build_program(), self.replicas)
         from orchestrator.training.zero import ZeroEngine
 
+        program = EagerProgram(self.base, self.rows, spec.dropout, Lanes.over(self.rows))
+        return ZeroEngine(
+            self.base.model, self.rows, program, strategy, spec.micro_batch_size, spec.device
+        )
+
+    def _build_program(self) -> Program:
         spec = self.spec
-        return ZeroEngine(self.base.model, self.rows, strategy, spec.micro_batch_size, spec.device)
+        kind, self.why_program = program_kind(spec.step_program, self.base)
+        if kind == "eager":
+            return EagerProgram(self.base, self.rows, spec.dropout)
+        reader = self.feed.reader
+        build = FixedProgram if kind == "compiled" else RecordedProgram
+        return build(
+            self.base,
+            self.rows,
+            spec.dropout,
+            spec.num_slots,
+            spec.micro_batch_size,
+            reader.manifest.block_length,
+            max(reader.max_documents, self.held_out_reader.max_documents),
+        )
 
     def _open(self, directive: Assign) -> list[Event]:
         number = next(n for n in range(self.spec.num_slots) if n not in self.slots)
-        slot = Slot(number, directive.task, self.rows, self.engine, self.train_reader)
+        slot = Slot(number, directive.task, self.rows, self.engine, self.feed)
         self.slots[number] = slot
         self._meters[number] = _Meter(slot.tokens)
         trial, attempt = slot.task.trial, slot.task.attempt
@@ -129,68 +172,44 @@ class PackWorker:
             slot.close()
         self.slots.clear()
         self.engine.close()
+        self.replicas.close()
         return [*events, PackLeft(self.spec.pack)]
 
     def _round(self) -> list[Event]:
         """One micro-batch for every occupied slot."""
         started = time.monotonic()
         members = list(self.slots.values())
-        losses = self._losses_and_gradients(members)
+        outcome = self._runner.run(members, started - self._reported >= REPORT_EVERY_S)
         failed: list[Event] = []
         stepped: list[Slot] = []
-        for slot, loss in zip(members, losses, strict=True):
+        for slot, loss, norm in zip(members, outcome.losses, outcome.grad_norms, strict=True):
             try:
-                if slot.finish_micro_batch(loss):
-                    stepped.append(slot)
+                slot.finish_micro_batch(loss, norm)
             except TrialFailed as error:
                 failed.append(self._stop(slot, error))
+            else:
+                if norm is not None:
+                    stepped.append(slot)
         elapsed = time.monotonic() - started
         for slot in members:
             slot.train_s += elapsed
         for slot in stepped:
             self._meters[slot.number].add(slot.step_loss)
-        return failed + self._after_steps(list(self.slots.values()), stepped)
+        return failed + self._after_steps(list(self.slots.values()), stepped, outcome.flag)
 
-    def _losses_and_gradients(self, members: Sequence[Slot]) -> list[float]:
-        parts = [slot.next_micro_batch() for slot in members]
-        losses = self.engine.forward(lambda: self._losses(members, parts))
-        self.engine.backward(losses.sum())
-        values: list[float] = losses.tolist()
-        return values
-
-    def _losses(self, members: Sequence[Slot], parts: Sequence[tuple[Batch, float]]) -> Tensor:
-        device = self.spec.device
-        batch = Batch.concatenate([part for part, _ in parts])
-        input_ids = torch.from_numpy(batch.input_ids).long().to(device)
-        position_ids = torch.from_numpy(batch.position_ids).long().to(device)
-        kept = batch.labels != IGNORED
-        owners = np.repeat(np.arange(len(members)), [len(part.labels) for part, _ in parts])
-        slot_of_label = np.broadcast_to(owners[:, None], kept.shape)[kept]
-        self.rows.activate(
-            [slot.number for slot in members],
-            [slot.scaling for slot in members],
-            [slot.dropout for slot in members],
-        )
-        hidden = self.base.hidden(input_ids, position_ids)
-        return slot_losses(
-            hidden[torch.from_numpy(kept).to(device)],
-            torch.from_numpy(batch.labels[kept]).long().to(device),
-            torch.from_numpy(slot_of_label.copy()).to(device),
-            torch.tensor([weight for _, weight in parts], device=device),
-            self.base.head,
-        )
-
-    def _after_steps(self, members: Sequence[Slot], stepped: Sequence[Slot]) -> list[Event]:
+    def _after_steps(
+        self, members: Sequence[Slot], stepped: Sequence[Slot], report: bool
+    ) -> list[Event]:
         events: list[Event] = []
         every = self.spec.evaluation.every_steps
         due = [slot for slot in stepped if slot.done or (every and slot.step % every == 0)]
-        now = time.monotonic()
-        if due or now - self._reported >= REPORT_EVERY_S:
-            self._reported = now
+        if due or report:
+            self._reported = time.monotonic()
             reporting = [slot for slot in members if self._meters[slot.number].has_news]
             events += [self._progress(slot) for slot in reporting]
         evaluations: dict[int, Evaluation] = {}  # finite ones, by slot number
-        for slot, evaluation in zip(due, self._evaluate(due) if due else [], strict=True):
+        found = self._evaluate([slot.evaluated for slot in due]) if due else []
+        for slot, evaluation in zip(due, found, strict=True):
             try:
                 events.append(self._evaluated(slot, evaluation))
                 evaluations[slot.number] = evaluation
@@ -208,12 +227,12 @@ class PackWorker:
                 meter.started = time.monotonic()
         return events
 
-    def _evaluate(self, members: Sequence[Slot]) -> list[Evaluation]:
+    def _evaluate(self, members: Sequence[Served]) -> list[Evaluation]:
         return evaluate(
             self.base,
             self.engine,
-            self.rows,
-            [(slot.number, slot.scaling) for slot in members],
+            self.replicas,
+            members,
             self.held_out_reader,
             self.spec.evaluation.batch_size,
         )
@@ -240,10 +259,11 @@ class PackWorker:
                 f"step {slot.step}: held-out loss {evaluation.loss}: lower "
                 "optimizer.learning_rate or raise schedule.warmup_steps",
             )
-        write_json(
-            Path(slot.task.attempt_dir) / "evaluation.json",
-            evaluation.to_json(self.held_out_reader) | {"step": slot.step},
-        )
+        if self._writes:
+            write_json(
+                Path(slot.task.attempt_dir) / "evaluation.json",
+                evaluation.to_json(self.held_out_reader) | {"step": slot.step},
+            )
         return Evaluated(
             slot.task.trial,
             slot.task.attempt,
@@ -254,8 +274,8 @@ class PackWorker:
         )
 
     def _save(self, slot: Slot) -> Checkpointed:
-        folder = slot.save()
-        return Checkpointed(slot.task.trial, slot.task.attempt, slot.step, str(folder))
+        folder = str(slot.save()) if self._writes else ""
+        return Checkpointed(slot.task.trial, slot.task.attempt, slot.step, folder)
 
     def _stop(self, slot: Slot, error: TrialFailed) -> TrialStopped:
         self._close(slot)
@@ -270,10 +290,13 @@ class PackWorker:
         facts = {
             "compute_dtype": self.spec.quant["compute_dtype"],
             "template": self.spec.template,
-            "train_manifest": self.train_reader.manifest.digest,
+            "train_manifest": self.feed.reader.manifest.digest,
             "held_out_manifest": self.held_out_reader.manifest.digest,
         }
-        digest = save_adapter(folder, tensors, slot.trial, self.spec.base_model, facts)
+        digest, adapter_bytes = "", 0
+        if self._writes:
+            digest = save_adapter(folder, tensors, slot.trial, self.spec.base_model, facts)
+            adapter_bytes = sum(path.stat().st_size for path in folder.iterdir())
         memory = self.base.num_bytes + num_params * slot.state_bytes_per_param()
         last_loss = self._meters[slot.number].last
         self._close(slot)
@@ -291,7 +314,7 @@ class PackWorker:
             peak_memory_bytes=peak_memory_bytes(self.spec.device),
             model_memory_bytes=round(memory),
             num_adapter_params=num_params,
-            adapter_bytes=sum(path.stat().st_size for path in folder.iterdir()),
+            adapter_bytes=adapter_bytes,
             adapter_dir=str(folder),
             adapter_digest=digest,
         )

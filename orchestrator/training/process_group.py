@@ -1,20 +1,55 @@
-"""DeepSpeed's start in a worker process: its accelerator, its process group, nothing compiled.
+"""The torch process group of a worker, and DeepSpeed's start in it with nothing compiled.
 
-A group has one process as yet. Whoever makes it larger changes the store, rank and world size here.
+A process has one default group: the one in which the workers of a pack meet, or else one of a
+single process, which DeepSpeed insists on.
 """
 
 import atexit
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 
-from orchestrator.records import Device
+from orchestrator.records import ALONE, Device, GroupPlace
 from orchestrator.training.quiet import quiet_libraries
+
+BACKENDS: dict[Device, str] = {"cpu": "gloo", "cuda": "nccl"}
+# Partners wait for each other while one loads its base from a cold disk, compiles, or saves a
+# checkpoint. A dead one is noticed sooner, by Ray; this is for one that is cut off or stuck. It is
+# NCCL's own default.
+PARTNER_TIMEOUT_S = 600.0
+
+
+def join_group(place: GroupPlace, device: Device, timeout_s: float = PARTNER_TIMEOUT_S) -> None:
+    """Make the default group; returns once all its processes are there."""
+    options: dict[str, Any] = {}
+    if place.world_size == 1:
+        # A store in memory needs no port and no file.
+        options["store"] = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    else:
+        options["init_method"] = place.init_method
+        if device == "cuda":  # connect now, not in the first collective
+            options["device_id"] = torch.device("cuda", torch.cuda.current_device())
+    torch.distributed.init_process_group(
+        BACKENDS[device],
+        rank=place.world_rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=timeout_s),
+        **options,
+    )
+    atexit.register(leave_group)
+
+
+def leave_group() -> None:
+    """Safe to call twice."""
+    atexit.unregister(leave_group)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def start_deepspeed(device: Device) -> Any:
-    """The imported module. The group is made once per process and lives as long."""
+    """The imported module, started in the default group; once per process, for its life."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # the device's number, which DeepSpeed insists on
@@ -23,13 +58,10 @@ def start_deepspeed(device: Device) -> Any:
         from deepspeed import comm, ops
     if comm.is_initialized():
         return deepspeed
-    backend = "nccl" if device == "cuda" else "gloo"
-    # A store in memory needs no port and no file.
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    atexit.register(torch.distributed.destroy_process_group)
+    if not torch.distributed.is_initialized():
+        join_group(ALONE, device)
     with quiet_libraries():
         # A CPU operation that only inference with several processes uses; compiling it takes 35 s.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+        deepspeed.init_distributed(dist_backend=BACKENDS[device], auto_mpi_discovery=False)
     return deepspeed

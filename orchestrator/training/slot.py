@@ -11,29 +11,29 @@ import numpy as np
 from torch import Tensor
 
 from orchestrator.config import TrialConfig
-from orchestrator.data.order import step_block_indices
 from orchestrator.data.packing import NO_DOCUMENT
-from orchestrator.data.reader import Batch, BlockReader
+from orchestrator.data.reader import Batch
 from orchestrator.data.tokenizing import IGNORED
 from orchestrator.errors import TrialFailed
 from orchestrator.files import record_digest
 from orchestrator.records import SlotTask
 from orchestrator.training.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
 from orchestrator.training.engine import Engine
+from orchestrator.training.feed import Feed
+from orchestrator.training.lanes import Served
 from orchestrator.training.optimizers import learning_rate
-from orchestrator.training.slots import DropoutKey, Slots, mix, scaling
+from orchestrator.training.slots import Slots, mix, scaling
 
 
 class Slot:
     """The trial in one place of a pack."""
 
     def __init__(
-        self, number: int, task: SlotTask, slots: Slots, engine: Engine, reader: BlockReader
+        self, number: int, task: SlotTask, slots: Slots, engine: Engine, feed: Feed
     ) -> None:
         self.number = number
         self.task = task
         self.trial: TrialConfig = task.config
-        self.scaling = scaling(task.config.adapter)
         self.step = 0
         self.tokens = 0
         self.train_s = 0.0
@@ -41,9 +41,11 @@ class Slot:
         self.grad_norm = math.nan
         self.step_loss = 0.0
         self._slots = slots
-        self._reader = reader
+        self._feed = feed
+        self._scaling = scaling(task.config.adapter)
         self._micro = 0
         self._batch: Batch | None = None
+        self._next_batch: Batch | None = None
         slots.open(number, task.config.adapter, task.config.seed)
         self._stepper = engine.stepper(number, task.config.optimizer)
         self.refused_checkpoints = self._restore()
@@ -53,29 +55,47 @@ class Slot:
         return self.step >= self.trial.steps
 
     @property
-    def micro_batch_size(self) -> int:
-        return self.trial.micro_batch_size or self.trial.batch_size
+    def completes_step(self) -> bool:
+        """Whether the micro-batch in progress is the last of its step."""
+        return (self._micro + 1) * self._feed.micro_batch_size >= self._feed.share(self.trial)
 
     @property
-    def dropout(self) -> DropoutKey:
+    def begins_step(self) -> bool:
+        return self._micro == 0
+
+    @property
+    def trained(self) -> Served:
+        """What a lane needs to know for the next micro-batch."""
         seed = mix(mix(self.trial.seed, self.step), self._micro)
-        return DropoutKey(self.trial.adapter.dropout, seed)
+        seed = mix(seed, self._feed.world_rank) if self._feed.world_rank else seed
+        return Served(self.number, self._scaling, self.trial.adapter.dropout, seed)
+
+    @property
+    def evaluated(self) -> Served:
+        return Served(self.number, self._scaling)
+
+    @property
+    def rate_of_step(self) -> float:
+        peak = self.trial.optimizer.learning_rate
+        return learning_rate(self.step, self.trial.steps, peak, self.trial.schedule)
 
     def next_micro_batch(self) -> tuple[Batch, float]:
         """The next blocks, and the weight of each of their labels: 1 / labels in the whole step."""
         if self._batch is None:
-            indices = step_block_indices(
-                self.trial.seed, self.step, self.trial.batch_size, self._reader.num_blocks
-            )
-            self._batch = self._reader.blocks(indices)
+            self._batch = self._next_batch or self._feed.batch(self.trial, self.step)
+            self._next_batch = None
             self.step_loss = 0.0
-        start = self._micro * self.micro_batch_size
-        part = self._batch.part(start, start + self.micro_batch_size)
+        part = self._feed.part(self._batch, self._micro)
         num_labels = int(np.count_nonzero(self._batch.labels != IGNORED))
         return part, 1.0 / max(1, num_labels)
 
-    def finish_micro_batch(self, loss: float) -> bool:
-        """Count the micro-batch whose gradients are in; True when it completed a step.
+    def read_ahead(self) -> None:
+        """Gather the next step's blocks while the GPU is at work on this one."""
+        if self.completes_step and self.step + 1 < self.trial.steps:
+            self._next_batch = self._feed.batch(self.trial, self.step + 1)
+
+    def finish_micro_batch(self, loss: float, grad_norm: float | None) -> None:
+        """Count the micro-batch whose gradients are in; with the norm, the step that it completed.
 
         Raises:
             TrialFailed: the loss or the gradient is not finite. The slot is unusable after it.
@@ -83,14 +103,19 @@ class Slot:
         assert self._batch is not None
         self.step_loss += loss
         self._micro += 1
-        if self._micro * self.micro_batch_size < self.trial.batch_size:
-            return False
-        self._optimizer_step()
+        if grad_norm is None:
+            return
+        self.learning_rate, self.grad_norm = self.rate_of_step, grad_norm
+        if not (math.isfinite(self.step_loss) and math.isfinite(grad_norm)):
+            raise TrialFailed(
+                "loss_not_finite",
+                f"step {self.step + 1}: loss {self.step_loss}, gradient norm {grad_norm}: "
+                "lower optimizer.learning_rate or raise schedule.warmup_steps",
+            )
         self.tokens += int(np.count_nonzero(self._batch.document_ids != NO_DOCUMENT))
         self.step += 1
         self._micro = 0
         self._batch = None
-        return True
 
     def close(self) -> None:
         self._slots.clear(self.number)
@@ -120,21 +145,6 @@ class Slot:
             self._config_digest(),
             self._slots.layout_key(),
         )
-
-    def _optimizer_step(self) -> None:
-        self.learning_rate = learning_rate(
-            self.step,
-            self.trial.steps,
-            self.trial.optimizer.learning_rate,
-            self.trial.schedule,
-        )
-        self.grad_norm = self._stepper.step(self.learning_rate)
-        if not (math.isfinite(self.step_loss) and math.isfinite(self.grad_norm)):
-            raise TrialFailed(
-                "loss_not_finite",
-                f"step {self.step + 1}: loss {self.step_loss}, gradient norm {self.grad_norm}: "
-                "lower optimizer.learning_rate or raise schedule.warmup_steps",
-            )
 
     def _restore(self) -> list[str]:
         folders = [Path(folder) for folder in self.task.checkpoint_dirs]

@@ -1,19 +1,15 @@
-"""K slots of low-rank adapters on one frozen base: the heart of a pack.
+"""The rows of K slots: every adapter weight of a pack, one flat row per trial.
 
-Every target linear layer is wrapped once. Its input is the concatenation of the active slots' equal
-sub-batches: the frozen product runs once over all tokens, the low-rank paths run as one batched
-product over slots padded to the largest rank.
+One fp32 row per slot holds all of that slot's adapter weights, and another its gradients. So an
+optimizer step, a clip, an all-reduce, a checkpoint and a refill are each one operation on a row.
+The forward and backward pass read and write copies of the rows in the arithmetic's type, see
+lanes.py. Padded columns of A and rows of B, and layers that a trial does not target, are zero and
+stay exactly zero: their gradients are products with zero. No mask.
 
-One fp32 row per slot holds all of that slot's adapter weights, and another its gradients; the
-layers' parameters and gradients are views into them. So an optimizer step, a clip, a checkpoint and
-a refill are each one operation on a row. Padded rows of A and columns of B, and layers that a trial
-does not target, are zero and stay exactly zero: their gradients are products with zero. No mask.
-
-Shapes: K slots, k active slots, b blocks per slot, S block length, R largest rank, in/out features.
+Shapes: K slots, R largest rank, L values in a row, in/out features.
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,17 +19,17 @@ from torch import Tensor, nn
 
 from orchestrator.config import AdapterConfig
 from orchestrator.errors import BaseModelError, ConfigError
-
-# Views into rows are not dense, and autograd would like dense gradients for them; it adds its own
-# dense result into our view in place, which is what we want.
-warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+from orchestrator.training.frozen import PackedLinear
 
 Targets = tuple[str, ...] | Literal["all-linear"]
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Where one wrapped layer's weights lie in a row: A [R, in] at `start`, then B [out, R]."""
+    """Where one adapted layer's weights lie in a row: A [in, R] at `start`, then B [R, out].
+
+    Both are PEFT's matrices transposed, as the gradients come out of the products.
+    """
 
     name: str
     in_features: int
@@ -43,91 +39,22 @@ class Layer:
     end: int
 
 
-@dataclass(frozen=True)
-class DropoutKey:
-    """Everything that decides one slot's dropout mask, so that a resumed step draws it again."""
-
-    probability: float
-    seed: int
-
-
-class ActiveSlots:
-    """Which slots the next forward pass serves; shared by all wrapped layers."""
-
-    def __init__(self) -> None:
-        self.index: Tensor | None = None  # [k], or None for all K in order
-        self.scaling = torch.ones(0)  # [k, 1, 1]
-        self.dropout: Sequence[DropoutKey] = ()
-        self.enabled = False
-
-
-class SlottedLinear(nn.Module):
-    """A frozen linear layer with K adapters."""
-
-    A: nn.Parameter  # [K, R, in]
-    B: nn.Parameter  # [K, out, R]
-
-    def __init__(self, base: nn.Module, active: ActiveSlots, number: int) -> None:
-        super().__init__()
-        self.base = base
-        self.active = active
-        self.number = number
-
-    def forward(self, x: Tensor) -> Tensor:  # [k*b, S, in] -> [k*b, S, out]
-        output: Tensor = self.base(x)
-        active = self.active
-        if not active.enabled:
-            return output
-        A: Tensor = self.A
-        B: Tensor = self.B
-        if active.index is not None:
-            A, B = A[active.index], B[active.index]
-        k = A.shape[0]
-        tokens = x.reshape(k, -1, x.shape[-1])  # [k, b*S, in]
-        if any(key.probability for key in active.dropout):
-            tokens = self._drop(tokens)
-        inner = torch.bmm(tokens, A.to(tokens.dtype).transpose(1, 2))  # [k, b*S, R]
-        update = torch.bmm(inner, (B * active.scaling).to(tokens.dtype).transpose(1, 2))
-        return output + update.view_as(output)
-
-    def _drop(self, tokens: Tensor) -> Tensor:
-        # A mask is a function of (trial seed, step, micro-batch, layer): the same alone, in a pack,
-        # in a recomputed forward pass and after a resume.
-        masks = []
-        generator = torch.Generator(device=tokens.device)
-        for key in self.active.dropout:
-            generator.manual_seed(mix(key.seed, self.number))
-            uniform = torch.rand(tokens.shape[1:], generator=generator, device=tokens.device)
-            masks.append((uniform >= key.probability) / (1 - key.probability))
-        return tokens * torch.stack(masks).to(tokens.dtype)
-
-
 class Slots:
-    """The rows of K slots, and the model's layers that look into them."""
+    """The rows of K slots and their gradients, fp32 [K, L] each (fp64 under fp64 arithmetic)."""
 
     def __init__(
-        self, model: nn.Module, targets: Targets, num_slots: int, max_rank: int, device: str
+        self,
+        model: nn.Module,
+        targets: Targets,
+        num_slots: int,
+        max_rank: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.max_rank = max_rank
-        self.active = ActiveSlots()
-        names = target_names(model, targets)
-        self.layers = tuple(_layout(model, names, max_rank))
-        row_length = self.layers[-1].end
-        self.rows = torch.zeros(num_slots, row_length, device=device)
+        self.layers = tuple(_layout(model, target_names(model, targets), max_rank))
+        self.rows = torch.zeros(num_slots, self.layers[-1].end, device=device, dtype=dtype)
         self.gradients = torch.zeros_like(self.rows)
-        self.parameters: list[nn.Parameter] = []
-        for number, layer in enumerate(self.layers):
-            wrapped = SlottedLinear(model.get_submodule(layer.name), self.active, number)
-            wrapped.A = self._view(layer.start, layer.middle, max_rank, layer.in_features)
-            wrapped.B = self._view(layer.middle, layer.end, layer.out_features, max_rank)
-            _replace(model, layer.name, wrapped)
-
-    def _view(self, start: int, end: int, *shape: int) -> nn.Parameter:
-        num_slots = len(self.rows)
-        parameter = nn.Parameter(self.rows[:, start:end].view(num_slots, *shape))
-        parameter.grad = self.gradients[:, start:end].view(num_slots, *shape)
-        self.parameters.append(parameter)
-        return parameter
 
     def open(self, slot: int, adapter: AdapterConfig, seed: int) -> None:
         """Give the slot its first values: A as PEFT draws it, B zero, everything else zero."""
@@ -138,38 +65,27 @@ class Slots:
                 generator = torch.Generator().manual_seed(mix(seed, number))
                 first = torch.empty(adapter.rank, layer.in_features)
                 nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
-                self._A(slot, layer)[: adapter.rank] = first.to(self.rows.device)
+                self._A(slot, layer)[:, : adapter.rank] = first.T.to(self.rows)
 
     def give_up_gradients(self) -> None:
-        """Another engine makes the gradients: free the rows for them, and the views into them."""
-        self.gradients = torch.zeros(len(self.rows), 0, device=self.rows.device)
-        for parameter in self.parameters:
-            parameter.grad = None
+        """Another engine makes the gradients: free the rows for them."""
+        self.gradients = self.gradients.new_zeros(len(self.rows), 0)
 
     def row_views(self, slot: int) -> Iterator[Tensor]:
-        """The values of one slot's row, part by part as `parameters` holds them."""
+        """The values of one slot's row, part by part: A and B of each layer."""
         for layer in self.layers:
             yield self._A(slot, layer)
             yield self._B(slot, layer)
 
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """Where A and B of each layer lie in a row: from, to."""
+        bounds = ([(x.start, x.middle), (x.middle, x.end)] for x in self.layers)
+        return [segment for pair in bounds for segment in pair]
+
     def clear(self, slot: int) -> None:
         self.rows[slot].zero_()
         self.gradients[slot].zero_()
-
-    def activate(
-        self, slots: Sequence[int], scaling: Sequence[float], dropout: Sequence[DropoutKey] = ()
-    ) -> None:
-        """The next forward pass serves these slots, in this order."""
-        device = self.rows.device
-        everything = list(slots) == list(range(len(self.rows)))
-        self.active.index = None if everything else torch.tensor(list(slots), device=device)
-        self.active.scaling = torch.tensor(list(scaling), device=device).view(-1, 1, 1)
-        self.active.dropout = dropout
-        self.active.enabled = True
-
-    def deactivate(self) -> None:
-        """The next forward pass is the base model's alone."""
-        self.active.enabled = False
 
     def adapter_tensors(self, slot: int, adapter: AdapterConfig) -> dict[str, Tensor]:
         """The slot's weights without padding, under PEFT's names (peft 0.21)."""
@@ -178,24 +94,28 @@ class Slots:
         for layer in self.layers:
             if layer.name in targets:
                 prefix = f"base_model.model.{layer.name}"
-                A = self._A(slot, layer)[: adapter.rank]
-                B = self._B(slot, layer)[:, : adapter.rank]
-                tensors[f"{prefix}.lora_A.weight"] = A.cpu().clone().contiguous()
-                tensors[f"{prefix}.lora_B.weight"] = B.cpu().clone().contiguous()
+                A = self._A(slot, layer)[:, : adapter.rank]
+                B = self._B(slot, layer)[: adapter.rank]
+                tensors[f"{prefix}.lora_A.weight"] = A.T.cpu().clone(
+                    memory_format=torch.contiguous_format
+                )
+                tensors[f"{prefix}.lora_B.weight"] = B.T.cpu().clone(
+                    memory_format=torch.contiguous_format
+                )
         return tensors
 
     def layout_key(self) -> str:
         """Equal for two packs whose rows can be exchanged."""
         layers = ";".join(f"{layer.name}:{layer.start}:{layer.end}" for layer in self.layers)
-        return f"R{self.max_rank};{layers}"
+        return f"in x R{self.max_rank} x out;{layers}"
 
     def _A(self, slot: int, layer: Layer) -> Tensor:
         row = self.rows[slot, layer.start : layer.middle]
-        return row.view(self.max_rank, layer.in_features)
+        return row.view(layer.in_features, self.max_rank)
 
     def _B(self, slot: int, layer: Layer) -> Tensor:
         row = self.rows[slot, layer.middle : layer.end]
-        return row.view(layer.out_features, self.max_rank)
+        return row.view(self.max_rank, layer.out_features)
 
 
 def scaling(adapter: AdapterConfig) -> float:
@@ -214,7 +134,7 @@ def target_names(model: nn.Module, targets: Targets) -> list[str]:
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear | PackedLinear) and module is not head
     ]
     if not linear:
         raise BaseModelError(
@@ -261,8 +181,3 @@ def _layout(model: nn.Module, names: Sequence[str], max_rank: int) -> Iterator[L
         end = middle + max_rank * n_out
         yield Layer(name, n_in, n_out, start, middle, end)
         start = end
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

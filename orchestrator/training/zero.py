@@ -10,7 +10,7 @@ ways share their optimizers, their clipping and their checkpoints.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,6 +28,7 @@ from orchestrator.training.optimizers import (
     restore_optimizer,
 )
 from orchestrator.training.process_group import start_deepspeed
+from orchestrator.training.program import Program
 from orchestrator.training.quiet import quiet_libraries
 from orchestrator.training.slots import Slots
 
@@ -42,6 +43,7 @@ class ZeroEngine:
         self,
         model: nn.Module,
         slots: Slots,
+        program: Program,
         strategy: StrategyConfig,
         micro_batch_size: int,
         device: Device,
@@ -49,8 +51,9 @@ class ZeroEngine:
         assert len(slots.rows) == 1, "ZeRO serves one slot"
         deepspeed = start_deepspeed(device)
         slots.give_up_gradients()
+        self.program = program
         self._slots = slots
-        self._optimizer = _TrialOptimizer(slots.parameters)
+        self._optimizer = _TrialOptimizer(program.lanes.parameters)
         config = zero_config(strategy, slots.rows.shape[1], micro_batch_size, device)
         self._whole = _Whole(model)
         with quiet_libraries():
@@ -59,7 +62,7 @@ class ZeroEngine:
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=self._whole,
                 optimizer=self._optimizer,
-                model_parameters=slots.parameters,
+                model_parameters=program.lanes.parameters,
                 config=config,
             )
 
@@ -71,16 +74,23 @@ class ZeroEngine:
             del self._whole.run
         return result
 
-    def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss, scale_wrt_gas=False)
+    def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
+        # DeepSpeed starts from a scalar; this one's gradient by `hidden` is `gradient`, exactly.
+        self._engine.backward((hidden * gradient).sum(), scale_wrt_gas=False)
 
     def stepper(self, slot: int, config: OptimizerConfig) -> Stepper:
         master = self._master()
         self._optimizer.trial = build_optimizer(master, config)
         self._optimizer.max_norm = config.max_grad_norm
-        stepper = ZeroStepper(self._engine, self._optimizer, self._slots)
+        stepper = ZeroStepper(self._optimizer, self._slots, self.program.lanes.parameters)
         stepper.scatter()
         return stepper
+
+    def step(self, rates: dict[int, float]) -> list[float]:
+        (self._optimizer.rate,) = rates.values()
+        self._optimizer.norm = math.nan  # stays so if DeepSpeed meets a gradient that is not finite
+        self._engine.step()
+        return [self._optimizer.norm]
 
     def close(self) -> None:
         self._engine.destroy()
@@ -102,16 +112,12 @@ class ZeroEngine:
 class ZeroStepper:
     copies = 3  # the layers' parameters, the fp32 partition and its gradient
 
-    def __init__(self, engine: Any, optimizer: "_TrialOptimizer", slots: Slots) -> None:
-        self._engine = engine
+    def __init__(
+        self, optimizer: "_TrialOptimizer", slots: Slots, parameters: list[nn.Parameter]
+    ) -> None:
         self._optimizer = optimizer
         self._slots = slots
-
-    def step(self, rate: float) -> float:
-        self._optimizer.rate = rate
-        self._optimizer.norm = math.nan  # stays so if DeepSpeed meets a gradient that is not finite
-        self._engine.step()
-        return self._optimizer.norm
+        self._parameters = parameters
 
     @torch.no_grad()
     def gather(self) -> Tensor:
@@ -131,9 +137,8 @@ class ZeroStepper:
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
 
-        parameters = self._slots.parameters
         # Nothing to gather below stage 3; there this does nothing.
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        with deepspeed.zero.GatheredParameters(self._parameters, modifier_rank=0):
             for parameter, values in self._parts():
                 parameter.copy_(values)
         for parameter, values in self._parts():
@@ -147,7 +152,7 @@ class ZeroStepper:
 
     def _parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter, and the place of its values in the slot's row."""
-        return zip(self._slots.parameters, self._slots.row_views(0), strict=True)
+        return zip(self._parameters, self._slots.row_views(0), strict=True)
 
 
 class _Whole(nn.Module):
@@ -177,7 +182,9 @@ class _TrialOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         (master,) = self.param_groups[0]["params"]  # DeepSpeed put its flat partition here
-        self.norm = clip_and_step(self.trial, master.grad, self.max_norm, self.rate)
+        self.norm = float(torch.linalg.vector_norm(master.grad))
+        if math.isfinite(self.norm):
+            clip_and_step(self.trial, master.grad, self.norm, self.max_norm, self.rate)
 
 
 def _partition_in_place(

@@ -1,15 +1,17 @@
 """What every executor must do; a new one adds a fixture."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import pytest
 
-from orchestrator.planning.packs import PackPlan, pack_key
 from orchestrator.records import (
     Assign,
+    BaseModel,
+    Directive,
     Event,
+    GroupPlace,
     Leave,
     PackLeft,
     PackLost,
@@ -19,9 +21,9 @@ from orchestrator.records import (
     SlotTask,
     TrialDone,
 )
-from orchestrator.sweep.executor import Executor, InProcessExecutor
+from orchestrator.sweep.executor import Executor, InProcessExecutor, WorkerFactory
 from orchestrator.sweep.simulated import SimulatedWorker
-from tests.sweeps import pack_spec, sweep_config
+from tests.sweeps import sweep_config
 
 MakeExecutor = Callable[[Mapping[int, str]], Executor]
 ANSWER_TIMEOUT_S = 60.0
@@ -55,8 +57,27 @@ def make_executor(request: pytest.FixtureRequest) -> Iterator[MakeExecutor]:
         executor.close()
 
 
-def spec(number: int = 0, num_slots: int = 2) -> PackSpec:
-    return pack_spec(number, PackPlan(pack_key(sweep_config().trial), num_slots, ""))
+def spec(number: int = 0, world_size: int = 1) -> PackSpec:
+    trial = sweep_config().trial
+    return PackSpec(
+        pack=number,
+        base_model=BaseModel("somewhere/base", None, "/nowhere", "digest"),
+        train_manifest="train.json",
+        held_out_manifest="held_out.json",
+        template="plain",
+        quant=trial.quant.model_dump(),
+        target_modules="all-linear",
+        num_slots=2,
+        max_rank=16,
+        micro_batch_size=1,
+        gradient_checkpointing=False,
+        strategy=trial.strategy.model_dump(),
+        device="cpu",
+        cpus=1,
+        evaluation=sweep_config().evaluation,
+        checkpoint_every_steps=2,
+        world_size=world_size,
+    )
 
 
 def task(trial: int, folder: object) -> Assign:
@@ -158,16 +179,85 @@ def test_closing_twice_is_safe(make_executor: MakeExecutor) -> None:
     executor.close()
 
 
-def test_a_killed_worker_process_is_reported_as_lost(local_ray: None, tmp_path: object) -> None:
+@pytest.fixture
+def make_ray_executor(local_ray: None) -> Iterator[Callable[[WorkerFactory], Executor]]:
     from cluster.ray_executor import RayExecutor
 
-    executor = RayExecutor(partial(SimulatedWorker, faults={0: "die"}))
-    executor.start_pack(spec())
+    made: list[Executor] = []
+
+    def make(factory: WorkerFactory) -> Executor:
+        made.append(RayExecutor(factory))
+        return made[-1]
+
+    yield make
+    for executor in made:
+        executor.close()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_killed_worker_process_is_reported_as_lost_and_the_pack_can_start_again(
+    make_ray_executor: Callable[[WorkerFactory], Executor], tmp_path: object, world_size: int
+) -> None:
+    executor = make_ray_executor(partial(SimulatedWorker, faults={0: "die"}))
+    executor.start_pack(spec(0, world_size))
     next_answer(executor)
     executor.advance(0, [task(0, tmp_path)])
     next_answer(executor)
     executor.advance(0, [])
-    _, (lost,) = next_answer(executor)
+    _, (lost,) = next_answer(executor)  # at once, though a partner waits without end
     assert isinstance(lost, PackLost)
     assert lost.reason == "worker_lost"
-    executor.close()
+    assert executor.poll(0.1) == []
+    executor.stop_pack(0)
+    assert executor.poll(0.1) == []
+    executor.start_pack(spec(0, world_size))
+    _, (ready,) = next_answer(executor)
+    assert isinstance(ready, PackReady)
+
+
+class SummingWorker:
+    """Meets its partners; its baseline loss and base bytes say who they were."""
+
+    def __init__(self, spec: PackSpec, place: GroupPlace) -> None:
+        self._pack = spec.pack
+        self._place = place
+
+    def load(self) -> PackReady:
+        import torch
+
+        from orchestrator.training.replicas import join
+
+        self._replicas = join(self._place, "cpu", ANSWER_TIMEOUT_S)
+        present = torch.zeros(3)
+        present[self._place.world_rank] = 1
+        self._replicas.sum(present)
+        return PackReady(self._pack, round(float(present.sum())), 0, float(present[1]), 0.0)
+
+    def advance(self, directives: Sequence[Directive]) -> list[Event]:
+        self._replicas.close()
+        return [PackLeft(self._pack)]
+
+
+def test_the_workers_of_a_pack_meet_and_one_of_them_speaks(
+    make_ray_executor: Callable[[WorkerFactory], Executor],
+) -> None:
+    executor = make_ray_executor(SummingWorker)
+    executor.start_pack(spec(3, world_size=2))
+    pack, (ready,) = next_answer(executor)
+    assert isinstance(ready, PackReady)
+    assert (pack, ready.base_bytes, ready.baseline_eval_loss) == (3, 2, 1.0)
+    assert executor.poll(0.1) == []
+    executor.advance(3, [Leave(save=False)])
+    assert next_answer(executor) == (3, [PackLeft(3)])
+    assert executor.poll(0.1) == []
+
+
+def test_what_one_of_several_workers_raises_comes_back_once(
+    make_ray_executor: Callable[[WorkerFactory], Executor],
+) -> None:
+    executor = make_ray_executor(partial(SimulatedWorker, faults={-1: "disk_full"}))
+    executor.start_pack(spec(0, world_size=2))
+    _, (lost,) = next_answer(executor)
+    assert isinstance(lost, PackLost)
+    assert lost.reason == "disk_full"
+    assert executor.poll(0.1) == []

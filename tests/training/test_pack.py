@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def train(
     spec: PackSpec, trials: Sequence[TrialConfig], folder: Path
 ) -> tuple[dict[int, Adapter], list[Event]]:
     """All trials through one pack, refilling slots as they come free."""
-    worker = PackWorker(spec)
+    dropout = any(trial.adapter.dropout for trial in trials)
+    worker = PackWorker(replace(spec, dropout=dropout))
     worker.load()
     waiting = [task(number, config, folder) for number, config in enumerate(trials)]
     events: list[Event] = []
@@ -65,6 +67,7 @@ def train(
 
 def killed_and_resumed(spec: PackSpec, config: TrialConfig, folder: Path) -> TrialDone:
     """The end of a trial whose first worker was killed after its checkpoint at step 4."""
+    spec = replace(spec, dropout=config.adapter.dropout > 0)
     worker = PackWorker(spec)
     worker.load()
     events = worker.advance([task(0, config, folder)])
@@ -163,10 +166,9 @@ def test_dropout_in_a_pack_is_the_dropout_alone(make_spec: MakeSpec, tmp_path: P
 
 
 def test_micro_batches_add_up_to_the_whole_batch(make_spec: MakeSpec, tmp_path: Path) -> None:
-    whole, _ = train(make_spec(num_slots=1), [trial_config(batch_size=4)], tmp_path / "whole")
-    parts, _ = train(
-        make_spec(num_slots=1), [trial_config(batch_size=4, micro_batch_size=1)], tmp_path / "parts"
-    )
+    trials = [trial_config(batch_size=4)]
+    whole, _ = train(make_spec(num_slots=1, micro_batch_size=4), trials, tmp_path / "whole")
+    parts, _ = train(make_spec(num_slots=1, micro_batch_size=1), trials, tmp_path / "parts")
     assert_equal(whole[0], parts[0])
 
 

@@ -16,11 +16,12 @@ from orchestrator.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from orchestrator.training.loss import slot_losses, token_losses
+from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
+from orchestrator.training.loss import losses_and_gradient, token_losses
 from orchestrator.training.optimizers import (
     OPTIMIZERS,
     build_optimizer,
-    clip_row,
+    clip_and_step,
     learning_rate,
     optimizer_states,
     restore_optimizer,
@@ -28,23 +29,19 @@ from orchestrator.training.optimizers import (
 from orchestrator.training.slots import Slots
 
 
-def test_slot_losses_and_gradients_equal_plain_cross_entropy_over_chunk_borders() -> None:
+def test_losses_and_gradient_equal_plain_cross_entropy_over_chunk_borders() -> None:
     torch.manual_seed(0)
     num_labels = loss_module.CHUNK_TOKENS + 37
     head = nn.Linear(8, 31).requires_grad_(False)
     hidden = torch.randn(num_labels, 8, requires_grad=True)
     labels = torch.randint(31, (num_labels,))
-    slots = torch.randint(3, (num_labels,))
+    lanes = torch.randint(3, (num_labels,))
     weights = torch.tensor([0.5, 1.0, 0.25])
-    losses = slot_losses(hidden, labels, slots, weights, head)
-    (losses * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    gradient = hidden.grad
+    losses, gradient = losses_and_gradient(hidden, labels, lanes, weights, head)
 
-    hidden.grad = None
-    nll = functional.cross_entropy(head(hidden), labels, reduction="none") * weights[slots]
-    expected = torch.stack([nll[slots == slot].sum() for slot in range(3)])
-    (expected * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    torch.testing.assert_close(losses, expected)
+    nll = functional.cross_entropy(head(hidden), labels, reduction="none") * weights[lanes]
+    nll.sum().backward()
+    torch.testing.assert_close(losses, torch.stack([nll[lanes == n].sum() for n in range(3)]))
     torch.testing.assert_close(gradient, hidden.grad)
 
 
@@ -88,12 +85,16 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
 
 
-def test_clipping_keeps_small_gradients_and_shortens_large_ones() -> None:
-    small, large = torch.full((4,), 0.1), torch.full((4,), 10.0)
-    assert float(clip_row(small, 1.0)) == pytest.approx(0.2)
-    assert torch.equal(small, torch.full((4,), 0.1))
-    clip_row(large, 1.0)
-    assert float(large.norm()) == pytest.approx(1.0, rel=1e-4)
+@pytest.mark.parametrize(("value", "applied"), [(0.1, 0.1), (10.0, 0.5)])
+def test_clipping_keeps_a_small_gradient_and_shortens_a_large_one(
+    value: float, applied: float
+) -> None:
+    gradient = torch.full((4,), value)
+    row = nn.Parameter(torch.zeros(4))
+    row.grad = gradient
+    plain = torch.optim.SGD([row])
+    clip_and_step(plain, gradient, norm=2 * value, max_norm=1.0, rate=1.0)
+    assert torch.allclose(row, torch.full((4,), -applied))
 
 
 def small_model() -> nn.Module:
@@ -106,18 +107,52 @@ def test_padding_of_a_smaller_rank_stays_exactly_zero() -> None:
     slots = Slots(model, "all-linear", num_slots=2, max_rank=8, device="cpu")
     slots.open(0, AdapterConfig(rank=2, alpha=4), seed=1)
     slots.open(1, AdapterConfig(rank=8, alpha=4), seed=2)
-    slots.activate([0, 1], [2.0, 0.5])
+    lanes = Lanes(slots, 2, torch.float32)
+    lanes.attach(model)
     row = nn.Parameter(slots.rows[0])
     row.grad = slots.gradients[0]
     optimizer = torch.optim.AdamW([row], lr=0.1)
     for _ in range(5):
-        slots.gradients.zero_()
-        model["second"](model["first"](torch.randn(4, 3, 6))).square().sum().backward()
+        lanes.serve([Served(0, 2.0), Served(1, 0.5)])
+        loss = model["second"](model["first"](torch.randn(4, 3, 6))).square().sum()
+        lanes.add_gradients(torch.autograd.grad(loss, lanes.parameters), [True, True])
         optimizer.step()
     used = sum(
         tensor.numel() for tensor in slots.adapter_tensors(0, AdapterConfig(rank=2)).values()
     )
     assert int(slots.rows[0].count_nonzero()) == used
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
+    slots = Slots(small_model(), "all-linear", num_slots=1, max_rank=2, device="cpu")
+    lanes = Lanes(slots, 2, torch.float32)
+    lanes.dropout.active = True
+    tokens = torch.ones(2, 300, 400)
+    lanes.serve([Served(0, 1.0, rate, 7), Served(0, 1.0, rate, 8)])
+    first, other = lanes.dropout(tokens, torch.tensor(0)), lanes.dropout(tokens, torch.tensor(1))
+    for masked in (first[0], first[1], other[0]):
+        assert float((masked == 0).float().mean()) == pytest.approx(rate, abs=0.005)
+        assert float(masked.mean()) == pytest.approx(1.0, abs=0.01)
+        # Each place on its own: rows and columns are no more alike than chance makes them.
+        assert float((masked == 0).float().mean(0).std()) < 2 * (rate * (1 - rate) / 300) ** 0.5
+    for one, another in ((first[0], first[1]), (first[0], other[0])):
+        both = float(((one == 0) & (another == 0)).float().mean())
+        assert both == pytest.approx(rate**2, abs=0.005)
+
+
+def test_a_lane_that_serves_nobody_is_the_base_alone() -> None:
+    model = small_model().requires_grad_(False)
+    tokens = torch.randn(2, 3, 6)
+    base = model["first"](tokens)
+    slots = Slots(model, "all-linear", num_slots=1, max_rank=2, device="cpu")
+    slots.rows.fill_(1.0)
+    lanes = Lanes(slots, 2, torch.float32)
+    lanes.attach(model)
+    lanes.serve([BASE_ALONE, Served(0, 1.0)])
+    served = model["first"](tokens)
+    assert torch.equal(served[0], base[0])
+    assert not torch.allclose(served[1], base[1])
 
 
 def test_a_target_that_matches_no_layer_is_refused_with_the_names_that_exist() -> None:

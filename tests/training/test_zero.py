@@ -127,7 +127,7 @@ def test_a_trial_resumed_under_zero_ends_with_the_same_adapter_bytes(
     zero_spec: MakeSpec, tmp_path: Path, name: str, optimizer: str
 ) -> None:
     config = trial_config(optimizer__name=optimizer, adapter__dropout=0.1)
-    spec = zero_spec(name, max_rank=4, bit_width=4)
+    spec = zero_spec(name, max_rank=4, bit_width=4, dropout=True)
     _, events = train(spec, [config], tmp_path / "whole")
     (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
 

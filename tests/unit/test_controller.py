@@ -12,7 +12,7 @@ from orchestrator.sweep.policy import AbandonPack, PackView, SweepView, decide
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
 from orchestrator.sweep.simulated import SimulatedWorker
-from tests.sweeps import make_controller, make_store, sweep_config
+from tests.sweeps import make_controller, make_store, premises, sweep_config
 
 
 def finished(store: RunStore) -> list[int]:
@@ -106,9 +106,10 @@ def test_finished_trials_are_not_trained_again_on_resume(tmp_path: Path) -> None
 
 def test_a_pack_that_never_loads_does_not_outlive_the_last_trial() -> None:
     trial = sweep_config().trial
+    given = premises(sweep_config())
     loading = PackView(0, pack_key(trial), 2, occupied=0, ready=False, idle=False)
-    assert decide(SweepView((), (loading,), 2, None)) == [AbandonPack(0)]
-    assert decide(SweepView((TrialSpec(0, {}, trial),), (loading,), 1, None)) == []
+    assert decide(SweepView((), (loading,), 2, given)) == [AbandonPack(0)]
+    assert decide(SweepView((TrialSpec(0, {}, trial),), (loading,), 1, given)) == []
 
 
 class LosesOneLoad(InProcessExecutor):

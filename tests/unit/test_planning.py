@@ -1,4 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,9 +9,11 @@ from pydantic import BaseModel
 from orchestrator.config import ResourcesConfig
 from orchestrator.errors import ConfigError
 from orchestrator.planning import machine
-from orchestrator.planning.capacity import Node, worker_count
+from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import RULED_FIELDS, problems
-from orchestrator.planning.packs import PackKey, pack_key, plan_pack, preview_packs
+from orchestrator.planning.memory import GIB
+from orchestrator.planning.packs import PackKey, PackPlan, pack_key, plan_pack, preview_packs
+from orchestrator.planning.shape import BaseShape
 from orchestrator.records import TrialSpec
 from orchestrator.sweep.policy import (
     AbandonPack,
@@ -20,7 +24,7 @@ from orchestrator.sweep.policy import (
     SweepView,
     decide,
 )
-from tests.sweeps import sweep_config
+from tests.sweeps import LLAMA_8B, LLAMA_HALF_B, premises, sweep_config
 
 
 def trials(*bit_widths: int, **changes: Any) -> list[TrialSpec]:
@@ -58,10 +62,31 @@ def trials(*bit_widths: int, **changes: Any) -> list[TrialSpec]:
             },
             "cannot move the weights of quant.bit_width: 8",
         ),
+        ({"trial__quant__compute_dtype": "float64"}, "needs quant.bit_width: 16"),
     ],
 )
 def test_what_cannot_work_is_refused_with_both_fields(changes: dict[str, Any], words: str) -> None:
     (problem,) = problems(sweep_config(**changes).trial)
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trial__batch_size": 6}, "workers_per_pack=4, micro_batch_size=None, batch_size=6"),
+        ({"trial__micro_batch_size": 4}, "workers_per_pack=4, micro_batch_size=4, batch_size=8"),
+        (
+            {"trial__strategy__kind": "zero", "trial__strategy__stage": 2},
+            "workers_per_pack=4, strategy.kind=zero",
+        ),
+    ],
+)
+def test_workers_that_cannot_share_a_step_evenly_are_refused(
+    changes: dict[str, Any], words: str
+) -> None:
+    trial = sweep_config(**changes).trial
+    assert problems(trial) == []
+    (problem,) = problems(trial, workers_per_pack=4)
     assert words in problem
 
 
@@ -137,6 +162,7 @@ def test_workers_are_counted_node_by_node(
             "no worker of 8 CPU cores fits 2 nodes of 4 CPU cores: lower cpus_per_worker=8",
         ),
         ({}, "cpu", [Node(0, 0)], "give Ray CPU cores"),
+        ({"workers_per_pack": 3}, "cpu", [Node(2, 0)], "there are 2: set it to 2 or less"),
         ({}, "cuda", [Node(4, 0)], "there is no GPU"),
     ],
 )
@@ -186,6 +212,80 @@ def test_only_cpus_that_this_process_may_use_are_counted(
     assert machine.this_machine().num_cpus == count
 
 
+@pytest.mark.parametrize(
+    ("fields", "device", "nodes", "num_workers", "num_bytes"),
+    [
+        ({}, "cuda", [Node(8, 2, 80, 500), Node(8, 1, 40, 500)], 3, 40),
+        ({}, "cuda", [Node(8, 2, 80, 500), Node(8, 0, 0, 500)], 2, 80),
+        ({}, "cuda", [Node(8, 2, 80, 500), Node(8, 1)], 3, 0),
+        ({}, "cpu", [Node(4, 0, 0, 400)], 4, 100),
+        ({}, "cpu", [Node(4, 0, 0, 400)], 2, 200),
+        ({"cpus_per_worker": 2}, "cpu", [Node(4, 0, 0, 400), Node(1, 0, 0, 7)], 2, 200),
+    ],
+)
+def test_a_worker_has_the_memory_of_the_least_gpu_or_its_part_of_a_node(
+    fields: dict[str, Any], device: str, nodes: list[Node], num_workers: int, num_bytes: int
+) -> None:
+    assert worker_memory_bytes(resources(**fields), device, nodes, num_workers) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("files", "least"),
+    [
+        ({}, None),
+        ({"memory.max": "max"}, None),
+        ({"memory.max": "1048576"}, 1048576),
+        ({"memory/memory.limit_in_bytes": "2097152"}, 2097152),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+    ],
+)
+def test_a_container_has_the_memory_that_its_limit_says(
+    tmp_path: Path, files: dict[str, str], least: int | None
+) -> None:
+    whole = machine.memory_bytes(tmp_path / "none")
+    assert whole > 2**28
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert machine.memory_bytes(tmp_path) == (least or whole)
+
+
+class StandInNvml:
+    """pynvml's four functions, over GPUs of 80, 40 and 16 bytes."""
+
+    sizes = (80, 40, 16)
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    def nvmlInit(self) -> None:
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.sizes)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        return ("GPU-a", "GPU-b", "MIG-c").index(uuid)
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(total=self.sizes[handle])
+
+
+@pytest.mark.parametrize(
+    ("visible", "least"), [(None, 16), (["1", "0"], 40), (["GPU-a", "MIG-c"], 16), ([], 0)]
+)
+def test_the_least_memory_of_the_visible_gpus_counts(visible: list[str] | None, least: int) -> None:
+    nvml = StandInNvml()
+    assert machine.least_gpu_memory_bytes(nvml, visible) == least
+    assert nvml.open == 0
+
+
 def test_trials_share_a_pack_if_they_share_base_and_program() -> None:
     one, other = trials(4, 4)
     assert pack_key(one.config) == pack_key(other.config)
@@ -193,44 +293,127 @@ def test_trials_share_a_pack_if_they_share_base_and_program() -> None:
     assert pack_key(one.config) != pack_key(wide.config)
 
 
+def test_trials_of_different_batches_share_a_pack_only_with_a_set_micro_batch() -> None:
+    def key(**changes: Any) -> PackKey:
+        return pack_key(sweep_config(**changes).trial)
+
+    assert key(trial__batch_size=4) != key(trial__batch_size=8)
+    set_to_two = {"trial__micro_batch_size": 2}
+    assert key(trial__batch_size=4, **set_to_two) == key(trial__batch_size=8, **set_to_two)
+
+
+def preview(
+    waiting: list[TrialSpec],
+    num_workers: int,
+    shape: BaseShape | None = None,
+    **changes: Any,
+) -> list[tuple[PackPlan, list[int]]]:
+    """On a CPU, or with a shape on GPUs of 141 GiB."""
+    config = sweep_config(**changes)
+    given = premises(config, "cuda", shape, 141 * GIB) if shape else premises(config)
+    packs = preview_packs(waiting, num_workers, given)
+    return [(plan, [trial.number for trial in members]) for plan, members in packs]
+
+
+def members(packs: list[tuple[PackPlan, list[int]]]) -> list[list[int]]:
+    return [numbers for _, numbers in packs]
+
+
 def test_two_bases_on_two_workers_get_one_pack_each() -> None:
-    packs = preview_packs(trials(4, 4, 16, 16), num_workers=2, slots_per_pack=None)
-    assert [[trial.number for trial in members] for _, members in packs] == [[0, 1], [2, 3]]
+    assert members(preview(trials(4, 4, 16, 16), 2)) == [[0, 1], [2, 3]]
 
 
 def test_one_base_on_two_workers_is_loaded_by_both() -> None:
-    packs = preview_packs(trials(4, 4, 4, 4), num_workers=2, slots_per_pack=None)
-    assert [[trial.number for trial in members] for _, members in packs] == [[0, 1], [2, 3]]
+    assert members(preview(trials(4, 4, 4, 4), 2)) == [[0, 1], [2, 3]]
 
 
 def test_the_user_decides_the_number_of_slots() -> None:
-    packs = preview_packs(trials(4, 4, 4, 4), num_workers=1, slots_per_pack=3)
-    assert [plan.num_slots for plan, _ in packs] == [3]
+    assert members(preview(trials(4, 4, 4, 4), 1, resources__slots_per_pack=3)) == [[0, 1, 2]]
+
+
+def test_eighteen_trials_on_one_gpu_become_two_waves_of_nine() -> None:
+    waiting = trials(*[4] * 18, trial__batch_size=1)
+    ((plan, first),) = preview(waiting, 1, LLAMA_HALF_B)
+    assert plan.num_slots == len(first) == 9
+
+
+def test_a_pack_takes_no_more_slots_than_fill_the_gpu() -> None:
+    waiting = trials(*[4] * 8, trial__batch_size=8)
+    ((large, _),) = preview(waiting, 1, LLAMA_8B)
+    ((small, _),) = preview(waiting, 1, LLAMA_HALF_B)
+    assert (large.num_slots, small.num_slots) == (1, 2)
+
+
+def test_two_trials_on_eight_gpus_train_data_parallel() -> None:
+    packs = preview(trials(4, 4), 8, LLAMA_8B)
+    assert members(packs) == [[0], [1]]
+    assert [plan.world_size for plan, _ in packs] == [4, 4]
+    assert [plan.fit.micro_batch_size for plan, _ in packs] == [2, 2]
+    assert "4 workers, 2 waiting over 8 free" in packs[0][0].reason
+
+
+def test_no_pack_has_a_second_worker_while_a_trial_waits_for_its_first() -> None:
+    packs = preview(trials(4, 4, 4, 16, 16), 7, LLAMA_8B)
+    assert sorted(number for numbers in members(packs) for number in numbers) == [0, 1, 2, 3, 4]
+    assert sum(plan.world_size for plan, _ in packs) <= 7
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "sizes"),
     [
-        {"trial__strategy__kind": "zero", "trial__strategy__stage": 2},
-        {"trial__quant__bit_width": 8},
+        ({"trial__batch_size": 6}, [3]),
+        ({"trial__batch_size": 1}, [1]),
+        ({"trial__batch_size": 8, "trial__micro_batch_size": 4}, [2]),
+        ({"trial__strategy__kind": "zero", "trial__strategy__stage": 2}, [1]),
     ],
 )
-def test_what_slots_cannot_share_runs_alone_and_the_plan_says_why(changes: dict[str, Any]) -> None:
+def test_workers_of_a_pack_share_a_step_evenly(changes: dict[str, Any], sizes: list[int]) -> None:
+    packs = preview(trials(4, **changes), 5, LLAMA_8B)
+    assert [plan.world_size for plan, _ in packs] == sizes
+
+
+def test_the_user_decides_how_many_workers_train_a_pack() -> None:
+    packs = preview(trials(4, 4, 4, 4), 5, LLAMA_8B, resources__workers_per_pack=2)
+    assert [plan.world_size for plan, _ in packs] == [2, 2]
+    assert preview(trials(4), 1, LLAMA_8B, resources__workers_per_pack=2) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"trial__strategy__kind": "zero", "trial__strategy__stage": 2}, "DeepSpeed engine"),
+        ({"trial__quant__bit_width": 8}, "LLM.int8 treats a batch as one"),
+    ],
+)
+def test_what_slots_cannot_share_runs_alone_and_the_plan_says_why(
+    changes: dict[str, Any], why: str
+) -> None:
     alone = [TrialSpec(n, {}, sweep_config(**changes).trial) for n in range(2)]
-    ((plan, members), *_) = preview_packs(alone, num_workers=1, slots_per_pack=4)
-    assert plan.num_slots == len(members) == 1
+    ((plan, numbers), *_) = preview(alone, 1, LLAMA_8B, resources__slots_per_pack=4)
+    assert plan.num_slots == len(numbers) == 1
+    assert plan.fit.step_program == "eager"
+    assert not plan.fit.dequantise_once
     assert "alone" in plan.reason
+    assert why in plan.reason
 
 
 def test_nothing_is_planned_without_waiting_trials_or_free_workers() -> None:
     (trial,) = trials(4)
     key = pack_key(trial.config)
-    assert plan_pack({key: []}, {}, 1, None) is None
-    assert plan_pack({key: [trial]}, {}, 0, None) is None
+    assert plan_pack({key: []}, {}, 1, premises(sweep_config())) is None
+    assert plan_pack({key: [trial]}, {}, 0, premises(sweep_config())) is None
+
+
+def test_a_plan_becomes_a_record_with_its_choices_and_bytes() -> None:
+    ((plan, _),) = preview(trials(4), 1, LLAMA_8B)
+    record = plan.to_json()
+    assert record["base"] == "4-bit nf4"
+    assert record["memory"]["base_bytes"] > GIB
+    assert {"world_size", "num_slots", "micro_batch_size", "dequantise_once"} <= record.keys()
 
 
 def view(waiting: list[TrialSpec], *packs: PackView, **changes: Any) -> SweepView:
-    return SweepView(tuple(waiting), packs, 2, None, **changes)
+    return SweepView(tuple(waiting), packs, 2, premises(sweep_config()), **changes)
 
 
 def pack(key: PackKey, occupied: int, ready: bool = True, idle: bool = True) -> PackView:
@@ -247,6 +430,23 @@ def test_trials_that_a_loading_pack_will_take_start_no_second_pack() -> None:
     waiting = trials(4, 4)
     loading = pack(pack_key(waiting[0].config), occupied=0, ready=False, idle=False)
     assert decide(view(waiting, loading)) == []
+
+
+def test_a_pack_occupies_all_of_its_workers() -> None:
+    four, sixteen = trials(4, 16)
+    both = replace(pack(pack_key(four.config), occupied=2), world_size=2)
+    assert decide(view([sixteen], both)) == []
+    (start,) = decide(view([sixteen], replace(both, world_size=1)))
+    assert isinstance(start, StartPack)
+
+
+def test_a_refill_goes_only_to_workers_that_can_share_its_batch() -> None:
+    odd, even = (
+        TrialSpec(n, {}, sweep_config(trial__batch_size=size, trial__micro_batch_size=1).trial)
+        for n, size in enumerate((3, 4))
+    )
+    pair = replace(pack(pack_key(odd.config), occupied=1), world_size=2, pass_blocks=2)
+    assert decide(view([odd, even], pair)) == [AssignTrial(0, 1)]
 
 
 def test_an_empty_pack_is_released_and_its_worker_starts_another_base() -> None:

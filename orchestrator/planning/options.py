@@ -1,0 +1,174 @@
+"""What a pack may do with its worker, the most wanted first.
+
+In: Premises, which all packs of a sweep share, and one pack's PackWish. Out: PackLoads. What the
+user set is not varied. Pure.
+
+Given up in this order where the memory is short: dequantised values, activations (they are computed
+again), blocks in a pass, slots. Where recomputation makes room for dequantised values, these come
+back.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from orchestrator.config import QuantConfig, ResourcesConfig
+from orchestrator.planning.memory import PackLoad
+from orchestrator.planning.shape import BaseShape, Targets, UnknownShape
+from orchestrator.records import Device, StepProgram
+
+# On a CPU, K slots on one base gave 1.7 to 2.0 times the tokens per CPU-second at K = 4 to 8 and
+# nothing more beyond; each costs memory for its activations.
+MAX_AUTO_SLOTS_CPU = 4
+MAX_AUTO_SLOTS_GPU = 16
+# (base parameters, tokens). More tokens in one pass make an H200 no faster. With 1,024 tokens per
+# adapter a base of 0.5B gains up to K=16 and one of 8B up to 4 to 8 thousand tokens; at 8,192 per
+# adapter it gains nothing. A straight line between; not measured above 8B or on other GPUs.
+FULL_CARD = ((1e9, 16_384), (7e9, 8_192))
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Premises:
+    """What the planner knows of the sweep, its base and its machines."""
+
+    device: Device
+    compute_dtype: str
+    """What `auto` means here."""
+    shape: BaseShape | UnknownShape
+    worker_memory_bytes: int
+    """Of the GPU, or of a worker's part of its node; the least there is. 0: unknown."""
+    max_rank: int
+    target_modules: Targets
+    dropout: bool
+    optimizer_bytes: int
+    """Per adapter parameter, of the largest optimizer in the search space."""
+    block_length: int
+    evaluation_batch_size: int
+    resources: ResourcesConfig
+
+
+@dataclass(frozen=True)
+class PackWish:
+    """What one pack is for."""
+
+    quant: QuantConfig
+    zero: bool
+    alone: str
+    """Not empty for a trial that cannot share: says why."""
+    share: int
+    """Trials that it will train, at once or one after another."""
+    num_slots: int | None
+    """As set; None to choose."""
+    worker_blocks: int
+    """Blocks of a trial's step that fall to one worker."""
+    micro_batch_size: int | None
+    """As set; None to choose a divisor of `worker_blocks`."""
+    gradient_checkpointing: bool | None
+    """As set; None to choose."""
+
+    @property
+    def can_be_resident(self) -> bool:
+        return self.quant.bit_width == 4 and not self.zero
+
+    @property
+    def only_eager(self) -> str:
+        """Whose code must run between the layers, so that they cannot be compiled."""
+        if self.zero:
+            return "DeepSpeed"
+        return "LLM.int8" if self.quant.bit_width == 8 else ""
+
+
+def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
+    micros = _micro_batches(premises, wish)
+    written = wish.quant.compute_dtype
+    first = PackLoad(
+        quant=wish.quant,
+        dtype_bytes=DTYPE_BYTES[premises.compute_dtype if written == "auto" else written],
+        num_slots=1,
+        max_rank=premises.max_rank,
+        target_modules=premises.target_modules,
+        optimizer_bytes=premises.optimizer_bytes,
+        micro_batch_size=1,
+        evaluation_batch_size=premises.evaluation_batch_size,
+        block_length=premises.block_length,
+        gradient_checkpointing=False,
+        dequantise_once=False,
+        dropout=premises.dropout,
+        eager=step_program(premises, wish) == "eager",
+        cuda=premises.device == "cuda",
+    )
+    for num_slots in _slot_counts(premises, wish, micros[0]):
+        for micro in micros:
+            for recomputes in _or_as_set(wish.gradient_checkpointing, (False, True)):
+                for resident in _residences(premises, wish):
+                    yield replace(
+                        first,
+                        num_slots=num_slots,
+                        micro_batch_size=micro,
+                        gradient_checkpointing=recomputes,
+                        dequantise_once=resident,
+                    )
+
+
+def step_program(premises: Premises, wish: PackWish) -> StepProgram:
+    """A worker whose base cannot be recorded in a graph falls back by itself, and says so."""
+    wanted = premises.resources.step_program
+    if wish.only_eager:
+        return "eager"
+    if wanted == "auto":
+        return "graph" if premises.device == "cuda" else "eager"
+    return wanted
+
+
+def full_card_tokens(num_params: int) -> int:
+    """Tokens in one pass beyond which a GPU gains nothing, for a base of this size."""
+    (small, most), (large, least) = FULL_CARD
+    position = (num_params - small) / (large - small)
+    return round(most + (least - most) * min(1.0, max(0.0, position)))
+
+
+def max_slots(premises: Premises, micro_batch_size: int) -> int:
+    if premises.device == "cpu":
+        return MAX_AUTO_SLOTS_CPU
+    filling = _useful_tokens(premises) / (micro_batch_size * premises.block_length)
+    return max(1, int(min(MAX_AUTO_SLOTS_GPU, filling)))
+
+
+def balanced_slots(share: int, most: int) -> list[int]:
+    """Numbers of slots that train `share` trials in even waves, the largest up to `most` first: 18
+    trials with at most 16 at once are two waves of 9, not 16 and 2."""
+    waves = range(math.ceil(share / most), share + 1)
+    return sorted({math.ceil(share / count) for count in waves}, reverse=True)
+
+
+def _slot_counts(premises: Premises, wish: PackWish, micro_batch_size: int) -> list[int]:
+    if wish.num_slots is not None:
+        return [wish.num_slots]
+    return balanced_slots(wish.share, max_slots(premises, micro_batch_size))
+
+
+def _micro_batches(premises: Premises, wish: PackWish) -> list[int]:
+    """Blocks in one pass, from the most of which one trial alone gains something."""
+    if wish.micro_batch_size is not None:
+        return [wish.micro_batch_size]
+    blocks = wish.worker_blocks
+    divisors = [count for count in range(blocks, 0, -1) if blocks % count == 0]
+    useful = _useful_tokens(premises) / premises.block_length
+    return [count for count in divisors if count <= useful] or [1]
+
+
+def _useful_tokens(premises: Premises) -> float:
+    if premises.device == "cpu" or isinstance(premises.shape, UnknownShape):
+        return math.inf
+    return full_card_tokens(premises.shape.num_params)
+
+
+def _residences(premises: Premises, wish: PackWish) -> tuple[bool, ...]:
+    if not wish.can_be_resident:
+        return (False,)
+    return _or_as_set(premises.resources.dequantise_once, (True, False))
+
+
+def _or_as_set(setting: bool | None, choices: tuple[bool, ...]) -> tuple[bool, ...]:
+    return choices if setting is None else (setting,)

@@ -1,0 +1,147 @@
+"""The shape of a base model, read from its folder without loading a weight.
+
+In: config.json and the headers of *.safetensors. Out: a BaseShape, or an UnknownShape that says
+why there is none: the planner then estimates no memory. No torch, no transformers.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Targets = tuple[str, ...] | Literal["all-linear"]
+
+# The format's own limit; what a damaged file claims must not be read into memory.
+MAX_HEADER_BYTES = 100_000_000
+NEEDED_FIELDS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+)
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A layer that is quantised and can take an adapter."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def num_params(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    linears: tuple[Linear, ...]
+    """All that are quantised: every linear layer but the output head."""
+    num_plain_params: int
+    """Weights that no bit-width touches: embeddings, norms, biases and the output head."""
+
+    @property
+    def num_linear_params(self) -> int:
+        return sum(linear.num_params for linear in self.linears)
+
+    @property
+    def num_params(self) -> int:
+        return self.num_linear_params + self.num_plain_params
+
+    def targets(self, target_modules: Targets) -> tuple[Linear, ...]:
+        """The layers that `adapter.target_modules` names, by ending as PEFT reads it."""
+        if target_modules == "all-linear":
+            return self.linears
+        endings = tuple(f".{name}" for name in target_modules)
+        return tuple(linear for linear in self.linears if f".{linear.name}".endswith(endings))
+
+
+@dataclass(frozen=True)
+class UnknownShape:
+    reason: str
+
+
+def read_shape(folder: Path) -> BaseShape | UnknownShape:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if reason := _why_unknown(config):
+            return UnknownShape(reason)
+        tensors = _tensor_shapes(folder)
+    except (OSError, ValueError, struct.error) as error:
+        return UnknownShape(f"{folder} cannot be read: {error}")
+    if not tensors:
+        return UnknownShape("the base has no .safetensors files")
+    return _shape(config, tensors)
+
+
+def _why_unknown(config: dict[str, Any]) -> str:
+    family = f"base model family {config.get('model_type', 'unknown')!r}"
+    if missing := [name for name in NEEDED_FIELDS if not isinstance(config.get(name), int)]:
+        return f"{family}: its config.json has no {missing[0]}"
+    if any(config.get(name) for name in EXPERT_FIELDS):
+        return f"{family}: a mixture of experts, for which no memory is estimated"
+    if config.get("quantization_config"):
+        return f"{family}: its files are quantised already"
+    return ""
+
+
+def _shape(config: dict[str, Any], tensors: dict[str, Sequence[int]]) -> BaseShape:
+    if config.get("tie_word_embeddings"):
+        tensors = {name: shape for name, shape in tensors.items() if "lm_head" not in name}
+    linears = tuple(
+        Linear(name.removesuffix(".weight"), shape[1], shape[0])
+        for name, shape in sorted(tensors.items())
+        if _is_linear(name, shape, config["vocab_size"])
+    )
+    heads = config["num_attention_heads"]
+    total = sum(math.prod(shape) for shape in tensors.values())
+    return BaseShape(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        linears=linears,
+        num_plain_params=total - sum(linear.num_params for linear in linears),
+    )
+
+
+def _is_linear(name: str, shape: Sequence[int], vocab_size: int) -> bool:
+    if not name.endswith(".weight") or len(shape) != 2:
+        return False
+    # Embeddings and the head have a row per word, whatever a family calls them (embed_in, wte).
+    return shape[0] != vocab_size and "embed" not in name and "lm_head" not in name
+
+
+def _tensor_shapes(folder: Path) -> dict[str, Sequence[int]]:
+    """Of all tensors of all files, by name."""
+    shapes: dict[str, Sequence[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        header = _header(path)
+        shapes |= {name: tensor["shape"] for name, tensor in header.items()}
+    return shapes
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """A .safetensors file begins with the length of its header, 8 bytes, then JSON."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path.name} is no safetensors file")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}

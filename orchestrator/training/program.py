@@ -1,0 +1,214 @@
+"""Programs: how the forward and backward pass of a step run.
+
+Eager: the model's own code, on as many lanes as there are members. Compiled: its blocks through
+torch.compile, which needs a constant shape, so always all lanes. Recorded: the compiled passes as
+two CUDA graphs; the loss between them stays ordinary code, for the number of labels varies. Where
+one adapter's step is a thousand small kernels, launching them one by one takes longer than they do.
+
+Shapes: n lanes, b blocks per lane, S block length, H hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from orchestrator.data.reader import Batch
+from orchestrator.records import StepProgram
+from orchestrator.training.attention import document_borders
+from orchestrator.training.base_model import LoadedBase
+from orchestrator.training.lanes import Lanes, Served
+from orchestrator.training.slots import Slots
+
+WARM_UP_PASSES = 3  # as torch.cuda.make_graphed_callables
+
+
+def program_kind(wanted: StepProgram, base: LoadedBase) -> tuple[StepProgram, str]:
+    """The kind of program that the base allows, and why it is not the one wanted."""
+    if wanted == "graph" and base.why_not_by_document:
+        # transformers looks at the positions' values when it makes a mask, which a graph cannot.
+        return "compiled", f"no CUDA graph: {base.why_not_by_document}"
+    return wanted, ""
+
+
+class Program(Protocol):
+    lanes: Lanes
+    num_lanes: int | None
+    """Lanes that every pass has; None: as many as are served."""
+    blocks_per_lane: int | None
+    """Blocks that every lane has; None: any number."""
+
+    def serve(self, served: Sequence[Served]) -> None:
+        """What the lanes serve in the passes that follow; lanes beyond it are idle."""
+        ...
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states, [n * b, S, H], of the served lanes' blocks."""
+        ...
+
+    def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
+        """Gradients by the lanes' parameters, from the one by what the last `hidden` returned."""
+        ...
+
+
+class EagerProgram:
+    num_lanes: int | None = None
+    blocks_per_lane: int | None = None
+
+    def __init__(
+        self, base: LoadedBase, slots: Slots, dropout: bool, lanes: Lanes | None = None
+    ) -> None:
+        self._base = base
+        self._slots = slots
+        self._dropout = dropout
+        self._attach(lanes or Lanes(slots, 1, base.dtype))
+
+    def serve(self, served: Sequence[Served]) -> None:
+        if len(served) != len(self.lanes):
+            self._attach(Lanes(self._slots, len(served), self._base.dtype))
+        self.lanes.serve(served)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        borders = None
+        if not self._base.why_not_by_document:
+            borders = self._on_device(document_borders(batch.position_ids))
+        return self._base.hidden(
+            self._on_device(batch.input_ids), self._on_device(batch.position_ids), borders
+        )
+
+    def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
+        return _gradients(hidden, self.lanes, gradient)
+
+    def _attach(self, lanes: Lanes) -> None:
+        lanes.dropout.active = self._dropout
+        lanes.attach(self._base.model)
+        self.lanes = lanes
+
+    def _on_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._base.device)
+
+
+class FixedProgram:
+    """Compiled blocks on a constant shape."""
+
+    num_lanes: int | None
+    blocks_per_lane: int | None
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        slots: Slots,
+        dropout: bool,
+        num_lanes: int,
+        blocks_per_lane: int,
+        block_length: int,
+        max_documents: int,
+    ) -> None:
+        self.num_lanes, self.blocks_per_lane = num_lanes, blocks_per_lane
+        self._base = base
+        self.lanes = Lanes(slots, num_lanes, base.dtype)
+        self.lanes.dropout.active = dropout
+        self.lanes.attach(base.model)
+        # Or the first block would be a program of its own: its input alone would need no gradient.
+        base.model.enable_input_require_grads()  # type: ignore[operator]
+        compile_blocks(base.model)
+        num_blocks = num_lanes * blocks_per_lane
+        self._idle = np.arange(block_length, dtype=np.int64)
+        self._room = num_blocks * max_documents
+        device = base.device
+        self._input_ids = torch.zeros(num_blocks, block_length, dtype=torch.long, device=device)
+        self._position_ids = self._input_ids.clone()
+        self._borders: Tensor | None = None
+        if not base.why_not_by_document:
+            self._borders = torch.zeros(self._room + 1, dtype=torch.int32, device=device)
+
+    def serve(self, served: Sequence[Served]) -> None:
+        self.lanes.serve(served)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        self._fill(batch)
+        return self._forward()[: len(batch.input_ids)]
+
+    def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
+        return _gradients(hidden, self.lanes, gradient)
+
+    def _forward(self) -> Tensor:
+        return self._base.hidden(self._input_ids, self._position_ids, self._borders)
+
+    def _fill(self, batch: Batch) -> None:
+        idle = len(self._input_ids) - len(batch.input_ids)
+        positions = np.concatenate([batch.position_ids, np.tile(self._idle, (idle, 1))])
+        _copy(self._position_ids, positions)
+        _copy(self._input_ids, np.pad(batch.input_ids, ((0, idle), (0, 0))))
+        if self._borders is not None:
+            _copy(self._borders, document_borders(positions, self._room))
+
+
+class RecordedProgram(FixedProgram):
+    """The same, recorded in CUDA graphs. Needs attention by document borders."""
+
+    def __init__(self, base: LoadedBase, *args: Any) -> None:
+        super().__init__(base, *args)
+        assert self._borders is not None, base.why_not_by_document
+        self._borders.fill_(self._input_ids.numel())
+        self._borders[: len(self._input_ids)] = torch.arange(
+            0, self._input_ids.numel(), self._input_ids.shape[1]
+        )
+        self._position_ids.copy_(torch.from_numpy(self._idle))
+        self._warm_up()
+        # Another thread may call CUDA meanwhile, and backward passes run in one.
+        options: dict[str, Any] = {"capture_error_mode": "thread_local"}
+        self._forward_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward_graph, **options):
+            hidden = self._forward()
+        self._gradient = torch.zeros_like(hidden)
+        self._backward_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._backward_graph, pool=self._forward_graph.pool(), **options):
+            self._parts = _gradients(hidden, self.lanes, self._gradient)
+        self._hidden = hidden.detach()
+
+    def hidden(self, batch: Batch) -> Tensor:
+        self._fill(batch)
+        self._forward_graph.replay()
+        return self._hidden[: len(batch.input_ids)]
+
+    def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
+        self._gradient[: len(gradient)].copy_(gradient)
+        self._gradient[len(gradient) :].zero_()
+        self._backward_graph.replay()
+        return self._parts
+
+    def _warm_up(self) -> None:
+        """Compile and load every kernel: neither may happen while a graph is recorded."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_PASSES):
+                hidden = self._forward()
+                _gradients(hidden, self.lanes, torch.zeros_like(hidden))
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the decoder's blocks, which are all alike, each once for its one shape."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    # Each block counts as a recompilation of the first where something about it differs.
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, len(blocks) + 8)
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
+def _gradients(hidden: Tensor, lanes: Lanes, gradient: Tensor) -> list[Tensor]:
+    found = torch.autograd.grad(hidden, lanes.parameters, gradient)
+    return [part.contiguous() for part in found]
+
+
+def _copy(to: Tensor, array: NDArray[Any]) -> None:
+    source = torch.from_numpy(array)
+    to.copy_(source.pin_memory() if to.is_cuda else source, non_blocking=True)

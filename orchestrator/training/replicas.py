@@ -1,0 +1,88 @@
+"""The seam for what the workers of a pack do together: adding up their gradients.
+
+In: a worker's GroupPlace. Out: its Replicas. A worker that is alone takes the same path, and its
+sums are what they were.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from orchestrator.records import Device, GroupPlace
+from orchestrator.training.process_group import PARTNER_TIMEOUT_S, join_group, leave_group
+
+
+class Replicas(Protocol):
+    world_rank: int
+    world_size: int
+
+    def sum(self, tensor: Tensor) -> None:
+        """Replace the tensor by the sum over all workers, which gets the same bits everywhere.
+
+        All workers must call this equally often, each time with equal shapes and types. On a GPU it
+        is queued like a kernel.
+
+        Raises:
+            ConnectionError: a partner is gone, or did not come in time. On a GPU this may come
+                later, as the end of the process: NCCL's watchdog ends it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        ...
+
+
+def join(place: GroupPlace, device: Device, timeout_s: float = PARTNER_TIMEOUT_S) -> Replicas:
+    """Meet the other workers of the pack; a process can do so for one pack at a time.
+
+    Raises:
+        ConnectionError: they did not all come in time, or cannot be reached.
+    """
+    if place.world_size == 1:
+        return Alone()
+    return ProcessGroupReplicas(place, device, timeout_s)
+
+
+class Alone:
+    world_rank = 0
+    world_size = 1
+
+    def sum(self, tensor: Tensor) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ProcessGroupReplicas:
+    def __init__(self, place: GroupPlace, device: Device, timeout_s: float) -> None:
+        self.world_rank = place.world_rank
+        self.world_size = place.world_size
+        self._device = device
+        with self._partners_needed():
+            join_group(place, device, timeout_s)
+
+    def sum(self, tensor: Tensor) -> None:
+        with self._partners_needed():
+            torch.distributed.all_reduce(tensor)
+
+    def close(self) -> None:
+        leave_group()
+
+    @contextmanager
+    def _partners_needed(self) -> Iterator[None]:
+        """A lost partner is no fault of this worker's: let its error say so, for the controller
+        starts a pack again that was lost and fails the trials of one that raised."""
+        # gloo's errors have no type of their own. On a GPU any earlier kernel's error may come out
+        # here, also as a RuntimeError.
+        theirs = RuntimeError if self._device == "cpu" else torch.distributed.DistError
+        try:
+            yield
+        except theirs as error:
+            raise ConnectionError(
+                f"worker {self.world_rank} of {self.world_size} has lost a partner: {error}"
+            ) from error

@@ -1,0 +1,88 @@
+"""One micro-batch of every member of a pack: forward, losses, backward, and the steps it completes.
+
+Everything up to the gradients' norms is queued on the GPU without waiting for it; meanwhile the CPU
+gathers the next blocks. Then the losses and norms are read once, and optimizers are stepped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.data.reader import Batch
+from orchestrator.data.tokenizing import IGNORED
+from orchestrator.training.base_model import LoadedBase
+from orchestrator.training.engine import Engine
+from orchestrator.training.loss import losses_and_gradient
+from orchestrator.training.replicas import Replicas
+from orchestrator.training.slot import Slot
+
+Parts = Sequence[tuple[Batch, float]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of each member, in order."""
+
+    losses: Sequence[float]
+    """Its micro-batch's part of its step's mean loss, of all workers together."""
+    grad_norms: Sequence[float | None]
+    """Before clipping; None where its step goes on."""
+    flag: bool
+    """Whether any worker raised it."""
+
+
+class StepRunner:
+    def __init__(self, base: LoadedBase, engine: Engine, replicas: Replicas) -> None:
+        self._base = base
+        self._engine = engine
+        self._replicas = replicas
+
+    def run(self, members: Sequence[Slot], flag: bool) -> Outcome:
+        """Train the members' next micro-batches. All workers of the pack run the same ones."""
+        parts = [member.next_micro_batch() for member in members]
+        fresh = [member.begins_step for member in members]
+        self._engine.program.serve([member.trained for member in members])
+        losses, hidden, gradient = self._engine.forward(lambda: self._losses(parts))
+        self._engine.backward(hidden, gradient, fresh)
+        told = torch.cat([losses, losses.new_tensor([float(flag)])])
+        self._replicas.sum(told)
+        for member in members:
+            member.read_ahead()
+        rates = {member.number: member.rate_of_step for member in members if member.completes_step}
+        norms = dict(zip(rates, self._engine.step(rates), strict=True)) if rates else {}
+        *values, raised = told.tolist()
+        return Outcome(values, [norms.get(member.number) for member in members], raised > 0)
+
+    def _losses(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+        """Each member's loss [k]; all last hidden states, and the gradient by them."""
+        batch = Batch.concatenate([part for part, _ in parts])
+        hidden = self._engine.program.hidden(batch)  # [k*b, S, H]
+        kept = np.flatnonzero(batch.labels != IGNORED)
+        lane_size = batch.labels.size // len(parts)
+        places = self._on_device(kept)
+        weights = torch.tensor([weight for _, weight in parts], dtype=self._wide)
+        flat = hidden.detach().flatten(0, 1)
+        losses, by_kept = losses_and_gradient(
+            flat[places],
+            self._on_device(batch.labels.ravel()[kept]),
+            self._on_device(kept // lane_size),
+            weights.to(self._base.device, non_blocking=True),
+            self._base.head,
+        )
+        gradient = torch.zeros_like(flat).index_copy_(0, places, by_kept)
+        return losses, hidden, gradient.view_as(hidden)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float64 if self._base.dtype == torch.float64 else torch.float32
+
+    def _on_device(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self._base.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._base.device, non_blocking=True)

@@ -1,0 +1,143 @@
+"""Compiled and recorded programs, kernels and attention, against the plain ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.config import QuantConfig, StrategyConfig
+from orchestrator.records import BaseModel, TrialDone
+from orchestrator.training.attention import document_borders
+from orchestrator.training.base_model import LoadedBase, load_base_model
+from orchestrator.training.loss import weighted_losses
+from tests.training.conftest import MakeSpec, trial_config
+from tests.training.test_pack import assert_equal, killed_and_resumed, train
+
+BFLOAT16 = QuantConfig(compute_dtype="bfloat16").model_dump()
+
+
+def final_losses(events: list[object]) -> dict[int, float]:
+    return {event.trial: event.eval_loss for event in events if isinstance(event, TrialDone)}
+
+
+@pytest.mark.parametrize("program", ["compiled", "graph"])
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"dropout": True}])
+def test_a_constant_program_trains_as_the_eager_one(
+    make_spec: MakeSpec, tmp_path: Path, program: str, changes: dict[str, bool]
+) -> None:
+    dropout = 0.2 if changes.get("dropout") else 0.0
+    trials = [
+        trial_config(steps=20, adapter__rank=2, seed=1, adapter__dropout=dropout),
+        trial_config(steps=20, adapter__rank=8, seed=2, optimizer__learning_rate=3e-3),
+        trial_config(steps=10, seed=3),  # takes a slot that another leaves
+    ]
+    spec = make_spec(device="cuda", quant=BFLOAT16)
+    _, events = train(spec, trials, tmp_path / "eager")
+    changed = make_spec(device="cuda", quant=BFLOAT16, step_program=program, **changes)
+    _, changed_events = train(changed, trials, tmp_path / program)
+    eager, constant = final_losses(events), final_losses(changed_events)
+    assert constant.keys() == eager.keys()
+    for trial, loss in eager.items():
+        assert constant[trial] == pytest.approx(loss, abs=0.05)
+
+
+def test_a_recorded_program_in_float32_is_compiled_instead(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """Its attention needs masks; the numbers are the eager ones to rounding."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    trials = [trial_config(seed=1), trial_config(seed=2, adapter__rank=8)]
+    eager, _ = train(make_spec(device="cuda"), trials, tmp_path / "eager")
+    spec = make_spec(device="cuda", step_program="graph")
+    compiled, _ = train(spec, trials, tmp_path / "compiled")
+    for number in range(2):
+        assert_equal(eager[number], compiled[number], tolerance=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+def test_a_recorded_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
+    make_spec: MakeSpec, tmp_path: Path, optimizer: str
+) -> None:
+    config = trial_config(
+        optimizer__name=optimizer, adapter__rank=64, adapter__dropout=0.1, batch_size=4
+    )
+    quant = {**BFLOAT16, "bit_width": 4}
+    spec = make_spec(
+        device="cuda", quant=quant, max_rank=64, step_program="graph", dequantise_once=True
+    )
+    _, events = train(spec, [config], tmp_path / "whole")
+    (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
+    resumed = killed_and_resumed(spec, config, tmp_path / "cut")
+    assert resumed.adapter_digest == undisturbed.adapter_digest
+
+
+def load(folder: Path, bit_width: int, dtype: str, **options: bool) -> LoadedBase:
+    quant = QuantConfig.model_validate({"bit_width": bit_width, "compute_dtype": dtype})
+    base = BaseModel("tiny", None, str(folder), "digest")
+    return load_base_model(base, quant, "cuda", StrategyConfig(), **options)
+
+
+def test_dequantised_once_the_base_computes_the_same_bits(base_folder: Path) -> None:
+    packed = load(base_folder, 4, "bfloat16")
+    once = load(base_folder, 4, "bfloat16", dequantise_once=True)
+    words = torch.arange(48, device="cuda").view(1, 48)
+    positions = torch.arange(48, device="cuda").view(1, 48)
+    assert torch.equal(once.hidden(words, positions), packed.hidden(words, positions))
+
+
+def test_attention_by_document_borders_is_attention_under_masks(base_folder: Path) -> None:
+    by_document = load(base_folder, 16, "bfloat16")
+    masked = load(base_folder, 16, "float32")
+    assert by_document.why_not_by_document == ""
+    assert "bfloat16" in masked.why_not_by_document
+    words = torch.randint(260, (3, 64), device="cuda")
+    lengths = [[20, 30, 14], [64], [1, 62, 1]]
+    positions = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
+    found = by_document.hidden(
+        words,
+        torch.from_numpy(positions).cuda(),
+        torch.from_numpy(document_borders(positions, room=20)).cuda(),
+    )
+    expected = masked.hidden(words, torch.from_numpy(positions).cuda())
+    assert float((found.float() - expected).norm() / expected.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_cross_entropy_kernel_is_the_plain_one(dtype: torch.dtype) -> None:
+    from orchestrator.training import kernels
+
+    logits = (torch.randn(37, 20_011, device="cuda") * 4).to(dtype)
+    labels = torch.randint(20_011, (37,), device="cuda")
+    factors = torch.rand(37, device="cuda")
+    losses, gradient = kernels.weighted_losses(logits, labels, factors)
+    expected, expected_gradient = weighted_losses(logits, labels, factors)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-2, atol=1e-6)
+
+
+def test_a_logit_that_is_nan_makes_its_own_row_nan_alone() -> None:
+    from orchestrator.training import kernels
+
+    logits = torch.randn(3, 9000, device="cuda")
+    logits[1, 8999] = torch.nan
+    labels = torch.zeros(3, dtype=torch.long, device="cuda")
+    losses, gradient = kernels.weighted_losses(logits, labels, torch.ones(3, device="cuda"))
+    assert losses.isnan().tolist() == [False, True, False]
+    assert gradient.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lanes_gradients_reach_their_slots_rows_and_no_other(dtype: torch.dtype) -> None:
+    from orchestrator.training.kernels import GradientGatherer
+
+    segments = [(0, 1500), (1500, 1516), (1516, 5000)]
+    parts = [torch.randn(2, end - start, device="cuda").to(dtype) for start, end in segments]
+    rows = torch.ones(4, 5000, device="cuda")
+    gatherer = GradientGatherer(segments, torch.device("cuda", 0))
+    gatherer.add(parts, rows, slots=[3, 1], fresh=[True, False])
+    whole = torch.cat(parts, dim=1).float()
+    expected = torch.ones(4, 5000, device="cuda")
+    expected[3] = whole[0]
+    expected[1] += whole[1]
+    assert torch.equal(rows, expected)

@@ -1,0 +1,215 @@
+"""The base's shape from its files, and the memory model over it."""
+
+import json
+import struct
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.config import QuantConfig
+from orchestrator.planning.memory import GIB, PackLoad, estimate_memory
+from orchestrator.planning.shape import UnknownShape, read_shape
+from tests.sweeps import LLAMA_8B, LLAMA_HALF_B
+
+LOAD = PackLoad(
+    quant=QuantConfig(),
+    dtype_bytes=2,
+    num_slots=1,
+    max_rank=16,
+    target_modules="all-linear",
+    optimizer_bytes=8,
+    micro_batch_size=1,
+    evaluation_batch_size=1,
+    block_length=1024,
+    gradient_checkpointing=False,
+    dequantise_once=False,
+    dropout=False,
+    eager=False,
+    cuda=True,
+)
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "vocab_size": 40,
+    "tie_word_embeddings": True,
+}
+TENSORS = {
+    "model.embed_tokens.weight": [40, 8],
+    "model.layers.0.self_attn.q_proj.weight": [8, 8],
+    "model.layers.0.self_attn.q_proj.bias": [8],
+    "model.layers.0.mlp.up_proj.weight": [16, 8],
+    "model.norm.weight": [8],
+    "lm_head.weight": [40, 8],
+}
+
+
+def write_base(folder: Path, **changes: Any) -> Path:
+    """A base whose files have headers and no weights."""
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    names = list(TENSORS)
+    for part in (0, 1):
+        header = {name: {"dtype": "BF16", "shape": TENSORS[name]} for name in names[part::2]}
+        text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+        path = folder / f"model-{part}.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+    return folder
+
+
+def test_a_shape_is_read_from_the_headers_of_all_files(tmp_path: Path) -> None:
+    shape = read_shape(write_base(tmp_path))
+    assert not isinstance(shape, UnknownShape)
+    sizes = {linear.name: (linear.in_features, linear.out_features) for linear in shape.linears}
+    assert sizes == {
+        "model.layers.0.self_attn.q_proj": (8, 8),
+        "model.layers.0.mlp.up_proj": (8, 16),
+    }
+    assert (shape.num_kv_heads, shape.head_dim) == (2, 4)
+    assert shape.num_linear_params == 64 + 128
+    assert shape.num_plain_params == 320 + 8 + 8  # tied: the head's copy is not loaded
+
+
+def test_an_output_head_of_its_own_is_not_quantised(tmp_path: Path) -> None:
+    shape = read_shape(write_base(tmp_path, tie_word_embeddings=False))
+    assert not isinstance(shape, UnknownShape)
+    assert shape.num_linear_params == 64 + 128
+    assert shape.num_plain_params == 2 * 320 + 8 + 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": None}, "family 'llama': its config.json has no hidden_size"),
+        ({"num_local_experts": 8}, "a mixture of experts"),
+        ({"quantization_config": {"bits": 4}}, "quantised already"),
+    ],
+)
+def test_a_family_that_the_model_does_not_cover_is_named(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    shape = read_shape(write_base(tmp_path, **changes))
+    assert isinstance(shape, UnknownShape)
+    assert words in shape.reason
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 20, struct.pack("<Q", 9) + b"not json."])
+def test_a_damaged_file_leaves_the_shape_unknown(tmp_path: Path, content: bytes) -> None:
+    (write_base(tmp_path) / "model-0.safetensors").write_bytes(content)
+    assert isinstance(read_shape(tmp_path), UnknownShape)
+
+
+def test_a_folder_without_weights_leaves_the_shape_unknown(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert read_shape(tmp_path) == UnknownShape("the base has no .safetensors files")
+
+
+def test_the_shape_of_a_real_folder_has_the_layers_that_take_adapters(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import make_base_model
+
+    make_base_model(tmp_path)
+    shape = read_shape(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not isinstance(shape, UnknownShape)
+    assert shape.num_params == sum(parameter.numel() for parameter in model.parameters())
+    head = model.get_output_embeddings()
+    modules = model.named_modules()
+    linear = {n for n, m in modules if isinstance(m, torch.nn.Linear) and m is not head}
+    assert {layer.name for layer in shape.linears} == linear
+
+
+def test_adapters_go_where_names_end_as_the_user_wrote() -> None:
+    assert len(LLAMA_8B.targets("all-linear")) == 7 * 32
+    named = LLAMA_8B.targets(("q_proj", "mlp.up_proj"))
+    assert len(named) == 2 * 32
+    assert LLAMA_8B.targets(("proj",)) == ()
+
+
+def gib(load: PackLoad, *parts: str) -> float:
+    memory = estimate_memory(LLAMA_8B, load)
+    return sum(getattr(memory, part) for part in parts) / GIB
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # 6.98 billion weights in linear layers, 1.05 billion in embeddings and head.
+        ({}, 5.3),
+        ({"quant": QuantConfig(double_quant=False)}, 5.6),
+        ({"dequantise_once": True}, 15.0),
+        ({"quant": QuantConfig(bit_width=8)}, 8.5),
+        ({"quant": QuantConfig(bit_width=16)}, 15.0),
+        ({"quant": QuantConfig(bit_width=16), "dequantise_once": True}, 15.0),
+    ],
+)
+def test_a_base_of_eight_billion_takes_its_known_size(
+    changes: dict[str, Any], expected: float
+) -> None:
+    load = replace(LOAD, **changes)
+    assert gib(load, "base_bytes", "dequantised_bytes") == pytest.approx(expected, abs=0.06)
+
+
+def test_an_adapter_takes_its_weights_gradients_and_states_and_a_lane() -> None:
+    # PEFT counts 41,943,040 trainable parameters for Llama 3 8B, r=16, all linear layers.
+    memory = estimate_memory(LLAMA_8B, LOAD)
+    assert memory.rows_bytes == 41_943_040 * (4 + 4 + 8)
+    assert memory.lanes_bytes == 41_943_040 * (2 + 2)
+    small = estimate_memory(LLAMA_8B, replace(LOAD, optimizer_bytes=2))
+    assert small.rows_bytes == 41_943_040 * (4 + 4 + 2)
+
+
+def test_training_and_evaluation_are_not_held_at_the_same_time() -> None:
+    memory = estimate_memory(LLAMA_8B, LOAD)
+    parts = sum(getattr(memory, field.name) for field in fields(memory))
+    assert memory.total_bytes == parts - min(memory.training_bytes, memory.evaluation_bytes)
+
+
+def test_recomputation_keeps_a_fraction_of_the_activations() -> None:
+    kept = gib(LOAD, "training_bytes")
+    recomputed = gib(replace(LOAD, gradient_checkpointing=True), "training_bytes")
+    assert recomputed < kept / 8
+
+
+LOADS = st.builds(
+    replace,
+    st.just(LOAD),
+    quant=st.sampled_from([QuantConfig(bit_width=bits) for bits in (4, 8, 16)]),
+    dtype_bytes=st.sampled_from([2, 4]),
+    num_slots=st.integers(1, 16),
+    max_rank=st.integers(1, 256),
+    micro_batch_size=st.integers(1, 32),
+    evaluation_batch_size=st.integers(1, 32),
+    gradient_checkpointing=st.booleans(),
+    dequantise_once=st.booleans(),
+    dropout=st.booleans(),
+    eager=st.booleans(),
+)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["num_slots", "max_rank", "micro_batch_size", "evaluation_batch_size", "block_length"],
+)
+@settings(deadline=None)
+@given(load=LOADS)
+def test_more_of_anything_never_takes_less_memory(field: str, load: PackLoad) -> None:
+    more = replace(load, **{field: getattr(load, field) + 1})
+    for shape in (LLAMA_8B, LLAMA_HALF_B):
+        least = estimate_memory(shape, load).total_bytes
+        assert least <= estimate_memory(shape, more).total_bytes
+
+
+@settings(deadline=None)
+@given(load=LOADS)
+def test_what_saves_memory_never_takes_more(load: PackLoad) -> None:
+    total = estimate_memory(LLAMA_8B, load).total_bytes
+    for saving in ({"gradient_checkpointing": True}, {"dequantise_once": False}, {"eager": False}):
+        assert estimate_memory(LLAMA_8B, replace(load, **saving)).total_bytes <= total

@@ -1,0 +1,188 @@
+"""What a pack gives up for memory, in which order, and what it never changes."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.config import QuantConfig
+from orchestrator.errors import ConfigError
+from orchestrator.planning.fit import Fit, fit
+from orchestrator.planning.memory import GIB
+from orchestrator.planning.options import PackWish, balanced_slots, full_card_tokens
+from orchestrator.planning.shape import BaseShape, UnknownShape
+from orchestrator.records import Device
+from tests.sweeps import LLAMA_8B, LLAMA_HALF_B, NO_BASE, premises, sweep_config
+
+
+def fitted(
+    memory_gib: float,
+    shape: BaseShape | UnknownShape = LLAMA_8B,
+    device: Device = "cuda",
+    share: int = 4,
+    batch_size: int = 2,
+    bit_width: int = 4,
+    zero: bool = False,
+    **changes: Any,
+) -> Fit:
+    """For trials of `batch_size` blocks of 1,024 tokens; `changes` are settings of the sweep."""
+    config = sweep_config(trial__quant__bit_width=bit_width, **changes)
+    wish = PackWish(
+        quant=QuantConfig(bit_width=config.trial.quant.bit_width),
+        zero=zero,
+        alone="",
+        share=share,
+        num_slots=config.resources.slots_per_pack,
+        worker_blocks=batch_size,
+        micro_batch_size=config.trial.micro_batch_size,
+        gradient_checkpointing=config.trial.gradient_checkpointing,
+    )
+    return fit(premises(config, device, shape, int(memory_gib * GIB)), wish)
+
+
+def choices(found: Fit) -> tuple[bool, bool, int, int]:
+    """(dequantised once, recomputation, micro-batch, slots)"""
+    return (
+        found.dequantise_once,
+        found.gradient_checkpointing,
+        found.micro_batch_size,
+        found.num_slots,
+    )
+
+
+def test_a_large_gpu_gives_up_nothing() -> None:
+    assert choices(fitted(141)) == (True, False, 2, 4)
+
+
+def test_what_does_not_fit_gives_up_residency_then_activations_then_blocks_then_slots() -> None:
+    sizes = [size / 4 for size in range(400, 36, -1)]
+    seen = [choices(fitted(size)) for size in sizes]
+    order = [choice for n, choice in enumerate(seen) if n == 0 or choice != seen[n - 1]]
+    assert order == [
+        (True, False, 2, 4),
+        (False, False, 2, 4),
+        (True, True, 2, 4),  # the room that recomputation makes holds the values again
+        (False, True, 2, 4),
+        (False, True, 1, 4),
+        (False, True, 2, 2),  # and that of fewer slots, the whole batch
+        (False, True, 1, 2),
+        (False, True, 2, 1),
+        (False, True, 1, 1),
+    ]
+
+
+@pytest.mark.parametrize("memory_gib", [8, 12, 16, 24, 40, 80, 141])
+def test_what_is_chosen_fits_or_is_said_not_to(memory_gib: int) -> None:
+    found = fitted(memory_gib)
+    assert found.memory is not None
+    assert found.budget_bytes == int(0.9 * memory_gib * GIB)
+    fits = found.memory.total_bytes <= found.budget_bytes
+    assert ("does not fit" in found.reasons[-1]) != fits
+
+
+def test_where_nothing_fits_the_least_is_chosen_and_the_plan_says_so() -> None:
+    found = fitted(4)
+    assert choices(found) == (False, True, 1, 1)
+    assert found.reasons[-1].startswith("does not fit, the least is 9.")
+    assert found.reasons[-1].endswith("GiB of 3.6 GiB")
+
+
+@pytest.mark.parametrize("memory_gib", [4, 24, 141, 0])
+@pytest.mark.parametrize("setting", [True, False])
+def test_user_settings_are_kept(memory_gib: int, setting: bool) -> None:
+    found = fitted(
+        memory_gib,
+        trial__gradient_checkpointing=setting,
+        trial__micro_batch_size=2,
+        resources__dequantise_once=setting,
+        resources__slots_per_pack=3,
+        resources__step_program="compiled",
+    )
+    assert choices(found) == (setting, setting, 2, 3)
+    assert found.step_program == "compiled"
+
+
+def test_an_evaluation_that_costs_more_than_training_is_named() -> None:
+    reasons = fitted(12, LLAMA_HALF_B, "cpu", evaluation__batch_size=64).reasons
+    assert any(reason.startswith("evaluation.batch_size=64 takes") for reason in reasons)
+
+
+def test_each_choice_is_shown_with_what_the_other_would_need() -> None:
+    slots, micro, residency, recomputation, program, expected = fitted(24, batch_size=1).reasons
+    assert slots == "4 slots for 4 (at most 8)"
+    assert micro == "all 1 block in one pass"
+    assert residency.startswith("dequantised at every use: once needs 2")
+    assert recomputation.startswith("recomputation: without it 3")
+    assert program == "step program graph"
+    assert expected.endswith("of 21.6 GiB")
+
+
+def test_a_pass_of_one_trial_is_not_larger_than_fills_the_gpu() -> None:
+    found = fitted(141, batch_size=32)
+    assert (found.micro_batch_size, found.num_slots) == (8, 1)
+    assert "8 of 32 blocks in a pass, which fill the GPU" in found.reasons
+    assert fitted(141, LLAMA_HALF_B, batch_size=32).micro_batch_size == 16
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens"),
+    [(0.5e9, 16_384), (1e9, 16_384), (4e9, 12_288), (7e9, 8_192), (70e9, 8_192)],
+)
+def test_a_larger_base_fills_a_gpu_with_fewer_tokens(params: float, tokens: int) -> None:
+    assert full_card_tokens(int(params)) == tokens
+
+
+@pytest.mark.parametrize(
+    ("share", "most", "first"), [(18, 16, 9), (16, 16, 16), (17, 16, 9), (5, 4, 3), (1, 4, 1)]
+)
+def test_waves_are_even(share: int, most: int, first: int) -> None:
+    counts = balanced_slots(share, most)
+    assert counts[0] == first
+    assert counts[-1] == 1
+    assert counts == sorted(counts, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"memory_gib": 0}, "the size of the cuda worker's memory cannot be read"),
+        ({"memory_gib": 141, "shape": NO_BASE}, "there is no base"),
+        ({"memory_gib": 141, "zero": True}, "not estimated for DeepSpeed"),
+    ],
+)
+def test_where_the_memory_is_unknown_nothing_is_traded_for_it(
+    arguments: dict[str, Any], why: str
+) -> None:
+    found = fitted(share=9, batch_size=32, **arguments)
+    assert choices(found) == (False, False, 32, 3)
+    assert found.memory is None
+    assert why in found.reasons[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "program"),
+    [
+        ({}, "graph"),
+        ({"bit_width": 16}, "graph"),
+        ({"bit_width": 8}, "eager"),
+        ({"zero": True}, "eager"),
+        ({"device": "cpu"}, "eager"),
+        ({"bit_width": 8, "resources__step_program": "graph"}, "eager"),
+        ({"device": "cpu", "resources__step_program": "compiled"}, "compiled"),
+    ],
+)
+def test_the_step_program_follows_the_device_and_the_base(
+    arguments: dict[str, Any], program: str
+) -> None:
+    assert fitted(141, **arguments).step_program == program
+
+
+def test_a_graph_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="graph needs GPUs"):
+        fitted(8, device="cpu", resources__step_program="graph")
+
+
+def test_only_four_bits_are_dequantised_once() -> None:
+    assert fitted(141).dequantise_once
+    assert fitted(64, LLAMA_HALF_B, "cpu").dequantise_once
+    assert not fitted(141, bit_width=16).dequantise_once
+    assert not fitted(141, bit_width=8, resources__dequantise_once=True).dequantise_once
