@@ -1,16 +1,24 @@
-"""Write a benchmark's results where the documents quote them from: benchmarks/results/NAME.json."""
+"""Where a benchmark's results go.
+
+Each part appends its row to a JSONL file as soon as it is measured, so that a run that is cut off
+leaves what it measured. `record` merges such rows into benchmarks/results/NAME.json, which the
+documents quote.
+"""
 
 import json
 import platform
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "mlflow")
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -25,14 +33,43 @@ class Bar:
         return self.value >= self.goal
 
 
-def record(name: str, rows: list[dict[str, Any]], bars: dict[str, Bar]) -> Path:
-    content = {
-        "command": " ".join(_command()),
+def environment() -> dict[str, Any]:
+    """Of this process's machine, for the rows that are measured on it."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": _hardware(),
+        "hardware": f"1 x {torch.cuda.get_device_name()}" if cuda else f"CPU, {_threads()}",
         "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in PACKAGES},
-        "rows": rows,
+        | {package: _version(package) for package in PACKAGES},
+    }
+
+
+def append_row(path: Path, row: Row) -> None:
+    """`row["environment"]` says where it was measured; the command that asked for it is added."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row | {"command": command()}) + "\n")
+    print(json.dumps({key: row[key] for key in row if key != "environment"}), flush=True)
+
+
+def read_rows(paths: Iterable[Path]) -> list[Row]:
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def record(name: str, rows: Sequence[Row], bars: dict[str, Bar], **facts: Any) -> Path:
+    """Write rows as `read_rows` gives them; what is the same for many of them is said once."""
+    environments = {json.dumps(row["environment"], sort_keys=True) for row in rows}
+    if len(environments) != 1:
+        raise SystemExit("rows of several machines, dates or versions: record each apart")
+    content = {
+        "commands": list(dict.fromkeys(row["command"] for row in rows)),
+        **json.loads(environments.pop()),
+        **facts,
+        "rows": [
+            {key: row[key] for key in row if key not in ("command", "environment")} for row in rows
+        ],
         "bars": {bar: asdict(value) | {"holds": value.holds} for bar, value in bars.items()},
     }
     RESULTS.mkdir(exist_ok=True)
@@ -41,15 +78,20 @@ def record(name: str, rows: list[dict[str, Any]], bars: dict[str, Bar]) -> Path:
     return path
 
 
-def _command() -> list[str]:
+def command() -> str:
     """As it was called, with folders by their names: paths say nothing on another machine."""
     arguments = [word.rpartition("/")[2] if "/" in word else word for word in sys.argv[1:]]
-    return ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments]
+    return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
 
 
-def _hardware() -> str:
+def _threads() -> str:
     import torch
 
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{torch.get_num_threads()} CPU thread(s)"
+    return f"{torch.get_num_threads()} thread(s)"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,145 @@
+"""Tokens per second of this project's engine, through PackWorker as a sweep drives it."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from orchestrator.config import EvaluationConfig, StrategyConfig, TrialConfig
+from orchestrator.data.manifest import manifest_path
+from orchestrator.records import (
+    Assign,
+    BaseModel,
+    Device,
+    PackSpec,
+    SlotTask,
+    StepProgram,
+    TrialDone,
+    TrialStopped,
+)
+from orchestrator.sweep.flow import auto_compute_dtype
+from orchestrator.training.pack import PackWorker
+
+RANK, ALPHA = 16, 32
+WARM_UP_STEPS = 3
+NEVER = 1_000_000
+
+
+@dataclass(frozen=True)
+class Measurement:
+    tokens_per_s: float
+    """Of all adapters together."""
+    train_s: float
+    wall_s: float
+    """train_s with the evaluation and the saving of each adapter."""
+    load_s: float
+    warm_up_s: float
+    """Compiling and recording are in it."""
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Pack:
+    model: Path
+    shards: Path
+    """Folder of the manifests."""
+    bit_width: int
+    num_slots: int
+    program: StepProgram
+
+
+def measure(pack: Pack, trials: int, steps: int, ready: Callable[[], None]) -> Measurement:
+    """Train so many trials, as many at once as there are slots, each step on one block.
+
+    `ready` is called between the warm-up and the measurement.
+    """
+    worker = PackWorker(pack_spec(pack))
+    load_s = worker.load().load_s
+    numbers = count()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def group(size: int, steps: int) -> list[TrialDone]:
+            tasks = [_task(pack, next(numbers), steps, Path(folder)) for _ in range(size)]
+            return _train(worker, tasks)
+
+        started = time.monotonic()
+        group(pack.num_slots, WARM_UP_STEPS)
+        warm_up_s = time.monotonic() - started
+        ready()
+        started = time.monotonic()
+        sizes = [min(pack.num_slots, trials - n) for n in range(0, trials, pack.num_slots)]
+        groups = [group(size, steps) for size in sizes]
+        wall_s = time.monotonic() - started
+    done = [trial for group_of_trials in groups for trial in group_of_trials]
+    train_s = sum(max(trial.train_s for trial in part) for part in groups)
+    return Measurement(
+        sum(trial.tokens for trial in done) / train_s,
+        train_s,
+        wall_s,
+        load_s,
+        warm_up_s,
+        max(trial.peak_memory_bytes for trial in done),
+    )
+
+
+def pack_spec(pack: Pack) -> PackSpec:
+    device = _device()
+    return PackSpec(
+        pack=0,
+        base_model=BaseModel(str(pack.model), None, str(pack.model), "benchmark"),
+        train_manifest=str(manifest_path(pack.shards, "train")),
+        held_out_manifest=str(manifest_path(pack.shards, "held_out")),
+        template="plain",
+        quant=_trial(pack, 1, 0).quant.model_dump() | {"compute_dtype": auto_compute_dtype(device)},
+        target_modules="all-linear",
+        num_slots=pack.num_slots,
+        max_rank=RANK,
+        micro_batch_size=1,
+        gradient_checkpointing=False,
+        strategy=StrategyConfig().model_dump(),
+        device=device,
+        cpus=1,
+        evaluation=EvaluationConfig(),
+        checkpoint_every_steps=NEVER,
+        dequantise_once=pack.bit_width == 4,
+        step_program=pack.program,
+    )
+
+
+def _device() -> Device:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _trial(pack: Pack, steps: int, seed: int) -> TrialConfig:
+    return TrialConfig.model_validate(
+        {
+            "quant": {"bit_width": pack.bit_width},
+            "adapter": {"rank": RANK, "alpha": ALPHA},
+            "optimizer": {"name": "paged_adamw_8bit", "learning_rate": 1e-4},
+            "steps": steps,
+            "batch_size": 1,
+            "micro_batch_size": 1,
+            "gradient_checkpointing": False,
+            "seed": seed,
+        }
+    )
+
+
+def _task(pack: Pack, number: int, steps: int, folder: Path) -> SlotTask:
+    attempt_dir = folder / str(number)
+    attempt_dir.mkdir()
+    return SlotTask(number, 1, _trial(pack, steps, number), str(attempt_dir))
+
+
+def _train(worker: PackWorker, tasks: list[SlotTask]) -> list[TrialDone]:
+    events = worker.advance([Assign(task) for task in tasks])
+    while worker.slots:
+        events += worker.advance([])
+    for event in events:
+        if isinstance(event, TrialStopped):
+            raise SystemExit(f"trial {event.trial} stopped: {event.reason}: {event.message}")
+    return [event for event in events if isinstance(event, TrialDone)]
