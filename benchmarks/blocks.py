@@ -44,9 +44,9 @@ def data_config(folder: Path, tokens: int, train_blocks: int, held_out_blocks: i
     )
 
 
-def prepare_blocks(folder: Path, model: Path, tokens: int) -> Path:
-    """The folder of their manifests; one held-out block, for evaluation is not what is measured."""
-    config = data_config(folder, tokens, TRAIN_BLOCKS, 1)
+def prepare_blocks(folder: Path, model: Path, tokens: int, held_out_blocks: int = 1) -> Path:
+    """The folder of their manifests; one held-out block where evaluation is not looked at."""
+    config = data_config(folder, tokens, TRAIN_BLOCKS, held_out_blocks)
     return prepare(config, model, folder).train.folder
 
 

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,41 +18,75 @@ POLL_S = 0.05
 CALL_TIMEOUT_S = 180
 
 
-def measure(arguments: Sequence[str], timeout_s: float, processes: int = 1) -> list[dict[str, Any]]:
-    """What `benchmarks.part` measures in so many processes that train at the same time; none if
-    one of them failed."""
-    deadline = time.monotonic() + timeout_s
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        gate = folder / "gate"
-        outs = [folder / f"{number}.json" for number in range(processes)]
-        children = [
-            start(
-                [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.part",
-                    *arguments,
-                    f"--out={out}",
-                    f"--gate={gate}",
-                ]
-            )
-            for out in outs
-        ]
+@dataclass(frozen=True)
+class Part:
+    """What `benchmarks.part` measures, in so many processes that train at the same time."""
+
+    arguments: Sequence[str]
+    processes: int = 1
+
+
+def measure(parts: Sequence[Part], timeout_s: float) -> Iterator[list[dict[str, Any]]]:
+    """What each part measures, in their order; nothing of one that failed.
+
+    All of them load and compile at the same time, which is most of the work, within `timeout_s`.
+    Then each measures alone, within as much again: those that wait for their gate use no GPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        groups: list[_Group] = []
         try:
-            warm = [Path(f"{out}.warm") for out in outs]
-            while not all(path.exists() for path in warm) and _going(children, deadline):
-                time.sleep(POLL_S)
-            gate.touch()
-            while any(child.poll() is None for child in children) and _going(children, deadline):
-                time.sleep(POLL_S)
+            for number, part in enumerate(parts):
+                groups.append(_Group(part, Path(folder) / str(number)))
+            _wait(lambda: all(group.warm() for group in groups), timeout_s)
+            for group in groups:
+                if not group.warm():  # or it would load while another measures
+                    group.end()
+            for group in groups:
+                group.gate.touch()
+                _wait(group.ended, timeout_s)
+                group.end()
+                yield group.found()
         finally:
-            for child in children:
-                end(child)
-        if not all(out.exists() for out in outs):
-            print(f"failed, or over {timeout_s:.0f} s: {' '.join(arguments)}", flush=True)
+            for group in groups:
+                group.end()
+
+
+class _Group:
+    """A part's processes."""
+
+    def __init__(self, part: Part, folder: Path) -> None:
+        folder.mkdir()
+        self._part = part
+        self.gate = folder / "gate"
+        self._outs = [folder / f"{number}.json" for number in range(part.processes)]
+        self._children: list[subprocess.Popen[bytes]] = []
+        command = [sys.executable, "-m", "benchmarks.part", *part.arguments, f"--gate={self.gate}"]
+        for out in self._outs:
+            self._children.append(start([*command, f"--out={out}"]))
+
+    def warm(self) -> bool:
+        """Or ended: with a failure, or with a measurement that needs no warming."""
+        return self.ended() or all(Path(f"{out}.warm").exists() for out in self._outs)
+
+    def ended(self) -> bool:
+        codes = [child.poll() for child in self._children]
+        return None not in codes or any(codes)
+
+    def found(self) -> list[dict[str, Any]]:
+        if not all(out.exists() for out in self._outs):
+            print(f"failed, or over its time: {' '.join(self._part.arguments)}", flush=True)
             return []
-        return [json.loads(out.read_text()) for out in outs]
+        return [json.loads(out.read_text()) for out in self._outs]
+
+    def end(self) -> None:
+        for child in self._children:
+            end(child)
+
+
+def _wait(over: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not over() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 def call(module: str, *arguments: str) -> str:
@@ -82,7 +117,3 @@ def end(child: subprocess.Popen[bytes]) -> None:
     except ProcessLookupError:
         pass
     child.wait()
-
-
-def _going(children: Sequence[subprocess.Popen[bytes]], deadline: float) -> bool:
-    return time.monotonic() < deadline and not any(child.poll() for child in children)

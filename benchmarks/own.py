@@ -2,9 +2,9 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from orchestrator.records import (
     Assign,
     BaseModel,
     Device,
+    Event,
     PackSpec,
     SlotTask,
     StepProgram,
@@ -40,6 +41,8 @@ class Measurement:
     warm_up_s: float
     """Compiling and recording are in it."""
     peak_memory_bytes: int
+    program: str = ""
+    """The one that ran, of this project's engine."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Pack:
     bit_width: int
     num_slots: int
     program: StepProgram
+    optimizer: str = "adamw"
 
 
 def measure(pack: Pack, trials: int, steps: int, ready: Callable[[], None]) -> Measurement:
@@ -63,8 +67,9 @@ def measure(pack: Pack, trials: int, steps: int, ready: Callable[[], None]) -> M
     with tempfile.TemporaryDirectory() as folder:
 
         def group(size: int, steps: int) -> list[TrialDone]:
-            tasks = [_task(pack, next(numbers), steps, Path(folder)) for _ in range(size)]
-            return _train(worker, tasks)
+            configs = [trial_config(pack, steps, seed) for seed in islice(numbers, size)]
+            events = train(worker, configs, Path(folder))
+            return [event for event in events if isinstance(event, TrialDone)]
 
         started = time.monotonic()
         group(pack.num_slots, WARM_UP_STEPS)
@@ -83,6 +88,7 @@ def measure(pack: Pack, trials: int, steps: int, ready: Callable[[], None]) -> M
         load_s,
         warm_up_s,
         max(trial.peak_memory_bytes for trial in done),
+        worker.programs.kind,
     )
 
 
@@ -94,7 +100,8 @@ def pack_spec(pack: Pack) -> PackSpec:
         train_manifest=str(manifest_path(pack.shards, "train")),
         held_out_manifest=str(manifest_path(pack.shards, "held_out")),
         template="plain",
-        quant=_trial(pack, 1, 0).quant.model_dump() | {"compute_dtype": auto_compute_dtype(device)},
+        quant=trial_config(pack, 1, 0).quant.model_dump()
+        | {"compute_dtype": auto_compute_dtype(device)},
         target_modules="all-linear",
         num_slots=pack.num_slots,
         max_rank=RANK,
@@ -110,16 +117,14 @@ def pack_spec(pack: Pack) -> PackSpec:
     )
 
 
-def _device() -> Device:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _trial(pack: Pack, steps: int, seed: int) -> TrialConfig:
+def trial_config(
+    pack: Pack, steps: int, seed: int, rank: int = RANK, learning_rate: float = 1e-4
+) -> TrialConfig:
     return TrialConfig.model_validate(
         {
             "quant": {"bit_width": pack.bit_width},
-            "adapter": {"rank": RANK, "alpha": ALPHA},
-            "optimizer": {"name": "paged_adamw_8bit", "learning_rate": 1e-4},
+            "adapter": {"rank": rank, "alpha": ALPHA},
+            "optimizer": {"name": pack.optimizer, "learning_rate": learning_rate},
             "steps": steps,
             "batch_size": 1,
             "micro_batch_size": 1,
@@ -129,17 +134,21 @@ def _trial(pack: Pack, steps: int, seed: int) -> TrialConfig:
     )
 
 
-def _task(pack: Pack, number: int, steps: int, folder: Path) -> SlotTask:
-    attempt_dir = folder / str(number)
-    attempt_dir.mkdir()
-    return SlotTask(number, 1, _trial(pack, steps, number), str(attempt_dir))
-
-
-def _train(worker: PackWorker, tasks: list[SlotTask]) -> list[TrialDone]:
+def train(worker: PackWorker, trials: Sequence[TrialConfig], folder: Path) -> list[Event]:
+    """All of them at once, each numbered by its seed."""
+    tasks = []
+    for trial in trials:
+        attempt_dir = folder / str(trial.seed)
+        attempt_dir.mkdir()
+        tasks.append(SlotTask(trial.seed, 1, trial, str(attempt_dir)))
     events = worker.advance([Assign(task) for task in tasks])
     while worker.slots:
         events += worker.advance([])
     for event in events:
         if isinstance(event, TrialStopped):
             raise SystemExit(f"trial {event.trial} stopped: {event.reason}: {event.message}")
-    return [event for event in events if isinstance(event, TrialDone)]
+    return events
+
+
+def _device() -> Device:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,6 +4,7 @@ Pure: rows in, rows and bars out.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from benchmarks.flops import flops_per_token
 from benchmarks.models import SHAPES
@@ -14,7 +15,8 @@ GOALS = {("0.5b", 1024, 16): (40, 2), ("8b", 256, 16): (35, 2), ("8b", 1024, 8):
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Each with its ratios to the rows of the same shape, bits and tokens, as far as they exist."""
+    """Each with its ratios to the rows of the same shape, bits, tokens and optimizer, as far as they
+    exist."""
     cards = [row["tflops"] for row in rows if row["who"] == "matmul"]
     return [
         row if row["who"] == "matmul" else row | _ratios(row, rows, max(cards, default=None))
@@ -23,12 +25,12 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
 
 
 def bars(rows: Sequence[Row]) -> dict[str, Bar]:
-    """Those for which something was measured, with NF4."""
+    """Those for which something was measured, with NF4 and the default optimizer."""
     found = {}
     for (shape, tokens, adapters), goals in GOALS.items():
-        pack = best(rows, _like(shape, 4, tokens, "pack", adapters))
-        stock = best(rows, _like(shape, 4, tokens, "stock", 1))
-        single = best(rows, _like(shape, 4, tokens, "pack", 1))
+        like = partial(_like, shape, 4, tokens, "adamw")
+        pack = best(rows, like("pack", adapters))
+        stock, single = best(rows, like("stock", 1)), best(rows, like("pack", 1))
         for other, name, goal in zip((stock, single), RIVALS, goals, strict=True):
             if pack and other:
                 title = f"{shape.upper()} at {tokens:,}, K={adapters}, against {name}"
@@ -51,16 +53,19 @@ def _ratios(row: Row, rows: Sequence[Row], card_tflops: float | None) -> Row:
     if card_tflops:
         ratios["matmul_share_fraction"] = round(tflops / card_tflops, 4)
     for name, who in (("ratio_to_stock", "stock"), ("ratio_to_own_best_single", "pack")):
-        if other := best(rows, _like(shape, bits, tokens, who, 1)):
+        if other := best(rows, _like(shape, bits, tokens, row["optimizer"], who, 1)):
             ratios[name] = round(rate / other, 2)
     return ratios
 
 
-def _like(shape: str, bits: int, tokens: int, who: str, adapters: int) -> Callable[[Row], bool]:
+def _like(
+    shape: str, bits: int, tokens: int, optimizer: str, who: str, adapters: int
+) -> Callable[[Row], bool]:
     wanted = {
         "shape": shape,
         "bit_width": bits,
         "tokens_per_adapter": tokens,
+        "optimizer": optimizer,
         "who": who,
         "adapters": adapters,
     }

@@ -3,8 +3,8 @@
     python -m benchmarks.packs run --rows FILE --shape 0.5b --bits 4 --tokens 1024 --slots 1 16
     python -m benchmarks.packs record --rows FILE --name packs_gpu
 
-Every adapter has rank 16 on all linear layers and takes one block of `--tokens` a step, with paged
-8-bit AdamW. Parts, each in its own process:
+Every adapter has rank 16 on all linear layers and takes one block of `--tokens` a step. All sides
+use the same optimizer, adamw being torch's fused one. Parts, each in processes of its own:
 
     matmul      the card's rate on a square bf16 product
     stock       PEFT + bitsandbytes with gradient checkpointing, one adapter at a time
@@ -13,6 +13,9 @@ Every adapter has rank 16 on all linear layers and takes one block of `--tokens`
     shared      --processes processes on one card at once, each stock, and each a pack of one: what
                 fractional GPUs give. Rates are added up over processes that start together, so the
                 last one's time alone on the card counts for them.
+
+Parts are measured one after another. With --together N, N of them first load and compile at the
+same time, as far as their memory allows; then all but the measured one wait.
 """
 
 import argparse
@@ -22,9 +25,10 @@ from typing import Any
 
 from benchmarks import children
 from benchmarks.pack_bars import bars, with_ratios
-from benchmarks.recording import append_row, read_rows, record
+from benchmarks.recording import Row, append_row, read_rows, record
 
 PARTS = ("matmul", "stock", "pack", "shared")
+OPTIMIZERS = ("adamw", "paged_adamw_8bit")
 
 
 def main() -> None:
@@ -37,24 +41,26 @@ def main() -> None:
     model = options.folder / options.shape
     children.call("benchmarks.models", options.shape, str(model))
     if "matmul" in options.parts:
-        for content in children.measure(["matmul"], options.timeout):
-            append_row(options.rows[0], {"who": "matmul"} | content)
+        for found in children.measure([children.Part(["matmul"])], options.timeout):
+            for content in found:
+                append_row(options.rows[0], {"who": "matmul"} | content)
     for tokens in options.tokens:
         data = str(options.folder / "data")
         shards = children.call("benchmarks.blocks", data, str(model), str(tokens))
         for bits in options.bits:
-            place = [
-                f"--model={model}",
-                f"--shards={shards}",
-                f"--tokens={tokens}",
-                f"--bits={bits}",
-            ]
-            for row, arguments, processes in _parts(options):
-                row |= {"shape": options.shape, "bit_width": bits, "tokens_per_adapter": tokens}
-                _measure(options, row, [*arguments, *place], processes)
+            place = [f"--model={model}", f"--shards={shards}"]
+            facts = {"shape": options.shape, "bit_width": bits, "tokens_per_adapter": tokens}
+            place += [f"--tokens={tokens}", f"--bits={bits}", f"--optimizer={options.optimizer}"]
+            parts = list(_parts(options))
+            for first in range(0, len(parts), options.together):
+                chunk = parts[first : first + options.together]
+                started = [children.Part([*words, *place], count) for _, words, count in chunk]
+                measured = children.measure(started, options.timeout)
+                for (row, _, _), found in zip(chunk, measured, strict=True):
+                    _append(options, row | facts | {"optimizer": options.optimizer}, found)
 
 
-def _parts(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], list[str], int]]:
+def _parts(options: argparse.Namespace) -> Iterator[tuple[Row, list[str], int]]:
     """Each part's first columns, its arguments, and its number of processes."""
     stock = ["stock", f"--steps={options.stock_steps}"]
     if "stock" in options.parts:
@@ -76,19 +82,19 @@ def _pack(slots: int, program: str, steps: int) -> list[str]:
     return ["pack", f"--slots={slots}", f"--program={program}", f"--steps={steps}"]
 
 
-def _measure(
-    options: argparse.Namespace, row: dict[str, Any], arguments: list[str], processes: int
-) -> None:
-    found = children.measure(arguments, options.timeout, processes)
+def _append(options: argparse.Namespace, row: Row, found: list[dict[str, Any]]) -> None:
     if not found:
         return
-    row |= {"processes": processes}
+    if row["who"] in OWN:  # a graph that cannot be recorded becomes compiled blocks
+        row["program"] = found[0]["program"]
+    row["processes"] = len(found)
     row |= {name: round(max(part[name] for part in found), 3) for name in TIMES}
     row["peak_memory_bytes"] = sum(part["peak_memory_bytes"] for part in found)
     row["tokens_per_s"] = round(sum(part["tokens_per_s"] for part in found), 1)
     append_row(options.rows[0], row | {"environment": found[0]["environment"]})
 
 
+OWN = ("pack", "own singles, sharing the card")
 TIMES = ("train_s", "wall_s", "load_s", "warm_up_s")
 
 
@@ -105,10 +111,12 @@ def _options() -> argparse.Namespace:
     run.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     run.add_argument("--program", default="graph", help="of packs of several")
     run.add_argument("--single-programs", nargs="+", default=["graph", "compiled"])
+    run.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0])
+    run.add_argument("--together", type=int, default=1, help="parts that load at the same time")
     run.add_argument("--steps", type=int, default=30)
     run.add_argument("--stock-steps", type=int, default=15)
     run.add_argument("--processes", type=int, default=4, help="that share the card")
-    run.add_argument("--timeout", type=float, default=120, help="seconds for each part")
+    run.add_argument("--timeout", type=float, default=120, help="seconds to load, and to measure")
     run.add_argument("--folder", type=Path, default=Path("/tmp/packs"), help="models and shards")
     run.add_argument("--rows", type=Path, nargs=1, required=True)
     merge = actions.add_parser("record")

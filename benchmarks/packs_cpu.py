@@ -54,9 +54,13 @@ def _measure(source: str, folder: Path, bits: int, slots: int, steps: int) -> Ro
         "tokens_per_adapter": TOKENS,
         "adapters": ADAPTERS,
         "slots": slots,
+        "optimizer": pack.optimizer,
     }
-    times = {name: round(value, 3) for name, value in asdict(measured).items()}
-    return facts | times | {"environment": environment()}
+    columns = {
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in asdict(measured).items()
+    }
+    return facts | columns | {"environment": environment()}
 
 
 def _bars(rows: list[Row]) -> dict[str, Bar]:

@@ -30,12 +30,26 @@ def main() -> None:
         from benchmarks import stock
 
         content = asdict(
-            stock.measure(options.model, options.bits, options.tokens, options.steps, ready)
+            stock.measure(
+                options.model,
+                options.bits,
+                options.tokens,
+                options.optimizer,
+                options.steps,
+                ready,
+            )
         )
     else:
         from benchmarks import own
 
-        pack = own.Pack(options.model, options.shards, options.bits, options.slots, options.program)
+        pack = own.Pack(
+            options.model,
+            options.shards,
+            options.bits,
+            options.slots,
+            options.program,
+            options.optimizer,
+        )
         content = asdict(own.measure(pack, options.slots, options.steps, ready))
     options.out.write_text(json.dumps(content | {"environment": environment()}))
 
@@ -51,6 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="in a block of the stock recipe")
     parser.add_argument("--slots", type=int, default=1)
     parser.add_argument("--program", default="eager")
+    parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--steps", type=int)
     return parser.parse_args()
 

@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,15 @@ class Bar:
 
     value: float
     goal: float
+    at_most: bool = False
+    """The goal is a limit that the value stays below; the bar's name says so."""
 
     @property
     def holds(self) -> bool:
-        return self.value >= self.goal
+        return self.value <= self.goal if self.at_most else self.value >= self.goal
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "goal": self.goal, "holds": self.holds}
 
 
 def environment() -> dict[str, Any]:
@@ -41,8 +46,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"1 x {torch.cuda.get_device_name()}" if cuda else f"CPU, {_threads()}",
-        "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()} | _versions(),
     }
 
 
@@ -60,17 +64,14 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 
 def record(name: str, rows: Sequence[Row], bars: dict[str, Bar], **facts: Any) -> Path:
     """Write rows as `read_rows` gives them; what is the same for many of them is said once."""
-    environments = {json.dumps(row["environment"], sort_keys=True) for row in rows}
-    if len(environments) != 1:
-        raise SystemExit("rows of several machines, dates or versions: record each apart")
     content = {
         "commands": list(dict.fromkeys(row["command"] for row in rows)),
-        **json.loads(environments.pop()),
+        **_common_environment(row["environment"] for row in rows),
         **facts,
         "rows": [
             {key: row[key] for key in row if key not in ("command", "environment")} for row in rows
         ],
-        "bars": {bar: asdict(value) | {"holds": value.holds} for bar, value in bars.items()},
+        "bars": {name: bar.to_json() for name, bar in bars.items()},
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
@@ -90,8 +91,25 @@ def _threads() -> str:
     return f"{torch.get_num_threads()} thread(s)"
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+def _versions() -> dict[str, str]:
+    """Of the installed ones."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _common_environment(environments: Iterable[Row]) -> Row:
+    """Of calls on like machines on one day; one may have had packages that another lacked."""
+    found = list(environments)
+    versions: dict[str, str] = {}
+    for environment in found:
+        versions |= environment["versions"]
+    common = found[0] | {"versions": versions}
+    for environment in found:
+        if environment | {"versions": versions | environment["versions"]} != common:
+            raise SystemExit("rows of several machines, dates or versions: record each apart")
+    return common

@@ -1,7 +1,7 @@
 """Tokens per second of one adapter trained the usual way, with PEFT and bitsandbytes.
 
-QLoRA's recipe: prepare_model_for_kbit_training, gradient checkpointing, paged 8-bit AdamW, bf16
-autocast, gradient clipping. A 16-bit base is not prepared for k-bit training, which would turn it
+QLoRA's recipe: prepare_model_for_kbit_training, gradient checkpointing, bf16 autocast, gradient
+clipping; its optimizer is one of OPTIMIZERS. A 16-bit base is not prepared for k-bit training, which would turn it
 to fp32; it gets gradient checkpointing alone.
 """
 
@@ -18,16 +18,19 @@ from orchestrator.training.memory import peak_memory_bytes
 
 
 def measure(
-    folder: Path, bit_width: int, tokens: int, steps: int, ready: Callable[[], None]
+    folder: Path,
+    bit_width: int,
+    tokens: int,
+    optimizer_name: str,
+    steps: int,
+    ready: Callable[[], None],
 ) -> Measurement:
-    import bitsandbytes
-
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.monotonic()
     model = load_for_training(folder, bit_width, RANK, ALPHA)
     load_s = time.monotonic() - started
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = bitsandbytes.optim.PagedAdamW8bit(parameters, lr=1e-4)
+    optimizer = OPTIMIZERS[optimizer_name](parameters, 1e-4)
     shape = (1, tokens)
     input_ids = torch.randint(model.config.vocab_size, shape, device=device)
 
@@ -79,3 +82,17 @@ def load_for_training(folder: Path, bit_width: int, rank: int, alpha: float) -> 
         r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config).train()
+
+
+def _adamw(parameters: list[torch.nn.Parameter], rate: float) -> Any:
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
+
+
+def _paged_adamw_8bit(parameters: list[torch.nn.Parameter], rate: float) -> Any:
+    import bitsandbytes
+
+    return bitsandbytes.optim.PagedAdamW8bit(parameters, lr=rate, weight_decay=0.0)
+
+
+# The same as orchestrator.training.optimizers gives by these names.
+OPTIMIZERS = {"adamw": _adamw, "paged_adamw_8bit": _paged_adamw_8bit}

@@ -122,6 +122,10 @@ class PackReady:
     baseline_eval_loss: float
     """The base's own loss on the held-out examples, without any adapter."""
     load_s: float
+    step_program: StepProgram = "eager"
+    """The one that it runs."""
+    note: str = ""
+    """Why that is not the one it was told to run."""
 
 
 @dataclass(frozen=True)
@@ -292,8 +296,8 @@ class Decision:
 
     time: float
     action: str
-    """start | start_pack | release_pack | assign | resume_trial | retry_trial | end_trial |
-    select_winner."""
+    """start | start_pack | pack_ready | release_pack | assign | resume_trial | retry_trial |
+    end_trial | select_winner."""
     subject: str
     reason: str
 

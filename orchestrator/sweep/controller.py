@@ -211,6 +211,9 @@ class Controller:
         match event:
             case PackReady():
                 pack.ready = True
+                if event.note:
+                    runs = f"its step program is {event.step_program}: {event.note}"
+                    self._decided("pack_ready", f"pack {number}", runs)
             case TrialOpened():
                 self._note_resume(event)
             case Progress() | Evaluated():

@@ -48,6 +48,7 @@ class Stepper(Protocol):
 
 class Engine(Protocol):
     program: Program
+    """May be replaced between steps."""
 
     def forward(self, run: Callable[[], Result]) -> Result:
         """What `run` returns; every use of the base model happens inside such a call."""

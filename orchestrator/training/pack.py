@@ -41,13 +41,8 @@ from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.feed import Feed
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.memory import peak_memory_bytes
-from orchestrator.training.program import (
-    EagerProgram,
-    FixedProgram,
-    Program,
-    RecordedProgram,
-    program_kind,
-)
+from orchestrator.training.program import EagerProgram
+from orchestrator.training.program_builder import ProgramBuilder
 from orchestrator.training.replicas import join
 from orchestrator.training.slot import Slot
 from orchestrator.training.slots import Slots
@@ -65,6 +60,7 @@ class PackWorker:
         self.slots: dict[int, Slot] = {}  # occupied ones, by slot number
         self._meters: dict[int, _Meter] = {}
         self._reported = 0.0
+        self._round_s = 0.0
 
     def load(self) -> PackReady:
         """Load the base and measure it; must come before the first `advance`."""
@@ -93,6 +89,8 @@ class PackWorker:
         self.feed = Feed(
             train_reader, spec.micro_batch_size, self.place.world_rank, self.place.world_size
         )
+        readers = (train_reader, self.held_out_reader)
+        self.programs = ProgramBuilder(spec, self.base, self.rows, readers)
         self.engine = self._build_engine(strategy)
         self._runner = StepRunner(self.base, self.engine, self.replicas)
         (baseline,) = self._evaluate([BASE_ALONE])
@@ -108,6 +106,8 @@ class PackWorker:
             self.base.num_params,
             baseline.loss,
             time.monotonic() - started,
+            self.programs.kind,
+            self.programs.note,
         )
 
     def advance(self, directives: Sequence[Directive]) -> list[Event]:
@@ -117,6 +117,7 @@ class PackWorker:
             if isinstance(directive, Leave):
                 return self._leave(directive.save)
             opened += self._open(directive)
+        self._fit_lanes()
         reports: list[Event] = []
         while self.slots and not reports:
             reports = self._round()
@@ -125,7 +126,7 @@ class PackWorker:
     def _build_engine(self, strategy: StrategyConfig) -> Engine:
         spec = self.spec
         if strategy.kind == "replicated":
-            return RowEngine(self.rows, self._build_program(), self.replicas)
+            return RowEngine(self.rows, self.programs.build(spec.num_slots), self.replicas)
         from orchestrator.training.zero import ZeroEngine
 
         program = EagerProgram(self.base, self.rows, spec.dropout, Lanes.over(self.rows))
@@ -133,34 +134,39 @@ class PackWorker:
             self.base.model, self.rows, program, strategy, spec.micro_batch_size, spec.device
         )
 
-    def _build_program(self) -> Program:
-        spec = self.spec
-        kind, self.why_program = program_kind(spec.step_program, self.base)
-        if kind == "eager":
-            return EagerProgram(self.base, self.rows, spec.dropout)
-        reader = self.feed.reader
-        build = FixedProgram if kind == "compiled" else RecordedProgram
-        return build(
-            self.base,
-            self.rows,
-            spec.dropout,
-            spec.num_slots,
-            spec.micro_batch_size,
-            reader.manifest.block_length,
-            max(reader.max_documents, self.held_out_reader.max_documents),
-        )
-
     def _open(self, directive: Assign) -> list[Event]:
         number = next(n for n in range(self.spec.num_slots) if n not in self.slots)
         slot = Slot(number, directive.task, self.rows, self.engine, self.feed)
         self.slots[number] = slot
         self._meters[number] = _Meter(slot.tokens)
+        self._check_resumed(slot)
         trial, attempt = slot.task.trial, slot.task.attempt
         opened = TrialOpened(trial, attempt, slot.step, tuple(slot.refused_checkpoints))
         if slot.step:
             return [opened]
         # An adapter that was not trained yet changes nothing: its loss is the base's.
         return [opened, Evaluated(trial, attempt, time.time(), 0, 0, self.baseline)]
+
+    def _check_resumed(self, slot: Slot) -> None:
+        """A shared disk may show one worker a checkpoint that another does not see yet."""
+        steps = torch.tensor([float(slot.step)], device=self.base.device)
+        self.replicas.sum(steps)
+        if float(steps) != slot.step * self.replicas.world_size:
+            raise TrialFailed(
+                "worker_lost",
+                f"trial {slot.task.trial}: the pack's workers found different checkpoints",
+            )
+
+    def _fit_lanes(self) -> None:
+        """Where most lanes would idle for long, or some are missing: a program with others."""
+        if not self.slots:
+            return
+        rounds_left = max(slot.rounds_left for slot in self.slots.values())
+        engine = self.engine
+        lanes = self.programs.resized(engine.program, len(self.slots), rounds_left, self._round_s)
+        if lanes is not None:
+            del engine.program  # its memory is needed for the next one
+            engine.program = self.programs.build(lanes)
 
     def _leave(self, save: bool) -> list[Event]:
         events: list[Event] = []
@@ -180,6 +186,7 @@ class PackWorker:
         started = time.monotonic()
         members = list(self.slots.values())
         outcome = self._runner.run(members, started - self._reported >= REPORT_EVERY_S)
+        self._round_s = outcome.round_s
         failed: list[Event] = []
         stepped: list[Slot] = []
         for slot, loss, norm in zip(members, outcome.losses, outcome.grad_norms, strict=True):

@@ -92,7 +92,7 @@ class EagerProgram:
 
 
 class FixedProgram:
-    """Compiled blocks on a constant shape."""
+    """Compiled blocks (see compile_blocks) on a constant shape."""
 
     num_lanes: int | None
     blocks_per_lane: int | None
@@ -112,9 +112,6 @@ class FixedProgram:
         self.lanes = Lanes(slots, num_lanes, base.dtype)
         self.lanes.dropout.active = dropout
         self.lanes.attach(base.model)
-        # Or the first block would be a program of its own: its input alone would need no gradient.
-        base.model.enable_input_require_grads()  # type: ignore[operator]
-        compile_blocks(base.model)
         num_blocks = num_lanes * blocks_per_lane
         self._idle = np.arange(block_length, dtype=np.int64)
         self._room = num_blocks * max_documents
@@ -196,6 +193,8 @@ def compile_blocks(model: nn.Module) -> None:
     """Compile the decoder's blocks, which are all alike, each once for its one shape."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    # Or the first block would be a program of its own: its input alone would need no gradient.
+    model.enable_input_require_grads()  # type: ignore[operator]
     blocks = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
     # Each block counts as a recompilation of the first where something about it differs.
     config: Any = torch._dynamo.config

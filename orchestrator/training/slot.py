@@ -60,6 +60,12 @@ class Slot:
         return (self._micro + 1) * self._feed.micro_batch_size >= self._feed.share(self.trial)
 
     @property
+    def rounds_left(self) -> int:
+        """Micro-batches until its last step is done."""
+        per_step = self._feed.share(self.trial) // self._feed.micro_batch_size
+        return (self.trial.steps - self.step) * per_step - self._micro
+
+    @property
     def begins_step(self) -> bool:
         return self._micro == 0
 

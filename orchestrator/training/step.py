@@ -4,6 +4,7 @@ Everything up to the gradients' norms is queued on the GPU without waiting for i
 gathers the next blocks. Then the losses and norms are read once, and optimizers are stepped.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class Outcome:
     """Before clipping; None where its step goes on."""
     flag: bool
     """Whether any worker raised it."""
+    round_s: float
+    """Seconds of the round before, the mean of all workers: the same number for each of them."""
 
 
 class StepRunner:
@@ -41,22 +44,30 @@ class StepRunner:
         self._base = base
         self._engine = engine
         self._replicas = replicas
+        self._round_s = 0.0
 
     def run(self, members: Sequence[Slot], flag: bool) -> Outcome:
         """Train the members' next micro-batches. All workers of the pack run the same ones."""
+        started = time.monotonic()
         parts = [member.next_micro_batch() for member in members]
         fresh = [member.begins_step for member in members]
         self._engine.program.serve([member.trained for member in members])
         losses, hidden, gradient = self._engine.forward(lambda: self._losses(parts))
         self._engine.backward(hidden, gradient, fresh)
-        told = torch.cat([losses, losses.new_tensor([float(flag)])])
+        told = torch.cat([losses, losses.new_tensor([float(flag), self._round_s])])
         self._replicas.sum(told)
         for member in members:
             member.read_ahead()
         rates = {member.number: member.rate_of_step for member in members if member.completes_step}
         norms = dict(zip(rates, self._engine.step(rates), strict=True)) if rates else {}
-        *values, raised = told.tolist()
-        return Outcome(values, [norms.get(member.number) for member in members], raised > 0)
+        *values, raised, round_s = told.tolist()
+        self._round_s = time.monotonic() - started
+        return Outcome(
+            values,
+            [norms.get(member.number) for member in members],
+            raised > 0,
+            round_s / self._replicas.world_size,
+        )
 
     def _losses(self, parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
         """Each member's loss [k]; all last hidden states, and the gradient by them."""

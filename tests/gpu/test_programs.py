@@ -11,8 +11,9 @@ from orchestrator.records import BaseModel, TrialDone
 from orchestrator.training.attention import document_borders
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from orchestrator.training.loss import weighted_losses
+from orchestrator.training.pack import PackWorker
 from tests.training.conftest import MakeSpec, trial_config
-from tests.training.test_pack import assert_equal, killed_and_resumed, train
+from tests.training.test_pack import assert_equal, killed_and_resumed, task, train
 
 BFLOAT16 = QuantConfig(compute_dtype="bfloat16").model_dump()
 
@@ -70,6 +71,25 @@ def test_a_recorded_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
     (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
     resumed = killed_and_resumed(spec, config, tmp_path / "cut")
     assert resumed.adapter_digest == undisturbed.adapter_digest
+
+
+def test_a_program_built_anew_with_other_lanes_goes_on_where_the_last_one_stopped(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    trial = trial_config(steps=8, batch_size=4)
+    spec = make_spec(device="cuda", quant=BFLOAT16, step_program="graph", num_slots=4)
+    _, undisturbed = train(spec, [trial], tmp_path / "whole")
+    worker = PackWorker(spec)
+    worker.load()
+    events = worker.advance([task(0, trial, tmp_path / "changed")])  # the checkpoint at step 2
+    for lanes in (1, 2, 4):
+        del worker.engine.program
+        worker.engine.program = worker.programs.build(lanes)
+        events += worker.advance([])
+    assert worker.engine.program.num_lanes == 4
+    while worker.slots:
+        events += worker.advance([])
+    assert final_losses(events)[0] == pytest.approx(final_losses(undisturbed)[0], abs=0.02)
 
 
 def load(folder: Path, bit_width: int, dtype: str, **options: bool) -> LoadedBase:

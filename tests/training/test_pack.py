@@ -14,10 +14,12 @@ from orchestrator.data.manifest import load_manifest
 from orchestrator.data.order import step_block_indices
 from orchestrator.data.reader import BlockReader
 from orchestrator.records import (
+    ALONE,
     Assign,
     Checkpointed,
     Evaluated,
     Event,
+    GroupPlace,
     Leave,
     PackLeft,
     PackSpec,
@@ -41,11 +43,11 @@ def task(number: int, config: TrialConfig, folder: Path, attempt: int = 1) -> As
 
 
 def train(
-    spec: PackSpec, trials: Sequence[TrialConfig], folder: Path
+    spec: PackSpec, trials: Sequence[TrialConfig], folder: Path, place: GroupPlace = ALONE
 ) -> tuple[dict[int, Adapter], list[Event]]:
     """All trials through one pack, refilling slots as they come free."""
     dropout = any(trial.adapter.dropout for trial in trials)
-    worker = PackWorker(replace(spec, dropout=dropout))
+    worker = PackWorker(replace(spec, dropout=dropout), place)
     worker.load()
     waiting = [task(number, config, folder) for number, config in enumerate(trials)]
     events: list[Event] = []
@@ -59,7 +61,7 @@ def train(
         directives, waiting = waiting[: len(ended)], waiting[len(ended) :]
         events += new
     for event in events:
-        if isinstance(event, TrialDone):
+        if isinstance(event, TrialDone) and place.world_rank == 0:  # it alone writes
             path = Path(event.adapter_dir) / "adapter_model.safetensors"
             adapters[event.trial] = load_file(path)
     return adapters, events
