@@ -1,21 +1,23 @@
 """The benchmarks' own arithmetic; what they measure needs their hardware."""
 
+import json
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.children import end, start
+from benchmarks.children import Part, end, measure, start
 from benchmarks.flops import flops_per_token
 from benchmarks.models import SHAPES
 from benchmarks.pack_bars import bars, with_ratios
-from benchmarks.recording import Row, append_row, read_rows
+from benchmarks.packs_equality import bars as equality_bars
+from benchmarks.recording import Bar, Row, append_row, read_rows, record
 
 
 def row(who: str, adapters: int, rate: float, **changes: object) -> Row:
-    facts = {"shape": "8b", "bit_width": 4, "tokens_per_adapter": 1024, "who": who}
-    return facts | {"adapters": adapters, "tokens_per_s": rate} | changes
+    facts = {"shape": "8b", "bit_width": 4, "tokens_per_adapter": 1024, "optimizer": "adamw"}
+    return facts | {"who": who, "adapters": adapters, "tokens_per_s": rate} | changes
 
 
 ROWS = [
@@ -25,6 +27,8 @@ ROWS = [
     row("pack", 1, 12_500.0, program="compiled"),
     row("pack", 8, 16_000.0, program="graph"),
     row("pack", 8, 99_000.0, bit_width=16),
+    row("stock", 1, 1600.0, optimizer="paged_adamw_8bit"),
+    row("pack", 8, 15_000.0, optimizer="paged_adamw_8bit"),
     row("stock, sharing the card", 4, 3000.0),
 ]
 
@@ -46,12 +50,50 @@ def test_a_pack_is_held_against_stock_and_the_best_single_of_its_own_kind() -> N
 
 
 def test_each_row_gets_its_ratios_and_its_share_of_the_card() -> None:
-    rows = {(row["who"], row.get("adapters")): row for row in with_ratios(ROWS[:5] + ROWS[6:])}
-    pack = rows["pack", 8]
+    found = with_ratios(ROWS)
+    matmul, pack, shared = found[0], found[4], found[-1]
     assert pack["ratio_to_stock"] == 8.0
     assert pack["matmul_share_fraction"] == pytest.approx(16_000 * 30.82e9 / 800e12, rel=1e-2)
-    assert rows["stock, sharing the card", 4]["ratio_to_stock"] == 1.5
-    assert rows["matmul", None] == ROWS[0]
+    assert shared["ratio_to_stock"] == 1.5
+    assert matmul == ROWS[0]
+
+
+def test_sides_with_different_optimizers_are_not_compared() -> None:
+    pack = with_ratios(ROWS)[7]
+    assert pack["ratio_to_stock"] == pytest.approx(15_000 / 1600, abs=0.01)
+    assert "ratio_to_own_best_single" not in pack
+
+
+def test_a_bar_may_be_a_limit() -> None:
+    assert Bar(2.9, 3.0, at_most=True).holds
+    assert not Bar(3.1, 3.0, at_most=True).holds
+    assert Bar(3.1, 3.0).to_json() == {"value": 3.1, "goal": 3.0, "holds": True}
+
+
+def test_a_pack_may_differ_by_a_few_times_the_noise_which_is_never_taken_for_nothing() -> None:
+    exact = {"largest_difference": 0.0005, "largest_noise": 0.0}
+    noisy = {"largest_difference": 0.08, "largest_noise": 0.02}
+    (bar,) = equality_bars([exact]).values()
+    assert (bar.value, bar.holds) == (0.5, True)
+    (bar,) = equality_bars([exact, noisy]).values()
+    assert (bar.value, bar.holds) == (4.0, False)
+
+
+def measured(versions: dict[str, str], date: str = "2026-11-22") -> Row:
+    place = {"date": date, "hardware": "1 x H200", "versions": versions}
+    return {"who": "stock", "command": "python -m it", "environment": place}
+
+
+def test_rows_of_several_calls_on_one_day_are_recorded_together(tmp_path: Path) -> None:
+    """Between the calls, MLflow was installed on the machine."""
+    calls = [measured({"torch": "2.11"}), measured({"torch": "2.11", "mlflow": "3.17"})]
+    content = json.loads(record("it", calls, {}, tmp_path).read_text())
+    assert content["versions"] == {"torch": "2.11", "mlflow": "3.17"}
+    assert content["commands"] == ["python -m it"]
+    assert content["rows"] == [{"who": "stock"}] * 2
+    for other in (measured({"torch": "2.10"}), measured({"torch": "2.11"}, "2026-11-23")):
+        with pytest.raises(SystemExit, match="record each apart"):
+            record("it", [*calls, other], {}, tmp_path)
 
 
 def test_rows_are_there_as_soon_as_they_are_measured(tmp_path: Path) -> None:
@@ -79,3 +121,10 @@ def test_ending_a_measurement_ends_what_it_started(tmp_path: Path) -> None:
     sign.unlink()
     time.sleep(0.1)
     assert not sign.exists()
+
+
+def test_a_part_that_fails_takes_nothing_from_the_others() -> None:
+    wrong, right = Part(["pack", "--steps=none"]), Part(["matmul"], processes=2)
+    first, second = measure([wrong, right], timeout_s=100)
+    assert first == []
+    assert [part["tflops"] > 0 for part in second] == [True, True]

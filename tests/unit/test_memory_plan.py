@@ -66,7 +66,7 @@ def test_a_dry_run_shows_what_each_pack_will_do(
 def test_a_dry_run_shows_what_was_given_up_for_memory(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = printed(sweep_file, Node(8, 1, 4 * GIB, 500 * GIB), capsys)
+    line = printed(sweep_file, Node(8, 1, 3 * GIB, 500 * GIB), capsys)
     assert "recomputation: without it" in line
 
 
