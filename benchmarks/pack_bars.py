@@ -15,8 +15,7 @@ GOALS = {("0.5b", 1024, 16): (40, 2), ("8b", 256, 16): (35, 2), ("8b", 1024, 8):
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """Each with its ratios to the rows of the same shape, bits, tokens and optimizer, as far as they
-    exist."""
+    """Each with its ratios to the rows of the same shape, bits, tokens and optimizer, if any."""
     cards = [row["tflops"] for row in rows if row["who"] == "matmul"]
     return [
         row if row["who"] == "matmul" else row | _ratios(row, rows, max(cards, default=None))

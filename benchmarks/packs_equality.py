@@ -8,10 +8,12 @@ three ways, each in a process of its own:
 
     pack         all in one pack, with --program
     alone        one after another in a pack of one slot, with --program
-    alone_other  the same with --other-program: the same sums in another order
+    alone_other  the same with --other-program
 
-In another order the additions round differently, and training carries that on; so the difference
-between the last two is the noise that the one between the first two is held against.
+Another program adds in another order and, where it does not fuse operations, rounds in more places;
+training carries that on. So the difference between the last two is the noise that the one between
+the first two is held against: somewhat more than that of reordering alone. All sides pad to the
+largest rank, and those alone take one slot in turn.
 """
 
 import argparse
@@ -40,7 +42,7 @@ def main() -> None:
     options = _options()
     if options.action == "record":
         rows = read_rows(options.rows)
-        print(record(options.name, rows, _bars(rows)))
+        print(record(options.name, rows, bars(rows)))
         return
     children.end_on_sigterm()
     model = options.folder / options.shape
@@ -127,7 +129,7 @@ def _largest(left: list[float], right: list[float]) -> float:
     return round(max(abs(one - other) for one, other in zip(left, right, strict=True)), 5)
 
 
-def _bars(rows: list[Row]) -> dict[str, Bar]:
+def bars(rows: list[Row]) -> dict[str, Bar]:
     noise = max(row["largest_noise"] for row in rows)
     difference = max(row["largest_difference"] for row in rows)
     ratio = round(difference / max(noise, LEAST_NOISE), 2)

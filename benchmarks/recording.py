@@ -62,19 +62,18 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
-def record(name: str, rows: Sequence[Row], bars: dict[str, Bar], **facts: Any) -> Path:
+def record(name: str, rows: Sequence[Row], bars: dict[str, Bar], folder: Path = RESULTS) -> Path:
     """Write rows as `read_rows` gives them; what is the same for many of them is said once."""
     content = {
         "commands": list(dict.fromkeys(row["command"] for row in rows)),
         **_common_environment(row["environment"] for row in rows),
-        **facts,
         "rows": [
             {key: row[key] for key in row if key not in ("command", "environment")} for row in rows
         ],
         "bars": {name: bar.to_json() for name, bar in bars.items()},
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path
 

@@ -1,8 +1,8 @@
 """Tokens per second of one adapter trained the usual way, with PEFT and bitsandbytes.
 
 QLoRA's recipe: prepare_model_for_kbit_training, gradient checkpointing, bf16 autocast, gradient
-clipping; its optimizer is one of OPTIMIZERS. A 16-bit base is not prepared for k-bit training, which would turn it
-to fp32; it gets gradient checkpointing alone.
+clipping; which optimizer, the caller says. A 16-bit base is not prepared for k-bit training, which
+would turn it to fp32; it gets gradient checkpointing alone.
 """
 
 import time
