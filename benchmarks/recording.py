@@ -65,7 +65,7 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 def record(name: str, rows: Sequence[Row], bars: dict[str, Bar], folder: Path = RESULTS) -> Path:
     """Write rows as `read_rows` gives them; what is the same for many of them is said once."""
     content = {
-        "commands": list(dict.fromkeys(row["command"] for row in rows)),
+        "command": " && ".join(dict.fromkeys(row["command"] for row in rows)),
         **_common_environment(row["environment"] for row in rows),
         "rows": [
             {key: row[key] for key in row if key not in ("command", "environment")} for row in rows

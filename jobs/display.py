@@ -147,7 +147,8 @@ class SweepDisplay:
                     f"pack {event.pack}: base loaded in {event.load_s:.0f} s, "
                     f"{event.num_base_params / 1e6:,.0f} M weights in "
                     f"{event.base_bytes / 2**20:,.0f} MiB; untrained held-out loss "
-                    f"{event.baseline_eval_loss:.4f}"
+                    f"{event.baseline_eval_loss:.4f}; step program {event.step_program}"
+                    + (f" ({event.note})" if event.note else "")
                 )
             case PackLost():
                 self.say(f"pack {event.pack}: lost: {event.reason}: {event.message}")

@@ -224,7 +224,7 @@ class TrialConfig(Strict):
 
     gradient_checkpointing: Annotated[bool, Field(strict=True)] | None = None
     """Recompute activations in the backward pass: less memory, about a third more work. null: only
-    where the memory demands it."""
+    where the memory demands it, and on a GPU whose memory or base is not known."""
 
     seed: NonNegativeInt = 0
     """Decides the adapter's first values, the order of the data and dropout."""
@@ -311,7 +311,7 @@ class ResourcesConfig(Strict):
 
     workers_per_pack: PositiveInt | None = None
     """Workers that train one pack together, each with a part of every step's blocks; null: one, or
-    more where workers would be idle."""
+    on GPUs more where workers would be idle."""
 
     dequantise_once: Annotated[bool, Field(strict=True)] | None = None
     """Keep the 4-bit base's values in memory as the arithmetic needs them, instead of making them

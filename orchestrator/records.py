@@ -98,6 +98,25 @@ class PackSpec:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """What a pack chose that the last digits of its trials' numbers depend on."""
+
+    world_size: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
+
+    @property
+    def pass_blocks(self) -> int:
+        """Blocks of a trial that all workers together take through one pass: divides the batch of
+        every trial of the pack."""
+        return self.world_size * self.micro_batch_size
+
+    def __str__(self) -> str:
+        words = f"world_size={self.world_size}, micro_batch_size={self.micro_batch_size}"
+        return words + (", recomputation" if self.gradient_checkpointing else "")
+
+
+@dataclass(frozen=True)
 class GroupPlace:
     """A worker's place among those that train one pack together."""
 
@@ -138,6 +157,8 @@ class TrialOpened:
     """Steps that a checkpoint brought; 0 for a fresh start."""
     refused_checkpoints: tuple[str, ...] = ()
     """Why checkpoints that reached further could not be used."""
+    note: str = ""
+    """What else the user should know about how it goes on."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +318,7 @@ class Decision:
     time: float
     action: str
     """start | start_pack | pack_ready | release_pack | assign | resume_trial | retry_trial |
-    end_trial | select_winner."""
+    plan_less_memory | end_trial | select_winner."""
     subject: str
     reason: str
 

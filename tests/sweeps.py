@@ -55,7 +55,10 @@ def make_controller(
     executor: Executor,
     num_workers: int = 2,
     observe: Callable[[Event], None] = lambda event: None,
+    workers_per_pack: int = 1,
+    given: Premises | None = None,
 ) -> Controller:
+    """Of workers of one process, which cannot train a pack together."""
     config = store.sweep.config
 
     def next_trial(known: Sequence[TrialSpec], results: Sequence[TrialResult]) -> TrialSpec | None:
@@ -66,9 +69,9 @@ def make_controller(
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(number, plan)
 
-    # The workers here are those of one process, which cannot train a pack together.
-    resources = ResourcesConfig(slots_per_pack=config.resources.slots_per_pack, workers_per_pack=1)
-    given = replace(premises(config), resources=resources)
+    slots_per_pack = config.resources.slots_per_pack
+    resources = ResourcesConfig(slots_per_pack=slots_per_pack, workers_per_pack=workers_per_pack)
+    given = given or replace(premises(config), resources=resources)
     return Controller(store, executor, next_trial, build_pack, num_workers, given, observe)
 
 

@@ -25,13 +25,15 @@ def _workers_share_a_step(trial: TrialConfig, workers_per_pack: int) -> Iterator
     if trial.strategy.kind == "zero":
         yield (
             "resources.workers_per_pack needs strategy.kind: replicated, but got "
-            f"resources.workers_per_pack={workers_per_pack}, strategy.kind=zero"
+            f"resources.workers_per_pack={workers_per_pack}, strategy.kind=zero: "
+            "set resources.workers_per_pack: 1"
         )
     elif trial.batch_size % (workers_per_pack * (trial.micro_batch_size or 1)):
         yield (
             "resources.workers_per_pack times micro_batch_size must divide batch_size, but got "
             f"resources.workers_per_pack={workers_per_pack}, "
-            f"micro_batch_size={trial.micro_batch_size}, batch_size={trial.batch_size}"
+            f"micro_batch_size={trial.micro_batch_size}, batch_size={trial.batch_size}: "
+            "set resources.workers_per_pack: 1, or a number that does"
         )
 
 

@@ -3,12 +3,11 @@
 In: Premises and a PackWish. Out: a Fit. Pure.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.planning.memory import GIB, PackLoad, PackMemory, estimate_memory
 from orchestrator.planning.options import (
-    MAX_AUTO_SLOTS_CPU,
     PackWish,
     Premises,
     balanced_slots,
@@ -16,11 +15,16 @@ from orchestrator.planning.options import (
     pack_loads,
     step_program,
 )
-from orchestrator.planning.shape import UnknownShape
+from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import StepProgram
 
 # The estimate's error, and what else there is on the device.
 BUDGET_FRACTION = 0.9
+# Of the memory that a lost pack was expected to need, what the next ones may.
+OUT_OF_MEMORY_FACTOR = 0.8
+
+Choices = tuple[int | bool, ...]
+"""(slots, micro-batch, recomputation, dequantised once), or the beginning of it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Fit:
     """0 where it is unknown."""
     reasons: tuple[str, ...]
 
+    @property
+    def fits(self) -> bool:
+        """As far as is known."""
+        return self.memory is None or self.memory.total_bytes <= self.budget_bytes
+
 
 def fit(premises: Premises, wish: PackWish) -> Fit:
     """The most wanted option that the memory holds, or the one that needs least if none does."""
@@ -46,12 +55,10 @@ def fit(premises: Premises, wish: PackWish) -> Fit:
     if unknown or isinstance(shape, UnknownShape):
         return _without_estimate(premises, wish, unknown)
     budget_bytes = int(BUDGET_FRACTION * premises.worker_memory_bytes)
-    options = [(load, estimate_memory(shape, load)) for load in pack_loads(premises, wish)]
-    holding = [option for option in options if option[1].total_bytes <= budget_bytes]
-    load, memory = holding[0] if holding else min(options, key=lambda option: option[1].total_bytes)
-    why = _Reasons(premises, wish, load, options)
-    verdict = "expects" if holding else "does not fit, the least is"
-    budget = f"{verdict} {_gib(memory.total_bytes)} of {_gib(budget_bytes)}"
+    loads = list(pack_loads(premises, wish))
+    load, memory, rejected = _first_that_fits(shape, loads, budget_bytes)
+    verdict = "expects" if memory.total_bytes <= budget_bytes else "does not fit, the least is"
+    why = _Reasons(premises, wish, loads[0], load, rejected)
     return Fit(
         load.num_slots,
         load.micro_batch_size,
@@ -67,8 +74,54 @@ def fit(premises: Premises, wish: PackWish) -> Fit:
             why.recomputation(),
             _program_reason(premises, wish),
             *why.evaluation(memory),
-            budget,
+            f"{verdict} {_gib(memory.total_bytes)} of {_gib(budget_bytes)}",
         ),
+    )
+
+
+def after_out_of_memory(
+    premises: Premises, wish: PackWish, lost: Fit
+) -> tuple[Premises, str] | None:
+    """What the planner goes by once a pack ran out of memory, and why; None where the pack could
+    give up nothing more. The worker held less than was expected of it: plans need a fifth less."""
+    if lost.memory is None:
+        most = min(premises.max_slots_unknown, max(1, lost.num_slots // 2))
+        known = replace(premises, max_slots_unknown=most)
+        reason = f"{_slots(lost.num_slots)} ran out of memory: at most {most} from now on"
+    else:
+        expected = lost.memory.total_bytes
+        held = int(OUT_OF_MEMORY_FACTOR * expected / BUDGET_FRACTION)
+        known = replace(premises, worker_memory_bytes=min(premises.worker_memory_bytes, held))
+        budget = _gib(int(BUDGET_FRACTION * known.worker_memory_bytes))
+        reason = f"{_gib(expected)} were expected and not there: plans take {budget} from now on"
+    return (known, reason) if _choices(fit(known, wish)) != _choices(lost) else None
+
+
+def _first_that_fits(
+    shape: BaseShape, loads: Sequence[PackLoad], budget_bytes: int
+) -> tuple[PackLoad, PackMemory, dict[Choices, int]]:
+    """The first load that the budget holds, else the least. And of those rejected the least bytes,
+    by the beginnings of their choices."""
+    rejected: dict[Choices, int] = {}
+    options = []
+    for load in loads:
+        memory = estimate_memory(shape, load)
+        if memory.total_bytes <= budget_bytes:
+            return load, memory, rejected
+        options.append((load, memory))
+        choices = _choices(load)
+        for length in range(1, len(choices) + 1):
+            least = rejected.get(choices[:length], memory.total_bytes)
+            rejected[choices[:length]] = min(least, memory.total_bytes)
+    return *min(options, key=lambda option: option[1].total_bytes), rejected
+
+
+def _choices(chosen: PackLoad | Fit) -> Choices:
+    return (
+        chosen.num_slots,
+        chosen.micro_batch_size,
+        chosen.gradient_checkpointing,
+        chosen.dequantise_once,
     )
 
 
@@ -83,16 +136,19 @@ def _why_unknown(premises: Premises, wish: PackWish) -> str:
 
 
 def _without_estimate(premises: Premises, wish: PackWish, unknown: str) -> Fit:
-    """What needs least work, the memory's size left to the user's settings."""
-    num_slots = wish.num_slots or balanced_slots(wish.share, MAX_AUTO_SLOTS_CPU)[0]
-    micro = wish.micro_batch_size or wish.worker_blocks
+    """On a GPU what takes little memory, on a CPU what needs least work."""
+    num_slots = wish.num_slots or balanced_slots(wish.share, premises.max_slots_unknown)[0]
+    careful = premises.device == "cuda"
+    micro = wish.micro_batch_size or (1 if careful else wish.worker_blocks)
     resident = wish.can_be_resident and bool(premises.resources.dequantise_once)
-    recomputes = bool(wish.gradient_checkpointing)
+    recomputes = careful if wish.gradient_checkpointing is None else wish.gradient_checkpointing
+    why = ", as the memory is unknown" if careful else ""
     reasons = (
-        _set_slots(wish) or f"{_slots(num_slots)} for {wish.share} (at most {MAX_AUTO_SLOTS_CPU})",
-        f"{_blocks(micro)} in a pass",
+        _set_slots(wish)
+        or f"{_slots(num_slots)} for {wish.share} (at most {premises.max_slots_unknown})",
+        f"{_blocks(micro)} in a pass{why if wish.micro_batch_size is None else f', {wish.as_set}'}",
         *(["dequantised once, as set"] if resident else []),
-        *(["recomputation, as set"] if recomputes else []),
+        _set_recomputation(wish) or (f"recomputation{why}" if recomputes else "no recomputation"),
         _program_reason(premises, wish),
         f"memory unknown: {unknown}",
     )
@@ -106,36 +162,31 @@ class _Reasons:
 
     premises: Premises
     wish: PackWish
+    wanted: PackLoad
     chosen: PackLoad
-    options: Sequence[tuple[PackLoad, PackMemory]]
+    rejected: Mapping[Choices, int]
 
     def slots(self) -> str:
         if words := _set_slots(self.wish):
             return words
-        wanted = self.options[0][0]
-        count = self.chosen.num_slots
-        if count < wanted.num_slots:
-            more = min(load.num_slots for load, _ in self.options if load.num_slots > count)
-            needed = self._least(lambda load: load.num_slots == more)
-            return f"{_slots(count)} for {self.wish.share}: {more} need {needed}"
-        most = max_slots(self.premises, wanted.micro_batch_size)
-        return f"{_slots(count)} for {self.wish.share} (at most {most})"
+        words = f"{_slots(self.chosen.num_slots)} for {self.wish.share}"
+        if self.chosen.num_slots == self.wanted.num_slots:
+            most = max_slots(self.premises, self.wanted.micro_batch_size)
+            return f"{words} (at most {most})"
+        return f"{words}: {self._next_more()}"
 
     def micro_batch(self) -> str:
         micro = self.chosen.micro_batch_size
         if self.wish.micro_batch_size is not None:
-            return f"{_blocks(micro)} in a pass, as set"
+            return f"{_blocks(micro)} in a pass, {self.wish.as_set}"
         if micro == self.wish.worker_blocks:
             return f"all {_blocks(micro)} in one pass"
         words = f"{micro} of {_blocks(self.wish.worker_blocks)} in a pass"
-        if micro == self.options[0][0].micro_batch_size:
+        if micro == self.wanted.micro_batch_size:
             return f"{words}, which fill the GPU"
-        sizes = {load.micro_batch_size for load, _ in self.options}
-        more = min(size for size in sizes if size > micro)
-        needed = self._least(
-            lambda load: (load.num_slots, load.micro_batch_size) == (self.chosen.num_slots, more)
-        )
-        return f"{words}: {more} need {needed}"
+        recomputes = self.chosen.gradient_checkpointing or self.wish.gradient_checkpointing is False
+        condition = "" if recomputes else " without recomputation"
+        return f"{words}: {self._next_more(self.chosen.num_slots)}{condition}"
 
     def residency(self) -> list[str]:
         if not self.wish.can_be_resident:
@@ -145,41 +196,46 @@ class _Reasons:
             return [f"{words}, as set"]
         if self.chosen.dequantise_once:
             return [words]
-        needed = self._least(lambda load: load == replace(self.chosen, dequantise_once=True))
-        return [f"{words}: once needs {needed}"]
+        needed = self.rejected[(*_choices(self.chosen)[:3], True)]
+        return [f"{words}: once needs {_gib(needed)}"]
 
     def recomputation(self) -> str:
-        words = "recomputation" if self.chosen.gradient_checkpointing else "no recomputation"
-        if self.wish.gradient_checkpointing is not None:
-            return f"{words}, as set"
-        if not self.chosen.gradient_checkpointing:
+        if words := _set_recomputation(self.wish):
             return words
-        needed = self._least(
-            lambda load: (
-                load.num_slots == self.chosen.num_slots
-                and load.micro_batch_size == self.chosen.micro_batch_size
-                and not load.gradient_checkpointing
-            )
-        )
-        return f"{words}: without it {needed}"
+        if not self.chosen.gradient_checkpointing:
+            return "no recomputation"
+        needed = self.rejected[(*_choices(self.chosen)[:2], False)]
+        return f"recomputation: without it {_gib(needed)}"
 
     def evaluation(self, memory: PackMemory) -> list[str]:
         """Where less was chosen for the sake of evaluation, which the user can change alone."""
-        if self.chosen == self.options[0][0] or memory.evaluation_bytes <= memory.training_bytes:
+        if self.chosen == self.wanted or memory.evaluation_bytes <= memory.training_bytes:
             return []
         return [
             f"evaluation.batch_size={self.chosen.evaluation_batch_size} takes "
             f"{_gib(memory.evaluation_bytes)}, a training pass {_gib(memory.training_bytes)}"
         ]
 
-    def _least(self, matches: Callable[[PackLoad], bool]) -> str:
-        return _gib(min(memory.total_bytes for load, memory in self.options if matches(load)))
+    def _next_more(self, *given: int) -> str:
+        """What the next larger number needs, with the choices before it `given`."""
+        place = len(given)
+        count = _choices(self.chosen)[place]
+        needs = {key[place]: size for key, size in self.rejected.items() if key[:-1] == given}
+        more = min(other for other in needs if other > count)
+        return f"{more} need {_gib(needs[more])}"
 
 
 def _set_slots(wish: PackWish) -> str:
     if wish.alone:
         return f"alone, for {wish.alone}"
     return f"{_slots(wish.num_slots)}, as set" if wish.num_slots is not None else ""
+
+
+def _set_recomputation(wish: PackWish) -> str:
+    if wish.gradient_checkpointing is None:
+        return ""
+    words = "recomputation" if wish.gradient_checkpointing else "no recomputation"
+    return f"{words}, {wish.as_set}"
 
 
 def _program_reason(premises: Premises, wish: PackWish) -> str:

@@ -21,9 +21,10 @@ CONSTANT_BITS = 32 / 64
 DOUBLE_QUANT_CONSTANT_BITS = 8 / 64 + 32 / (64 * 256)
 INT8_SCALE_BYTES = 4  # LLM.int8: one fp32 scale for each output row
 
-# A row's value and its gradient are fp32, whatever the arithmetic's type; a lane holds a copy of
-# both in the arithmetic's type.
-ROW_BYTES = 4 + 4
+# A row's value and its gradient are fp32, and fp64 under float64; a lane holds a copy of both in
+# the arithmetic's type.
+MIN_ROW_VALUE_BYTES = 4
+ROW_COPIES = 2
 LANE_COPIES = 2
 
 OPTIMIZER_BYTES = {
@@ -33,7 +34,7 @@ OPTIMIZER_BYTES = {
     "paged_adamw_8bit": 2,
     "paged_adamw_32bit": 8,
 }
-"""Of both moments, per adapter parameter."""
+"""Of both moments, per adapter parameter, for fp32 rows."""
 
 # Values per token and layer that the backward pass needs, of hidden size H, intermediate size I and
 # attention widths: gate, up and their product; the norms' results, which are the adapters' inputs,
@@ -51,9 +52,14 @@ KEPT_RANK = 2
 # the output beside the MLP's, of which the low-rank update is one more.
 PASSING_HIDDEN = 3
 PASSING_INTERMEDIATE = 4
+# Bytes per input value of an adapter that drops some, beside the masked copy: the mask, a bool.
+MASK_BYTES = 1
+# The hash behind a mask holds three int32 tensors at once, of one adapter at a time. Where
+# torch.compile fuses them they cost nothing; not measured.
+HASH_BYTES = 3 * 4
 
-# The loss makes this many rows of logits at a time, and their gradient; a CPU's plain code makes a
-# float32 copy as well.
+# The loss makes this many rows of logits at a time. Training: they and their gradient, and in a
+# CPU's plain code a float32 copy. Evaluation: they, a float32 copy and its log-softmax.
 LOGITS_CHUNK_TOKENS = 2048
 
 # The CUDA context (0.5 GiB on an H200), libraries' workspaces, and what the allocator cannot reuse.
@@ -114,7 +120,9 @@ class PackMemory:
 def estimate_memory(shape: BaseShape, load: PackLoad) -> PackMemory:
     targets = shape.targets(load.target_modules)
     row_length = load.max_rank * sum(t.in_features + t.out_features for t in targets)
-    row_bytes = ROW_BYTES + load.optimizer_bytes
+    row_value_bytes = max(MIN_ROW_VALUE_BYTES, load.dtype_bytes)
+    states_bytes = load.optimizer_bytes * row_value_bytes // MIN_ROW_VALUE_BYTES
+    row_bytes = ROW_COPIES * row_value_bytes + states_bytes
     resident = load.dequantise_once and load.quant.bit_width == 4
     plain_bytes = shape.num_plain_params * load.dtype_bytes
     return PackMemory(
@@ -124,9 +132,7 @@ def estimate_memory(shape: BaseShape, load: PackLoad) -> PackMemory:
         lanes_bytes=load.num_slots * row_length * LANE_COPIES * load.dtype_bytes,
         training_bytes=_training_bytes(shape, targets, load),
         evaluation_bytes=_evaluation_bytes(shape, load),
-        logits_bytes=LOGITS_CHUNK_TOKENS
-        * shape.vocab_size
-        * (2 * load.dtype_bytes + (0 if load.cuda else 4)),
+        logits_bytes=LOGITS_CHUNK_TOKENS * shape.vocab_size * _logit_bytes(load),
         runtime_bytes=CUDA_RUNTIME_BYTES if load.cuda else CPU_RUNTIME_BYTES,
     )
 
@@ -149,7 +155,8 @@ def _training_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoa
         values = shape.num_layers * shape.hidden_size + layer
     else:
         values = shape.num_layers * layer
-    return round(tokens * values * load.dtype_bytes)
+    hashes = HASH_BYTES * max(t.in_features for t in targets) if load.dropout and targets else 0
+    return round(tokens * (values * load.dtype_bytes + hashes))
 
 
 def _kept_values(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:
@@ -162,8 +169,9 @@ def _kept_values(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) 
     )
     values *= EAGER_FACTOR if load.eager else 1
     values += KEPT_RANK * load.max_rank * len(targets) / shape.num_layers
-    if load.dropout:  # each adapter's input once more, masked
-        values += sum(target.in_features for target in targets) / shape.num_layers
+    if load.dropout:  # each adapter's input once more, masked, and the mask
+        inputs = sum(target.in_features for target in targets) / shape.num_layers
+        values += inputs * (1 + MASK_BYTES / load.dtype_bytes)
     return values
 
 
@@ -173,3 +181,9 @@ def _evaluation_bytes(shape: BaseShape, load: PackLoad) -> int:
     tokens = load.num_slots * blocks * load.block_length
     values = PASSING_HIDDEN * shape.hidden_size + PASSING_INTERMEDIATE * shape.intermediate_size
     return tokens * values * load.dtype_bytes
+
+
+def _logit_bytes(load: PackLoad) -> int:
+    training = 2 * load.dtype_bytes + (0 if load.cuda else 4)
+    evaluation = load.dtype_bytes + 4 + 4
+    return max(training, evaluation)

@@ -3,13 +3,14 @@
 In: Premises, which all packs of a sweep share, and one pack's PackWish. Out: PackLoads. What the
 user set is not varied. Pure.
 
-Given up in this order where the memory is short: dequantised values, activations (they are computed
-again), blocks in a pass, slots. Where recomputation makes room for dequantised values, these come
-back.
+Given up in this order where the memory is short: dequantised values; blocks in a pass, as long as
+it keeps MIN_PASS_TOKENS; activations, which are computed again for a third more work; blocks beyond
+that; slots. Where something makes room for what was given up before it, that comes back.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.config import QuantConfig, ResourcesConfig
@@ -21,6 +22,10 @@ from orchestrator.records import Device, StepProgram
 # nothing more beyond; each costs memory for its activations.
 MAX_AUTO_SLOTS_CPU = 4
 MAX_AUTO_SLOTS_GPU = 16
+MAX_SLOTS_UNKNOWN = 4
+"""Where the memory is not estimated."""
+# A pass of fewer tokens leaves a GPU idle between kernels, which costs more than recomputing.
+MIN_PASS_TOKENS = 2048
 # (base parameters, tokens). More tokens in one pass make an H200 no faster. With 1,024 tokens per
 # adapter a base of 0.5B gains up to K=16 and one of 8B up to 4 to 8 thousand tokens; at 8,192 per
 # adapter it gains nothing. A straight line between; not measured above 8B or on other GPUs.
@@ -46,6 +51,8 @@ class Premises:
     block_length: int
     evaluation_batch_size: int
     resources: ResourcesConfig
+    max_slots_unknown: int = MAX_SLOTS_UNKNOWN
+    """Less once a pack whose memory was not estimated has run out of it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class PackWish:
     """As set; None to choose a divisor of `worker_blocks`."""
     gradient_checkpointing: bool | None
     """As set; None to choose."""
+    as_set: str = "as set"
+    """By whom these two are, in words."""
 
     @property
     def can_be_resident(self) -> bool:
@@ -99,16 +108,15 @@ def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
         cuda=premises.device == "cuda",
     )
     for num_slots in _slot_counts(premises, wish, micros[0]):
-        for micro in micros:
-            for recomputes in _or_as_set(wish.gradient_checkpointing, (False, True)):
-                for resident in _residences(premises, wish):
-                    yield replace(
-                        first,
-                        num_slots=num_slots,
-                        micro_batch_size=micro,
-                        gradient_checkpointing=recomputes,
-                        dequantise_once=resident,
-                    )
+        for recomputes, micro in _passes(premises, wish, num_slots, micros):
+            for resident in _residences(premises, wish):
+                yield replace(
+                    first,
+                    num_slots=num_slots,
+                    micro_batch_size=micro,
+                    gradient_checkpointing=recomputes,
+                    dequantise_once=resident,
+                )
 
 
 def step_program(premises: Premises, wish: PackWish) -> StepProgram:
@@ -156,6 +164,21 @@ def _micro_batches(premises: Premises, wish: PackWish) -> list[int]:
     divisors = [count for count in range(blocks, 0, -1) if blocks % count == 0]
     useful = _useful_tokens(premises) / premises.block_length
     return [count for count in divisors if count <= useful] or [1]
+
+
+def _passes(
+    premises: Premises, wish: PackWish, num_slots: int, micros: Sequence[int]
+) -> list[tuple[bool, int]]:
+    """(recomputation, blocks in a pass), the least work first: passes that are large enough without
+    recomputation, then with it; then smaller passes."""
+    enough = MIN_PASS_TOKENS / (num_slots * premises.block_length)
+    large = [count for count in micros if count >= enough] or micros[:1]
+    small = micros[len(large) :]
+    order = [
+        *itertools.product((False, True), large),
+        *((recomputes, count) for count in small for recomputes in (False, True)),
+    ]
+    return [choice for choice in order if wish.gradient_checkpointing in (None, choice[0])]
 
 
 def _useful_tokens(premises: Premises) -> float:

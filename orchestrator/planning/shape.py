@@ -1,13 +1,14 @@
 """The shape of a base model, read from its folder without loading a weight.
 
-In: config.json and the headers of *.safetensors. Out: a BaseShape, or an UnknownShape that says
-why there is none: the planner then estimates no memory. No torch, no transformers.
+In: config.json and the headers of the .safetensors files that transformers would load. Out: a
+BaseShape, or an UnknownShape that says why there is none: the planner then estimates no memory. No
+torch, no transformers.
 """
 
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,16 +63,22 @@ class BaseShape:
         return self.num_linear_params + self.num_plain_params
 
     def targets(self, target_modules: Targets) -> tuple[Linear, ...]:
-        """The layers that `adapter.target_modules` names, by ending as PEFT reads it."""
-        if target_modules == "all-linear":
-            return self.linears
-        endings = tuple(f".{name}" for name in target_modules)
-        return tuple(linear for linear in self.linears if f".{linear.name}".endswith(endings))
+        """The layers that `adapter.target_modules` names."""
+        names = set(matching((linear.name for linear in self.linears), target_modules))
+        return tuple(linear for linear in self.linears if linear.name in names)
 
 
 @dataclass(frozen=True)
 class UnknownShape:
     reason: str
+
+
+def matching(names: Iterable[str], targets: Targets) -> list[str]:
+    """Those that `targets` names by PEFT's rule: whole, or by their ending after a dot."""
+    if targets == "all-linear":
+        return list(names)
+    endings = tuple(f".{target}" for target in targets)
+    return [name for name in names if f".{name}".endswith(endings)]
 
 
 def read_shape(folder: Path) -> BaseShape | UnknownShape:
@@ -80,7 +87,7 @@ def read_shape(folder: Path) -> BaseShape | UnknownShape:
         if reason := _why_unknown(config):
             return UnknownShape(reason)
         tensors = _tensor_shapes(folder)
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, LookupError, struct.error) as error:
         return UnknownShape(f"{folder} cannot be read: {error}")
     if not tensors:
         return UnknownShape("the base has no .safetensors files")
@@ -129,12 +136,23 @@ def _is_linear(name: str, shape: Sequence[int], vocab_size: int) -> bool:
 
 
 def _tensor_shapes(folder: Path) -> dict[str, Sequence[int]]:
-    """Of all tensors of all files, by name."""
+    """Of all tensors of the base, by name."""
     shapes: dict[str, Sequence[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(folder):
         header = _header(path)
         shapes |= {name: tensor["shape"] for name, tensor in header.items()}
     return shapes
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Those that transformers 5 loads, in its order: one file, else an index's. Mistral's folders
+    hold the weights a second time, in consolidated.safetensors under other names."""
+    if (single := folder / "model.safetensors").exists():
+        return [single]
+    if (index := folder / "model.safetensors.index.json").exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _header(path: Path) -> dict[str, Any]:

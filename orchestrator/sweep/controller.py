@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator.errors import DiskFull
+from orchestrator.errors import ConfigError, DiskFull
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.options import Premises
-from orchestrator.planning.packs import PackPlan, pack_key, preview_packs
+from orchestrator.planning.packs import PackPlan, learn_from, pack_key, preview_packs
 from orchestrator.records import (
+    Arithmetic,
     Assign,
     Decision,
     Directive,
@@ -89,6 +90,9 @@ class Controller:
         self._trials = {trial.number: trial for trial in store.trials}
         self._results = {result.number: result for result in store.results}
         self._losses: dict[int, int] = {}  # worker losses by trial
+        self._had: dict[int, Arithmetic] = {}  # of trials that have a checkpoint to go on from
+        for number in self._trials.keys() - self._results.keys():
+            self._note_checkpoint(number)
         self._packs: dict[int, _Pack] = {}
         self._next_pack = 0
         self._stop_at: float | None = None
@@ -101,8 +105,10 @@ class Controller:
         """Train until every trial is over; False if it was asked to stop before that.
 
         Raises:
+            ConfigError: a trial that is not over does not suit the settings of this start.
             DiskFull: a worker could not write.
         """
+        self._check_trials()
         self._decided("start", "sweep", f"{len(self._results)} trials are over already")
         self._ask_for_trials()
         self._write_plan()
@@ -119,6 +125,19 @@ class Controller:
             self._give_up_leaving()
         return self._stop_at is None
 
+    def _check_trials(self) -> None:
+        """A resume may change the resources; stored trials were asked for with the old ones."""
+        workers_per_pack = self._premises.resources.workers_per_pack
+        misfits = []
+        for trial in self._view().waiting:
+            if found := problems(trial.config):  # its sweep was killed before it could say so
+                self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
+                continue
+            found = problems(trial.config, workers_per_pack)
+            misfits += [f"trial {trial.number}: {problem}" for problem in found]
+        if misfits:
+            raise ConfigError("\n".join(misfits))
+
     def _ask_for_trials(self) -> None:
         """Keep the sampler's supply ahead of free slots; `ask` says None when there is no more."""
         while trial := self._ask(list(self._trials.values()), list(self._results.values())):
@@ -129,7 +148,7 @@ class Controller:
 
     def _write_plan(self) -> None:
         """The packs that this start of the sweep begins with; what follows is in the decisions."""
-        packs = preview_packs(self._view().waiting, self._num_workers, self._premises)
+        packs = preview_packs(self._view().waiting, self._num_workers, self._premises, self._had)
         self._store.write(
             "plan",
             {
@@ -156,14 +175,12 @@ class Controller:
                 len(pack.attempts),
                 pack.ready,
                 pack.idle,
-                pack.plan.world_size,
-                pack.plan.pass_blocks,
+                pack.plan.arithmetic,
             )
             for number, pack in self._packs.items()
         )
-        return SweepView(
-            waiting, packs, self._num_workers, self._premises, self._stop_at is not None
-        )
+        interrupted = self._stop_at is not None
+        return SweepView(waiting, packs, self._num_workers, self._premises, interrupted, self._had)
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -186,7 +203,7 @@ class Controller:
 
     def _assign(self, pack: _Pack, trial: TrialSpec) -> None:
         checkpoints = tuple(str(path) for path in self._store.checkpoints(trial.number))
-        attempt, folder = self._store.start_attempt(trial.number)
+        attempt, folder = self._store.start_attempt(trial.number, pack.plan.arithmetic)
         pack.attempts[trial.number] = attempt
         pack.directives.append(
             Assign(SlotTask(trial.number, attempt, trial.config, str(folder), checkpoints))
@@ -243,22 +260,34 @@ class Controller:
             key = pack.plan.key
             key_waits = [t for t in self._view().waiting if pack_key(t.config) == key]
             trials |= {trial.number: 0 for trial in key_waits}
+        retried = event.reason == "worker_lost"
+        if event.reason == "out_of_memory" and (learned := learn_from(pack.plan, self._premises)):
+            self._premises, reason = learned
+            self._decided("plan_less_memory", f"pack {event.pack}", reason)
+            retried = True
         for trial, attempt in trials.items():
             losses = self._losses[trial] = self._losses.get(trial, 0) + 1
-            if event.reason != "worker_lost":
+            if not retried:
                 self._end(_failed(trial, attempt, event.reason, event.message))
             elif losses > self._max_restarts:
                 message = f"{event.message} ({losses} times, max_restarts={self._max_restarts})"
                 self._end(_failed(trial, attempt, event.reason, message))
             else:
-                self._decided(
-                    "retry_trial", f"trial {trial}", f"its worker is gone: {event.message}"
-                )
+                reason = f"its pack is lost: {event.reason}: {event.message}"
+                self._decided("retry_trial", f"trial {trial}", reason)
+                self._note_checkpoint(trial)
+
+    def _note_checkpoint(self, trial: int) -> None:
+        """Call it when the trial begins to wait: only an attempt adds checkpoints."""
+        if had := self._store.arithmetic(trial):
+            self._had[trial] = had
 
     def _note_resume(self, event: TrialOpened) -> None:
         if not event.step and not event.refused_checkpoints:
             return
         reason = f"attempt {event.attempt} goes on from step {event.step}"
+        if event.note:
+            reason += f"; {event.note}"
         if event.refused_checkpoints:
             reason += f"; passed over: {'; '.join(event.refused_checkpoints)}"
         self._decided("resume_trial", f"trial {event.trial}", reason)

@@ -7,8 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.planning.options import Premises
-from orchestrator.planning.packs import PackKey, PackPlan, pack_key, plan_packs
-from orchestrator.records import TrialSpec
+from orchestrator.planning.packs import (
+    Kept,
+    PackKey,
+    PackPlan,
+    by_key,
+    can_train,
+    plan_packs,
+    what_is_kept,
+    why_not_kept,
+)
+from orchestrator.records import Arithmetic, TrialSpec
 
 
 @dataclass(frozen=True)
@@ -21,12 +30,7 @@ class PackView:
     """The base is loaded."""
     idle: bool
     """It has answered and waits to be told to go on."""
-    world_size: int = 1
-    pass_blocks: int = 1
-    """Blocks of a trial that its workers together take through one pass."""
-
-    def can_train(self, trial: TrialSpec) -> bool:
-        return trial.config.batch_size % self.pass_blocks == 0
+    arithmetic: Arithmetic = Arithmetic(1, 1, False)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class SweepView:
     num_workers: int
     premises: Premises
     interrupted: bool = False
+    had: Kept = field(default_factory=dict)
+    """What the waiting trials that have a checkpoint were trained with."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,12 @@ Action = StartPack | AssignTrial | ReleasePack | AbandonPack
 def decide(view: SweepView) -> list[Action]:
     if view.interrupted:
         return list(_interrupt(view))
-    waiting = _by_key(view.waiting)
+    kept = what_is_kept(view.waiting, view.had, view.num_workers, view.premises)
+    waiting = by_key(view.waiting, kept)
     actions: list[Action] = []
     for pack in view.packs:
-        actions += _fill(pack, waiting)
-    return actions + _start(view, waiting)
+        actions += _fill(view, pack, waiting, kept)
+    return actions + _start(view, waiting, kept)
 
 
 def _interrupt(view: SweepView) -> Sequence[Action]:
@@ -91,12 +98,13 @@ def _interrupt(view: SweepView) -> Sequence[Action]:
     ]
 
 
-def _fill(pack: PackView, waiting: dict[PackKey, list[TrialSpec]]) -> list[Action]:
+def _fill(
+    view: SweepView, pack: PackView, waiting: dict[PackKey, list[TrialSpec]], kept: Kept
+) -> list[Action]:
     """Give a pack's free slots to waiting trials; takes them out of `waiting`."""
     queue = waiting.get(pack.key, [])
     free = pack.num_slots - pack.occupied
-    # Trials that set a micro-batch may differ in their batch, and workers share one evenly.
-    taken = [trial for trial in queue if pack.can_train(trial)][:free]
+    taken = [trial for trial in queue if can_train(pack.arithmetic, trial, kept)][:free]
     waiting[pack.key] = [trial for trial in queue if trial not in taken]
     if not pack.ready and not taken:
         return [AbandonPack(pack.number, f"no trial waits for a {pack.key.title} base any more")]
@@ -106,24 +114,25 @@ def _fill(pack: PackView, waiting: dict[PackKey, list[TrialSpec]]) -> list[Actio
         reason = f"no trial waits for a {pack.key.title} base"
         return [ReleasePack(pack.number, save=False, reason=reason)]
     return [
-        AssignTrial(pack.number, trial.number, f"a slot of pack {pack.number} is free")
-        for trial in taken
+        AssignTrial(pack.number, trial.number, _why_assigned(view, pack, trial)) for trial in taken
     ]
 
 
-def _start(view: SweepView, waiting: dict[PackKey, list[TrialSpec]]) -> list[Action]:
+def _why_assigned(view: SweepView, pack: PackView, trial: TrialSpec) -> str:
+    reason = f"a slot of pack {pack.number} is free"
+    had = view.had.get(trial.number)
+    if had in (None, pack.arithmetic):
+        return reason
+    why = why_not_kept(trial.config, had, view.num_workers, view.premises)
+    return f"{reason}; planned anew, as it was trained with {had} so far and {why}"
+
+
+def _start(view: SweepView, waiting: dict[PackKey, list[TrialSpec]], kept: Kept) -> list[Action]:
     active: dict[PackKey, int] = {}
     for pack in view.packs:
         active[pack.key] = active.get(pack.key, 0) + 1
-    free_workers = view.num_workers - sum(pack.world_size for pack in view.packs)
+    free_workers = view.num_workers - sum(pack.arithmetic.world_size for pack in view.packs)
     return [
         StartPack(plan, plan.reason)
-        for plan, _ in plan_packs(waiting, active, free_workers, view.premises)
+        for plan, _ in plan_packs(waiting, active, free_workers, view.premises, kept)
     ]
-
-
-def _by_key(trials: Sequence[TrialSpec]) -> dict[PackKey, list[TrialSpec]]:
-    groups: dict[PackKey, list[TrialSpec]] = {}
-    for trial in trials:
-        groups.setdefault(pack_key(trial.config), []).append(trial)
-    return groups

@@ -6,7 +6,8 @@
     decisions.jsonl            what the controller decided, and why
     trials/007/trial.json      the trial
     trials/007/progress.jsonl  its loss curve
-    trials/007/attempts/2/     what attempt 2 wrote: checkpoints, adapter, evaluation.json
+    trials/007/attempts/2/     what attempt 2 wrote: checkpoints, adapter, evaluation.json;
+                               and arithmetic.json, what its pack chose before it started
     trials/007/result.json     final; when it is there, the trial is over
     winner.json registration.json report.html
     done.json                  written last: nothing is left to do
@@ -19,7 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,14 @@ from orchestrator.files import (
     read_json_lines,
     write_json,
 )
-from orchestrator.records import Decision, Evaluated, Progress, TrialResult, TrialSpec
+from orchestrator.records import (
+    Arithmetic,
+    Decision,
+    Evaluated,
+    Progress,
+    TrialResult,
+    TrialSpec,
+)
 
 # Fields that may differ between a start and a resume: they do not change what is trained.
 RESUMABLE_FIELDS = ("resources", "tracking", "registry", "max_restarts", "runs_dir")
@@ -148,11 +156,12 @@ class RunStore:
         paths = sorted(self._path("trials").glob("*/trial.json"))
         return [TrialSpec.from_json(read_json(path)) for path in paths]
 
-    def start_attempt(self, number: int) -> tuple[int, Path]:
+    def start_attempt(self, number: int, arithmetic: Arithmetic) -> tuple[int, Path]:
         """The number and folder of a new attempt. Earlier attempts' folders stay as they are."""
         attempt = max(self._attempts(number), default=0) + 1
         folder = self.trial_dir(number) / "attempts" / str(attempt)
         folder.mkdir(parents=True)
+        write_json(folder / "arithmetic.json", asdict(arithmetic))
         return attempt, folder
 
     def checkpoints(self, number: int) -> list[Path]:
@@ -163,6 +172,12 @@ class RunStore:
             key=lambda folder: (folder.name, int(folder.parent.name)),
             reverse=True,
         )
+
+    def arithmetic(self, number: int) -> Arithmetic | None:
+        """Of the attempt that got furthest; None if there is no checkpoint to go on from."""
+        for folder in self.checkpoints(number):
+            return Arithmetic(**read_json(folder.parent / "arithmetic.json"))
+        return None
 
     def drop_checkpoints(self, number: int) -> None:
         """A trial that is over needs them no more; each holds a row and its optimizer states."""

@@ -17,14 +17,20 @@ from torch import Tensor, nn
 
 from orchestrator.data.packing import document_starts
 
-NAME = "by_document"
+BY_DOCUMENT = "by_document"
+
+
+class NotByDocument(Exception):
+    """The model's attention is more than the flash kernel does."""
+
+
 # What a config says when a layer's attention is more than causal within a document.
 SPECIAL = ("sliding_window", "attn_logit_softcapping", "attention_chunk_size")
 
 
 def why_not_by_document(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
     """Empty where the flash kernel does all that the model's attention does."""
-    config: Any = model.config
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     if device.type != "cuda" or dtype != torch.bfloat16:
         return "the flash kernel needs a GPU and bfloat16"
     if not getattr(model, "_supports_attention_backend", False):
@@ -40,12 +46,16 @@ def why_not_by_document(model: nn.Module, device: torch.device, dtype: torch.dty
     return "" if width % 8 == 0 and width <= 256 else f"its heads are {width} wide"
 
 
-def use_by_document(model: nn.Module) -> None:
+def set_attention(model: nn.Module, name: str) -> str:
+    """Let the model's layers use this implementation; returns the one that they used."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _attend)
-    # Not among the implementations that have a mask: transformers makes none then.
-    model.config._attn_implementation = NAME  # type: ignore[union-attr]
+    AttentionInterface.register(BY_DOCUMENT, _attend)
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    own: str = config._attn_implementation
+    # BY_DOCUMENT is not among those that have a mask: transformers makes none for it.
+    config._attn_implementation = name
+    return own
 
 
 def document_borders(position_ids: NDArray[np.int64], room: int | None = None) -> NDArray[np.int32]:
@@ -64,12 +74,19 @@ def _attend(
     query: Tensor,  # [B, H, S, D]
     key: Tensor,
     value: Tensor,
-    attention_mask: None,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     *,
     borders: Tensor,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
+    for name in ("s_aux", "softcap", "sliding_window", "position_bias"):
+        if others.get(name) is not None:
+            raise NotByDocument(f"its attention takes {name}")
+    if attention_mask is not None:
+        raise NotByDocument("its layers make masks of their own")
+    if query.shape[-1] != value.shape[-1]:
+        raise NotByDocument("its queries and values differ in width")
     batch, _heads, length, _width = query.shape
     query, key, value = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     # What torch.nn.attention.varlen calls; that module's own signature differs between versions.

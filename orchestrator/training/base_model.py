@@ -6,7 +6,7 @@ and its output head. This is the one place where `bit_width` becomes a library's
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.errors import BaseModelError
 from orchestrator.records import BaseModel, Device
 from orchestrator.training.attention import (
+    BY_DOCUMENT,
+    NotByDocument,
     document_borders,
-    use_by_document,
+    set_attention,
     why_not_by_document,
 )
 from orchestrator.training.frozen import freeze_packed
@@ -35,6 +37,8 @@ PROBE_TOKENS = 8
 MAX_LEAK = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
 # Rounding makes 1e-3 in bfloat16 (Gemma 2's capping); leaving out Cohere's factor of 1/16 makes 15.
 MAX_LOGITS_ERROR = 1e-2
+# Two kernels in bfloat16 differ by some 1e-2 after 32 blocks; attention that is not the same by 1.
+MAX_ATTENTION_ERROR = 0.1
 # Uniform noise on a router's input. PhiMoE's router_jitter_noise is none: it counts in eval mode.
 JITTER = frozenset({"jitter_noise", "input_jitter_noise", "moe_jitter_eps"})
 
@@ -120,7 +124,7 @@ def load_base_model(
     if quant.bit_width == 4 and strategy.kind == "replicated":
         freeze_packed(model, dequantise_once)  # DeepSpeed moves bitsandbytes' parameters itself
     _check_family(loaded)
-    return loaded
+    return _with_fastest_attention(loaded, strategy)
 
 
 def _prepare(model: nn.Module, device: Device, dtype: torch.dtype) -> LoadedBase:
@@ -135,10 +139,7 @@ def _prepare(model: nn.Module, device: Device, dtype: torch.dtype) -> LoadedBase
     model.train()
     num_params = sum(_num_values(parameter) for parameter in model.parameters())
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    why_not = why_not_by_document(model, place, dtype)
-    if not why_not:
-        use_by_document(model)
-    return LoadedBase(model, num_params, _num_bytes(model), place, dtype, why_not)
+    return LoadedBase(model, num_params, _num_bytes(model), place, dtype, "not tried yet")
 
 
 def _remove_randomness(model: nn.Module) -> None:
@@ -161,13 +162,7 @@ def _check_family(base: LoadedBase) -> None:
     """
     config: Any = base.model.config
     family = f"base model family {config.model_type!r}"
-    embeddings = base.model.get_input_embeddings().weight  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(len(embeddings), (3, PROBE_TOKENS), generator=generator)
-    one, other, document = words.to(embeddings.device)
-    position_ids = torch.arange(PROBE_TOKENS, device=embeddings.device).repeat(2)[None]
-    block = torch.cat([one, document])[None]
-    changed = torch.cat([other, document])[None]
+    block, changed, position_ids = _probe(base)
     with _probing(base.model):
         try:
             hidden = base.hidden(block, position_ids)
@@ -193,6 +188,42 @@ def _check_family(base: LoadedBase) -> None:
             f"{family}: its output head does more than is known here (logits differ by "
             f"{error_size:.2g} of their size): choose another base model"
         )
+
+
+@torch.no_grad()
+def _with_fastest_attention(base: LoadedBase, strategy: StrategyConfig) -> LoadedBase:
+    """The base with attention by document borders, where that gives what its own gives."""
+    why_not = why_not_by_document(base.model, base.device, base.dtype)
+    if strategy.kind == "zero":
+        why_not = "under ZeRO the base may lie on the CPU"
+    if why_not:
+        return replace(base, why_not_by_document=why_not)
+    block, _, position_ids = _probe(base)
+    faster = replace(base, why_not_by_document="")
+    with _probing(base.model):
+        expected = base.hidden(block, position_ids)
+        own = set_attention(base.model, BY_DOCUMENT)
+        try:
+            difference = _difference(faster.hidden(block, position_ids)[0], expected[0])
+        except (NotByDocument, RuntimeError, TypeError) as error:
+            why_not = str(error).splitlines()[0]
+        else:
+            if not difference < MAX_ATTENTION_ERROR:
+                why_not = f"the flash kernel's hidden states differ by {difference:.2g}"
+    if why_not:
+        set_attention(base.model, own)
+        return replace(base, why_not_by_document=why_not)
+    return faster
+
+
+def _probe(base: LoadedBase) -> tuple[Tensor, Tensor, Tensor]:
+    """A block of two documents, it with another first one, and the positions: [1, 16] each."""
+    embeddings = base.model.get_input_embeddings().weight  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(len(embeddings), (3, PROBE_TOKENS), generator=generator)
+    one, other, document = words.to(embeddings.device)
+    position_ids = torch.arange(PROBE_TOKENS, device=embeddings.device).repeat(2)[None]
+    return torch.cat([one, document])[None], torch.cat([other, document])[None], position_ids
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Checkpoints of one slot: what resumes an attempt, verified by digest before use.
 
 A checkpoint is the slot's adapter row, its optimizer states and its counters. The data position is
-the step itself (data/order.py), and dropout masks are functions of the step (slots.py), so there is
-no random state to keep. checkpoint.json is written last: without it the folder is no checkpoint.
+the step itself (data/order.py), and dropout masks are functions of the step (dropout.py), so there
+is no random state to keep. checkpoint.json is written last: without it the folder is no checkpoint.
 """
 
 import shutil
@@ -28,6 +28,8 @@ class Checkpoint:
     train_s: float
     row: Tensor
     optimizer: States
+    program: str
+    """How its steps were computed. Another way gives the same up to rounding, not to the bit."""
 
 
 def save_checkpoint(
@@ -48,6 +50,7 @@ def save_checkpoint(
             "tokens": checkpoint.tokens,
             "train_s": checkpoint.train_s,
             "optimizer": numbers,
+            "program": checkpoint.program,
             "trial_config": config_digest,
             "layout": record_digest(layout),
             "state_digest": file_digest(folder / "state.safetensors"),
@@ -83,7 +86,12 @@ def _load(folder: Path, config_digest: str, layout: str) -> Checkpoint:
     row = content.pop("row")
     states = {name.removeprefix("optimizer."): tensor for name, tensor in content.items()}
     return Checkpoint(
-        record["step"], record["tokens"], record["train_s"], row, (states, record["optimizer"])
+        step=record["step"],
+        tokens=record["tokens"],
+        train_s=record["train_s"],
+        row=row,
+        optimizer=(states, record["optimizer"]),
+        program=record["program"],
     )
 
 

@@ -32,8 +32,12 @@ class Feed:
         indices = step_block_indices(trial.seed, step, trial.batch_size, self.reader.num_blocks)
         return self.reader.blocks(indices)
 
-    def part(self, batch: Batch, micro: int) -> Batch:
-        """Micro-batch number `micro` of this worker's share."""
+    def places(self, micro: int) -> range:
+        """Of micro-batch number `micro` of this worker's share: places in the step's batch."""
         start = self.world_rank + micro * self.micro_batch_size * self.world_size
         stop = start + self.micro_batch_size * self.world_size
-        return batch.part(start, stop, self.world_size)
+        return range(start, stop, self.world_size)
+
+    def part(self, batch: Batch, micro: int) -> Batch:
+        places = self.places(micro)
+        return batch.part(places.start, places.stop, places.step)

@@ -34,8 +34,9 @@ class PackedLinear(nn.Module):
         self._blocksizes = [state.blocksize, *([inner.blocksize] if inner else [])]
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.orchestrator.packed_linear(x, *self._weight())
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        output: Tensor = torch.ops.orchestrator.packed_linear(x, bias, *self._weight())
+        return output
 
     def values(self) -> Tensor:
         """The weights, [out, in], in the arithmetic's type."""
@@ -57,13 +58,12 @@ def freeze_packed(model: nn.Module, dequantise_once: bool) -> None:
     layer's values more than what stays."""
     from bitsandbytes.nn import Linear4bit
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit):
-            packed = PackedLinear(module)
-            parent, _, leaf = name.rpartition(".")
-            setattr(
-                model.get_submodule(parent), leaf, _whole(packed) if dequantise_once else packed
-            )
+    # Names, not modules: a list of those would keep all codes until the last values are made.
+    names = [name for name, part in model.named_modules() if isinstance(part, Linear4bit)]
+    for name in names:
+        packed = PackedLinear(model.get_submodule(name))
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _whole(packed) if dequantise_once else packed)
 
 
 def _whole(packed: PackedLinear) -> nn.Linear:
@@ -104,6 +104,7 @@ def _values(
 @torch.library.custom_op("orchestrator::packed_linear", mutates_args=())
 def _packed_linear(
     x: Tensor,
+    bias: Tensor | None,
     codes: Tensor,
     constants: Sequence[Tensor],
     blocksizes: Sequence[int],
@@ -112,7 +113,7 @@ def _packed_linear(
     shape: Sequence[int],
 ) -> Tensor:
     values = _values(codes, constants, blocksizes, quant_type, dtype, shape)
-    return functional.linear(x, values.to(x.dtype))
+    return functional.linear(x, values.to(x.dtype), bias)
 
 
 @torch.library.custom_op("orchestrator::packed_linear_backward", mutates_args=())
@@ -140,7 +141,7 @@ def _(gradient: Tensor, *weight: Any) -> Tensor:
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, constants, *ctx.settings = inputs
+    _, _, codes, constants, *ctx.settings = inputs
     ctx.save_for_backward(codes, *constants)
 
 
@@ -149,7 +150,7 @@ def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     result = torch.ops.orchestrator.packed_linear_backward(
         gradient, codes, constants, *ctx.settings
     )
-    return (result, None, [None] * len(constants), None, None, None, None)
+    return (result, None, None, [None] * len(constants), None, None, None, None)
 
 
 _packed_linear.register_autograd(_input_gradient, setup_context=_keep_weight)

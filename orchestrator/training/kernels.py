@@ -88,7 +88,8 @@ def _cross_entropy(logits, gradient, labels, factors, losses, width, BLOCK: tl.c
         at = start + tl.arange(0, BLOCK)
         values = tl.load(logits + at, mask=at < width, other=-float("inf")).to(tl.float32)
         new = tl.maximum(highest, tl.max(values, 0))
-        total = total * tl.exp(highest - new) + tl.sum(tl.exp(values - new), 0)
+        base = tl.where(new == -float("inf"), 0.0, new)  # nothing but -inf so far
+        total = total * tl.exp(highest - base) + tl.sum(tl.exp(values - base), 0)
         highest = new
     normaliser = highest + tl.log(total)
     tl.store(losses + row, (normaliser - tl.load(logits + label).to(tl.float32)) * factor)

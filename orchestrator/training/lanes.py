@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from orchestrator.training.dropout import Dropout, Drops
 from orchestrator.training.slots import Slots
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ class Served:
     slot: int | None
     """None: no adapter, the base alone."""
     scaling: float
-    dropout: float = 0.0
-    dropout_seed: int = 0
-    """63 bits that decide the dropout mask, so that a resumed step draws it again."""
+    drops: Drops = Drops()
 
 
 BASE_ALONE = Served(None, 0.0)
@@ -40,24 +39,21 @@ BASE_ALONE = Served(None, 0.0)
 class Lanes:
     """Weights of n lanes, [n, L], and what goes with each lane."""
 
-    def __init__(self, slots: Slots, num_lanes: int, dtype: torch.dtype) -> None:
-        shape = (num_lanes, slots.rows.shape[1])
-        self._take(slots, torch.zeros(shape, dtype=dtype, device=slots.rows.device))
-
-    @classmethod
-    def over(cls, slots: Slots) -> "Lanes":
-        """Lanes whose weights are the slots' rows themselves."""
-        lanes = cls.__new__(cls)
-        lanes._take(slots, slots.rows)
-        return lanes
-
-    def _take(self, slots: Slots, weights: Tensor) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        num_lanes: int,
+        dtype: torch.dtype,
+        masked_blocks: int | None = None,
+        over_rows: bool = False,
+    ) -> None:
+        """`masked_blocks`: see Dropout. `over_rows`: the weights are the slots' rows themselves."""
         self._slots = slots
-        self.weights = weights
-        device = weights.device
-        factors = torch.float64 if weights.dtype == torch.float64 else torch.float32
-        self.scaling = torch.zeros(len(weights), 1, 1, device=device, dtype=factors)
-        self.dropout = Dropout(len(weights), device, factors)
+        rows = slots.rows
+        shape = (num_lanes, rows.shape[1])
+        self.weights = rows if over_rows else torch.zeros(shape, dtype=dtype, device=rows.device)
+        self.scaling = torch.zeros(num_lanes, 1, 1, device=rows.device, dtype=rows.dtype)
+        self.dropout = Dropout(num_lanes, masked_blocks, rows.device, rows.dtype)
         self.parameters = list(self._views())
         self._serving: tuple[int | None, ...] = ()
         self._gatherer: GradientGatherer | None = None
@@ -70,7 +66,7 @@ class Lanes:
         idle = len(self) - len(served)
         scaling = [lane.scaling for lane in served] + [0.0] * idle
         self.scaling.copy_(_on(self.scaling, scaling).view(-1, 1, 1), non_blocking=True)
-        self.dropout.set(served, idle)
+        self.dropout.set([lane.drops for lane in served], idle)
         self._serving = tuple(lane.slot for lane in served)
         if self.weights is self._slots.rows:
             return
@@ -89,7 +85,7 @@ class Lanes:
         slots = [slot for slot in self._serving if slot is not None]
         assert len(slots) == len(fresh), "a lane without a slot has no gradient"
         rows = self._slots.gradients
-        if rows.is_cuda:
+        if rows.is_cuda and rows.dtype == torch.float32:
             self._add_at_once(parts, slots, fresh)
             return
         for (start, end), part in zip(self._slots.segments, parts, strict=True):
@@ -127,41 +123,6 @@ class Lanes:
             yield nn.Parameter(B.view(len(self), rank, layer.out_features))
 
 
-class Dropout:
-    """Masks by a hash of (seed, layer, place), so that no generator's state is part of a step.
-
-    A mask is the same alone, in a pack, in a recomputed forward pass, after a resume, on a CPU, on
-    a GPU and in a CUDA graph.
-    """
-
-    def __init__(self, num_lanes: int, device: torch.device, factors: torch.dtype) -> None:
-        self.active = False
-        """Whether masks are drawn at all. Set once: a program with masks is another program."""
-        self._seeds = torch.zeros(num_lanes, 2, 1, 1, dtype=torch.int32, device=device)
-        self._thresholds = torch.zeros(num_lanes, 1, 1, dtype=torch.int32, device=device)
-        self._kept = torch.ones(num_lanes, 1, 1, dtype=factors, device=device)
-
-    def set(self, served: Sequence[Served], idle: int) -> None:
-        if not self.active:
-            assert not any(lane.dropout for lane in served), "the pack was opened without dropout"
-            return
-        seeds = [_halves(lane.dropout_seed) for lane in served] + [(0, 0)] * idle
-        rates = [lane.dropout for lane in served] + [0.0] * idle
-        self._seeds.copy_(_on(self._seeds, seeds).view(-1, 2, 1, 1))
-        self._thresholds.copy_(
-            _on(self._thresholds, [round(rate * 2**31) for rate in rates]).view(-1, 1, 1)
-        )
-        self._kept.copy_(_on(self._kept, [1 / (1 - rate) for rate in rates]).view(-1, 1, 1))
-
-    def __call__(self, tokens: Tensor, layer: Tensor) -> Tensor:  # [n, T, in] -> the same
-        _, length, width = tokens.shape
-        place = torch.arange(length * width, dtype=torch.int32, device=tokens.device)
-        random = _hash(place.view(1, length, width) ^ self._seeds[:, 0])
-        random = _hash(random ^ self._seeds[:, 1] ^ _hash(layer))
-        keep = (random & 0x7FFFFFFF) >= self._thresholds
-        return (tokens * (keep * self._kept)).to(tokens.dtype)
-
-
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with an adapter for each lane."""
 
@@ -185,19 +146,6 @@ class AdaptedLinear(nn.Module):
         inner = (inner * lanes.scaling).to(tokens.dtype)
         update = torch.bmm(inner, B.to(tokens.dtype))
         return output + update.view_as(output)
-
-
-def _hash(x: Tensor) -> Tensor:
-    """lowbias32, a 32-bit mixer (Chris Wellons, hash-prospector), on int32 that wraps around."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7935B975  # 0x846CA68B
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _halves(seed: int) -> tuple[int, int]:
-    """A seed's two halves as signed 32-bit numbers."""
-    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
 
 def _on(like: Tensor, values: Sequence[object]) -> Tensor:

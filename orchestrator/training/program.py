@@ -58,12 +58,9 @@ class EagerProgram:
     num_lanes: int | None = None
     blocks_per_lane: int | None = None
 
-    def __init__(
-        self, base: LoadedBase, slots: Slots, dropout: bool, lanes: Lanes | None = None
-    ) -> None:
+    def __init__(self, base: LoadedBase, slots: Slots, lanes: Lanes | None = None) -> None:
         self._base = base
         self._slots = slots
-        self._dropout = dropout
         self._attach(lanes or Lanes(slots, 1, base.dtype))
 
     def serve(self, served: Sequence[Served]) -> None:
@@ -83,7 +80,6 @@ class EagerProgram:
         return _gradients(hidden, self.lanes, gradient)
 
     def _attach(self, lanes: Lanes) -> None:
-        lanes.dropout.active = self._dropout
         lanes.attach(self._base.model)
         self.lanes = lanes
 
@@ -109,8 +105,9 @@ class FixedProgram:
     ) -> None:
         self.num_lanes, self.blocks_per_lane = num_lanes, blocks_per_lane
         self._base = base
-        self.lanes = Lanes(slots, num_lanes, base.dtype)
-        self.lanes.dropout.active = dropout
+        self._dropout = dropout
+        masked_blocks = blocks_per_lane if dropout else None
+        self.lanes = Lanes(slots, num_lanes, base.dtype, masked_blocks)
         self.lanes.attach(base.model)
         num_blocks = num_lanes * blocks_per_lane
         self._idle = np.arange(block_length, dtype=np.int64)
@@ -123,6 +120,8 @@ class FixedProgram:
             self._borders = torch.zeros(self._room + 1, dtype=torch.int32, device=device)
 
     def serve(self, served: Sequence[Served]) -> None:
+        dropping = any(lane.drops.rate for lane in served)
+        assert self._dropout or not dropping, "the program was built without dropout"
         self.lanes.serve(served)
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -189,8 +188,11 @@ class RecordedProgram(FixedProgram):
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the decoder's blocks, which are all alike, each once for its one shape."""
+def compile_blocks(model: nn.Module) -> int:
+    """Compile the decoder's blocks, which are all alike, each once for its one shape.
+
+    Returns their number; 0 for a family whose blocks transformers does not mark.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     # Or the first block would be a program of its own: its input alone would need no gradient.
@@ -201,6 +203,7 @@ def compile_blocks(model: nn.Module) -> None:
     config.recompile_limit = max(config.recompile_limit, len(blocks) + 8)
     for block in blocks:
         block.compile(dynamic=False)
+    return len(blocks)
 
 
 def _gradients(hidden: Tensor, lanes: Lanes, gradient: Tensor) -> list[Tensor]:

@@ -31,8 +31,8 @@ class ProgramBuilder:
         self._slots = slots
         self._readers = readers
         self.kind, self.note = program_kind(spec.step_program, base)
-        if self.kind != "eager":
-            compile_blocks(base.model)
+        if self.kind != "eager" and not compile_blocks(base.model):
+            self.kind, self.note = "eager", "its family's blocks are not marked: none was compiled"
 
     def resized(
         self, program: Program, occupied: int, rounds_left: int, round_s: float
@@ -51,7 +51,7 @@ class ProgramBuilder:
     def build(self, num_lanes: int) -> Program:
         """A program with so many lanes; the caller has let go of one before it."""
         if self.kind == "eager":
-            return EagerProgram(self._base, self._slots, self._spec.dropout)
+            return EagerProgram(self._base, self._slots)
         torch.cuda.empty_cache()
         if self.kind == "graph":
             try:

@@ -18,6 +18,7 @@ from orchestrator.errors import TrialFailed
 from orchestrator.files import record_digest
 from orchestrator.records import SlotTask
 from orchestrator.training.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
+from orchestrator.training.dropout import Drops
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed
 from orchestrator.training.lanes import Served
@@ -29,7 +30,7 @@ class Slot:
     """The trial in one place of a pack."""
 
     def __init__(
-        self, number: int, task: SlotTask, slots: Slots, engine: Engine, feed: Feed
+        self, number: int, task: SlotTask, slots: Slots, engine: Engine, feed: Feed, program: str
     ) -> None:
         self.number = number
         self.task = task
@@ -42,6 +43,8 @@ class Slot:
         self.step_loss = 0.0
         self._slots = slots
         self._feed = feed
+        self._program = program
+        self.note = ""
         self._scaling = scaling(task.config.adapter)
         self._micro = 0
         self._batch: Batch | None = None
@@ -72,9 +75,9 @@ class Slot:
     @property
     def trained(self) -> Served:
         """What a lane needs to know for the next micro-batch."""
-        seed = mix(mix(self.trial.seed, self.step), self._micro)
-        seed = mix(seed, self._feed.world_rank) if self._feed.world_rank else seed
-        return Served(self.number, self._scaling, self.trial.adapter.dropout, seed)
+        seed = mix(self.trial.seed, self.step)
+        seeds = tuple(mix(seed, place) for place in self._feed.places(self._micro))
+        return Served(self.number, self._scaling, Drops(self.trial.adapter.dropout, seeds))
 
     @property
     def evaluated(self) -> Served:
@@ -144,6 +147,7 @@ class Slot:
             self.train_s,
             self._stepper.gather(),
             self._stepper.states(),
+            self._program,
         )
         return save_checkpoint(
             Path(self.task.attempt_dir),
@@ -164,6 +168,11 @@ class Slot:
             self.step = checkpoint.step
             self.tokens = checkpoint.tokens
             self.train_s = checkpoint.train_s
+            if checkpoint.program != self._program:
+                self.note = (
+                    f"trained with {checkpoint.program} so far, now with {self._program}: equal up "
+                    "to rounding, not to the bit"
+                )
         return refused
 
     def _config_digest(self) -> str:

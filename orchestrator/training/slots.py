@@ -12,16 +12,14 @@ Shapes: K slots, R largest rank, L values in a row, in/out features.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.config import AdapterConfig
 from orchestrator.errors import BaseModelError, ConfigError
+from orchestrator.planning.shape import Targets, matching
 from orchestrator.training.frozen import PackedLinear
-
-Targets = tuple[str, ...] | Literal["all-linear"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Slots:
     def open(self, slot: int, adapter: AdapterConfig, seed: int) -> None:
         """Give the slot its first values: A as PEFT draws it, B zero, everything else zero."""
         self.clear(slot)
-        targets = set(_matching([layer.name for layer in self.layers], adapter.target_modules))
+        targets = set(matching([layer.name for layer in self.layers], adapter.target_modules))
         for number, layer in enumerate(self.layers):
             if layer.name in targets:
                 generator = torch.Generator().manual_seed(mix(seed, number))
@@ -89,7 +87,7 @@ class Slots:
 
     def adapter_tensors(self, slot: int, adapter: AdapterConfig) -> dict[str, Tensor]:
         """The slot's weights without padding, under PEFT's names (peft 0.21)."""
-        targets = set(_matching([layer.name for layer in self.layers], adapter.target_modules))
+        targets = set(matching([layer.name for layer in self.layers], adapter.target_modules))
         tensors = {}
         for layer in self.layers:
             if layer.name in targets:
@@ -143,13 +141,13 @@ def target_names(model: nn.Module, targets: Targets) -> list[str]:
         )
     if targets != "all-linear":
         for target in targets:
-            if not _matching(linear, (target,)):
+            if not matching(linear, (target,)):
                 known = sorted({name.rpartition(".")[2] for name in linear})
                 raise ConfigError(
                     f"adapter.target_modules: {target!r} matches no linear layer of the base "
                     f"model; it has {', '.join(known)}"
                 )
-    return _matching(linear, targets)
+    return matching(linear, targets)
 
 
 def mix(seed: int, salt: int) -> int:
@@ -159,17 +157,6 @@ def mix(seed: int, salt: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return (z ^ (z >> 31)) >> 1
-
-
-def _matching(names: Sequence[str], targets: Targets) -> list[str]:
-    # PEFT's rule: the whole name, or its ending after a dot.
-    if targets == "all-linear":
-        return list(names)
-    return [
-        name
-        for name in names
-        if any(name == target or name.endswith(f".{target}") for target in targets)
-    ]
 
 
 def _layout(model: nn.Module, names: Sequence[str], max_rank: int) -> Iterator[Layer]:

@@ -1,5 +1,6 @@
 """Compiled and recorded programs, kernels and attention, against the plain ones."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,15 @@ import pytest
 import torch
 
 from orchestrator.config import QuantConfig, StrategyConfig
+from orchestrator.data.manifest import manifest_path
+from orchestrator.data.prepare import prepare
 from orchestrator.records import BaseModel, TrialDone
 from orchestrator.training.attention import document_borders
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from orchestrator.training.loss import weighted_losses
 from orchestrator.training.pack import PackWorker
+from tests.sweeps import sweep_config
+from tests.tiny import question_rows
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import assert_equal, killed_and_resumed, task, train
 
@@ -90,6 +95,31 @@ def test_a_program_built_anew_with_other_lanes_goes_on_where_the_last_one_stoppe
     while worker.slots:
         events += worker.advance([])
     assert final_losses(events)[0] == pytest.approx(final_losses(undisturbed)[0], abs=0.02)
+
+
+def test_long_blocks_give_the_same_bits_every_time(
+    make_spec: MakeSpec, base_folder: Path, tmp_path: Path
+) -> None:
+    """The flash kernel's backward pass splits them, and would add the parts up in any order."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"text": f"{row} " * 9}) + "\n" for row in question_rows(99))
+    )
+    changes = {"data__train": str(rows), "data__format": "text", "data__block_length": 1024}
+    data = prepare(sweep_config(**changes).data, base_folder, tmp_path)
+    spec = make_spec(
+        device="cuda",
+        quant=BFLOAT16,
+        step_program="graph",
+        train_manifest=str(manifest_path(data.train.folder, "train")),
+        held_out_manifest=str(manifest_path(data.held_out.folder, "held_out")),
+    )
+    trials = [trial_config(steps=20, seed=1), trial_config(steps=20, seed=2)]
+    digests = []
+    for number in range(2):
+        _, events = train(spec, trials, tmp_path / str(number))
+        digests.append([event.adapter_digest for event in events if isinstance(event, TrialDone)])
+    assert digests[0] == digests[1]
 
 
 def load(folder: Path, bit_width: int, dtype: str, **options: bool) -> LoadedBase:

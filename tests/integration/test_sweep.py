@@ -161,6 +161,7 @@ def assert_all_trained_once(folder: Path) -> None:
     assert max(point["step"] for point in rows) == 400
     (resumed,) = [d for d in store.decisions if d["action"] == "resume_trial"]
     step = int(resumed["reason"].rpartition(" ")[2])
+    assert resumed["reason"] == f"attempt 2 goes on from step {step}"  # and to the same bits
     assert step > 0
     assert min(point["step"] for point in rows if point["attempt"] == 2) > step
     assert store.checkpoints(1) == []  # a trial that is over needs them no more

@@ -18,7 +18,7 @@ from tests.training.test_replicas import free_address
 
 TIMEOUT_S = 200.0
 TRIALS = [
-    trial_config(batch_size=4, seed=1, adapter__rank=2),
+    trial_config(batch_size=4, seed=1, adapter__rank=2, adapter__dropout=0.1),
     trial_config(batch_size=2, seed=2, optimizer__max_grad_norm=0.05, steps=8),
     trial_config(batch_size=8, seed=3, adapter__rank=8, steps=3),  # takes a slot that is left
 ]

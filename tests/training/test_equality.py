@@ -66,13 +66,15 @@ def largest_difference(one: Adapter, other: Adapter) -> float:
 def test_a_trial_in_a_pack_is_the_trial_alone_whoever_its_neighbours_are(
     make_spec: MakeSpec, dtype: str, members: list[TrialConfig], num_slots: int
 ) -> None:
-    """More members than slots: the later ones take slots that others left."""
+    """More members than slots: the later ones take slots that others left. Alone each trains its
+    whole batch at once, in the pack block by block."""
     quant = {**make_spec().quant, "compute_dtype": dtype}
     spec = make_spec(quant=quant, num_slots=num_slots, micro_batch_size=1)
     with TemporaryDirectory() as folder:
         packed, _ = train(spec, members, Path(folder) / "pack")
         for number, member in enumerate(members):
-            alone, _ = train(replace(spec, num_slots=1), [member], Path(folder) / f"alone{number}")
+            single = replace(spec, num_slots=1, micro_batch_size=member.batch_size)
+            alone, _ = train(single, [member], Path(folder) / f"alone{number}")
             difference = largest_difference(packed[number], alone[0])
             assert difference < LARGEST_DIFFERENCE[dtype], (number, difference)
 

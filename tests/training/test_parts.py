@@ -16,6 +16,7 @@ from orchestrator.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from orchestrator.training.dropout import Dropout, Drops
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.loss import losses_and_gradient, token_losses
 from orchestrator.training.optimizers import (
@@ -125,20 +126,34 @@ def test_padding_of_a_smaller_rank_stays_exactly_zero() -> None:
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
-    slots = Slots(small_model(), "all-linear", num_slots=1, max_rank=2, device="cpu")
-    lanes = Lanes(slots, 2, torch.float32)
-    lanes.dropout.active = True
+    dropout = Dropout(2, None, torch.device("cpu"), torch.float32)
     tokens = torch.ones(2, 300, 400)
-    lanes.serve([Served(0, 1.0, rate, 7), Served(0, 1.0, rate, 8)])
-    first, other = lanes.dropout(tokens, torch.tensor(0)), lanes.dropout(tokens, torch.tensor(1))
+    dropout.set([Drops(rate, (7,)), Drops(rate, (8,))], idle=0)
+    first, other = dropout(tokens, torch.tensor(0)), dropout(tokens, torch.tensor(1))
     for masked in (first[0], first[1], other[0]):
         assert float((masked == 0).float().mean()) == pytest.approx(rate, abs=0.005)
         assert float(masked.mean()) == pytest.approx(1.0, abs=0.01)
-        # Each place on its own: rows and columns are no more alike than chance makes them.
+        # Each place on its own: columns are no more alike than chance makes them.
         assert float((masked == 0).float().mean(0).std()) < 2 * (rate * (1 - rate) / 300) ** 0.5
     for one, another in ((first[0], first[1]), (first[0], other[0])):
         both = float(((one == 0) & (another == 0)).float().mean())
         assert both == pytest.approx(rate**2, abs=0.005)
+
+
+def test_a_blocks_dropout_is_the_same_in_any_micro_batch_and_kind_of_program() -> None:
+    tokens = torch.randn(1, 2 * 30, 40)  # two blocks of one lane
+    whole = Dropout(1, None, torch.device("cpu"), torch.float32)
+    whole.set([Drops(0.3, (7, 8))], idle=0)
+    layer = torch.tensor(3)
+    expected = whole(tokens, layer)
+    alone = Dropout(1, None, torch.device("cpu"), torch.float32)
+    alone.set([Drops(0.3, (8,))], idle=0)
+    assert torch.equal(alone(tokens[:, 30:], layer), expected[:, 30:])
+    constant = Dropout(2, 2, torch.device("cpu"), torch.float32)
+    constant.set([Drops(0.3, (7, 8))], idle=1)
+    both = constant(torch.cat([tokens, tokens]), layer)
+    assert torch.equal(both[:1], expected)
+    assert torch.equal(both[1:], tokens)
 
 
 def test_a_lane_that_serves_nobody_is_the_base_alone() -> None:
@@ -166,7 +181,7 @@ def test_a_model_without_any_linear_layer_is_refused_with_the_remedy() -> None:
 
 
 def checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, 10 * step, 1.0, torch.full((8,), float(step)), ({}, {}))
+    return Checkpoint(step, 10 * step, 1.0, torch.full((8,), float(step)), ({}, {}), "eager")
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) -> None:

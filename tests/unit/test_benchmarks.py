@@ -89,7 +89,7 @@ def test_rows_of_several_calls_on_one_day_are_recorded_together(tmp_path: Path) 
     calls = [measured({"torch": "2.11"}), measured({"torch": "2.11", "mlflow": "3.17"})]
     content = json.loads(record("it", calls, {}, tmp_path).read_text())
     assert content["versions"] == {"torch": "2.11", "mlflow": "3.17"}
-    assert content["commands"] == ["python -m it"]
+    assert content["command"] == "python -m it"
     assert content["rows"] == [{"who": "stock"}] * 2
     for other in (measured({"torch": "2.10"}), measured({"torch": "2.11"}, "2026-11-23")):
         with pytest.raises(SystemExit, match="record each apart"):

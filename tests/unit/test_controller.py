@@ -1,18 +1,33 @@
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.errors import DiskFull
-from orchestrator.planning.packs import pack_key
-from orchestrator.records import Event, PackLost, PackSpec, TrialSpec
+from orchestrator.config import SweepConfig
+from orchestrator.errors import ConfigError, DiskFull
+from orchestrator.files import read_json, write_json
+from orchestrator.planning.memory import GIB
+from orchestrator.planning.options import Premises
+from orchestrator.planning.packs import pack_key, preview_packs
+from orchestrator.records import (
+    Arithmetic,
+    Directive,
+    Event,
+    PackLost,
+    PackReady,
+    PackSpec,
+    TrialSpec,
+)
 from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.policy import AbandonPack, PackView, SweepView, decide
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
 from orchestrator.sweep.simulated import SimulatedWorker
-from tests.sweeps import make_controller, make_store, premises, sweep_config
+from tests.sweeps import LLAMA_8B, make_controller, make_store, premises, sweep_config
 
 
 def finished(store: RunStore) -> list[int]:
@@ -96,6 +111,72 @@ def test_a_sweep_that_was_asked_to_stop_saves_and_resumes_where_it_was(tmp_path:
     assert min(second_attempts) == max(steps_before) + 1  # no step was trained twice
 
 
+def on_gpus(config: SweepConfig) -> Premises:
+    """The planner's premises; what simulated workers run on does not matter to them."""
+    return premises(config, "cuda", LLAMA_8B, 141 * GIB)
+
+
+def test_a_resumed_sweep_gives_a_half_trained_trial_the_arithmetic_that_it_had(
+    tmp_path: Path,
+) -> None:
+    config = sweep_config(search__space={"steps": [2, 6]})
+    store = make_store(tmp_path / "run", config)
+
+    def stop_after_three_steps(event: Event) -> None:
+        if getattr(event, "step", 0) == 3:
+            controller.request_stop()
+
+    controller = make_controller(
+        store,
+        InProcessExecutor(SimulatedWorker),
+        observe=stop_after_three_steps,
+        given=on_gpus(config),
+    )
+    assert not controller.run()
+    assert finished(store) == [0]
+    had = store.arithmetic(1)
+    assert had is not None
+    ((free, _),) = preview_packs([store.trials[1]], 2, on_gpus(config))
+    assert free.arithmetic != had  # alone, it would get both workers
+
+    again = RunStore.open(store.folder)
+    executor = InProcessExecutor(SimulatedWorker)
+    assert make_controller(again, executor, given=on_gpus(config)).run()
+    assert finished(again) == [0, 1]
+    attempts = again.trial_dir(1) / "attempts"
+    assert [read_json(attempts / n / "arithmetic.json") for n in "12"] == [asdict(had)] * 2
+    (planned,) = again.read("plan")["packs"]
+    assert planned["world_size"] == had.world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "had", "words"),
+    [
+        (1, Arithmetic(1, 2, True), ""),
+        (
+            1,
+            Arithmetic(2, 2, True),
+            "; planned anew, as it was trained with world_size=2, micro_batch_size=2, recomputation"
+            " so far and the sweep has 1 worker now",
+        ),
+    ],
+)
+def test_the_decision_says_of_a_resumed_trial_whether_it_is_planned_anew(
+    tmp_path: Path, num_workers: int, had: Arithmetic, words: str
+) -> None:
+    config = sweep_config(search__space={"steps": [6]})
+    store = make_store(tmp_path / "run", config)
+    store.add_trial(TrialSpec(0, {"steps": 6}, config.trial))
+    _, attempt = store.start_attempt(0, had)
+    write_json(attempt / "checkpoint-00000004" / "checkpoint.json", {"step": 4})  # and is killed
+    executor = InProcessExecutor(SimulatedWorker)
+    assert make_controller(store, executor, num_workers, given=on_gpus(config)).run()
+    assert finished(store) == [0]
+    assert [d["reason"] for d in store.decisions if d["action"] == "assign"] == [
+        f"a slot of pack 0 is free{words}"
+    ]
+
+
 def test_finished_trials_are_not_trained_again_on_resume(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
     make_controller(store, InProcessExecutor(SimulatedWorker)).run()
@@ -138,6 +219,99 @@ def test_a_point_that_cannot_work_is_a_failed_trial_and_ends_nothing(tmp_path: P
         ("failed", "not_valid"),
     ]
     assert "warmup_steps" in store.results[1].message
+
+
+class OutOfMemoryError(Exception):
+    """Named as torch's."""
+
+
+class TightWorker(SimulatedWorker):
+    """Its memory holds one slot."""
+
+    def advance(self, directives: Sequence[Directive]) -> list[Event]:
+        self._need_memory()
+        return super().advance(directives)
+
+    def _need_memory(self) -> None:
+        if self._spec.num_slots > 1:
+            raise OutOfMemoryError("tried to allocate 1 GiB")
+
+
+class TightLoader(TightWorker):
+    def load(self) -> PackReady:
+        self._need_memory()
+        return super().load()
+
+
+def four_trials(folder: Path, **changes: Any) -> RunStore:
+    return make_store(folder, sweep_config(search__space={"adapter.rank": [1, 2, 3, 4]}, **changes))
+
+
+@pytest.mark.parametrize("worker", [TightWorker, TightLoader])
+def test_a_pack_that_runs_out_of_memory_is_planned_with_less_and_its_trials_are_retried(
+    tmp_path: Path, worker: type[SimulatedWorker]
+) -> None:
+    store = four_trials(tmp_path / "run")
+    assert make_controller(store, InProcessExecutor(worker), num_workers=1).run()
+    assert finished(store) == [0, 1, 2, 3]
+    learned = [d["reason"] for d in store.decisions if d["action"] == "plan_less_memory"]
+    assert learned == [
+        "4 slots ran out of memory: at most 2 from now on",
+        "2 slots ran out of memory: at most 1 from now on",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resources__slots_per_pack": 2}, "tried to allocate 1 GiB"),
+        ({"max_restarts": 0}, "(1 times, max_restarts=0)"),
+    ],
+)
+def test_trials_whose_pack_can_give_up_nothing_or_too_often_fail_for_want_of_memory(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    store = four_trials(tmp_path / "run", **changes)
+    assert make_controller(store, InProcessExecutor(TightLoader), num_workers=1).run()
+    assert [result.reason for result in store.results] == ["out_of_memory"] * 4
+    assert message in store.results[0].message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"trial__batch_size": 3},
+            "micro_batch_size=None, batch_size=3: set resources.workers_per_pack: 1",
+        ),
+        (
+            {"trial__strategy": {"kind": "zero", "stage": 2}},
+            "strategy.kind=zero: set resources.workers_per_pack: 1",
+        ),
+    ],
+)
+def test_stored_trials_that_do_not_suit_the_settings_of_a_resume_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    store = four_trials(tmp_path / "run", **changes)
+    store.add_trial(TrialSpec(0, {"adapter.rank": 1}, store.sweep.config.trial))
+    executor = InProcessExecutor(SimulatedWorker)
+    with pytest.raises(ConfigError) as refused:
+        make_controller(store, executor, workers_per_pack=2).run()
+    assert str(refused.value).startswith("trial 0: resources.workers_per_pack")
+    assert words in str(refused.value)
+    assert store.results == []
+
+
+def test_a_stored_trial_that_cannot_work_at_all_is_over_when_the_sweep_resumes(
+    tmp_path: Path,
+) -> None:
+    config = sweep_config(search__space={"schedule.warmup_steps": [6, 0]})
+    store = make_store(tmp_path / "run", config)
+    invalid = sweep_config(trial__schedule__warmup_steps=6).trial
+    store.add_trial(TrialSpec(0, {"schedule.warmup_steps": 6}, invalid))  # and is killed here
+    assert make_controller(store, InProcessExecutor(SimulatedWorker)).run()
+    assert [result.reason for result in store.results] == ["not_valid", ""]
 
 
 def test_checkpoints_of_finished_trials_are_removed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.config import QuantConfig
 from orchestrator.planning.memory import GIB, PackLoad, estimate_memory
-from orchestrator.planning.shape import UnknownShape, read_shape
+from orchestrator.planning.shape import UnknownShape, matching, read_shape
 from tests.sweeps import LLAMA_8B, LLAMA_HALF_B
 
 LOAD = PackLoad(
@@ -53,13 +54,15 @@ TENSORS = {
 def write_base(folder: Path, **changes: Any) -> Path:
     """A base whose files have headers and no weights."""
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    names = list(TENSORS)
     for part in (0, 1):
-        header = {name: {"dtype": "BF16", "shape": TENSORS[name]} for name in names[part::2]}
-        text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
-        path = folder / f"model-{part}.safetensors"
-        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        write_weights(folder / f"model-{part}.safetensors", list(TENSORS)[part::2])
     return folder
+
+
+def write_weights(path: Path, names: Sequence[str], prefix: str = "") -> None:
+    header = {prefix + name: {"dtype": "BF16", "shape": TENSORS[name]} for name in names}
+    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
 
 
 def test_a_shape_is_read_from_the_headers_of_all_files(tmp_path: Path) -> None:
@@ -73,6 +76,24 @@ def test_a_shape_is_read_from_the_headers_of_all_files(tmp_path: Path) -> None:
     assert (shape.num_kv_heads, shape.head_dim) == (2, 4)
     assert shape.num_linear_params == 64 + 128
     assert shape.num_plain_params == 320 + 8 + 8  # tied: the head's copy is not loaded
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_base_that_lies_in_its_folder_twice_is_counted_once(tmp_path: Path, single: bool) -> None:
+    alone = read_shape(write_base(tmp_path))
+    if single:
+        write_weights(tmp_path / "model.safetensors", list(TENSORS))
+    else:
+        files = {name: f"model-{n % 2}.safetensors" for n, name in enumerate(TENSORS)}
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": files}))
+    write_weights(tmp_path / "consolidated.safetensors", list(TENSORS), prefix="other.")
+    assert read_shape(tmp_path) == alone
+
+
+def test_a_damaged_index_leaves_the_shape_unknown(tmp_path: Path) -> None:
+    (write_base(tmp_path) / "model.safetensors.index.json").write_text("{}")
+    assert isinstance(read_shape(tmp_path), UnknownShape)
 
 
 def test_an_output_head_of_its_own_is_not_quantised(tmp_path: Path) -> None:
@@ -131,6 +152,9 @@ def test_adapters_go_where_names_end_as_the_user_wrote() -> None:
     named = LLAMA_8B.targets(("q_proj", "mlp.up_proj"))
     assert len(named) == 2 * 32
     assert LLAMA_8B.targets(("proj",)) == ()
+    names = ["q_proj", "a.q_proj", "a.xq_proj"]
+    assert matching(names, ("q_proj",)) == ["q_proj", "a.q_proj"]
+    assert matching(names, "all-linear") == names
 
 
 def gib(load: PackLoad, *parts: str) -> float:
@@ -164,6 +188,30 @@ def test_an_adapter_takes_its_weights_gradients_and_states_and_a_lane() -> None:
     assert memory.lanes_bytes == 41_943_040 * (2 + 2)
     small = estimate_memory(LLAMA_8B, replace(LOAD, optimizer_bytes=2))
     assert small.rows_bytes == 41_943_040 * (4 + 4 + 2)
+
+
+def test_under_float64_rows_and_their_states_are_twice_as_wide() -> None:
+    memory = estimate_memory(LLAMA_8B, replace(LOAD, dtype_bytes=8))
+    assert memory.rows_bytes == 41_943_040 * (8 + 8 + 16)
+
+
+def test_dropout_keeps_a_mask_and_a_masked_copy_of_each_adapter_input() -> None:
+    plain = estimate_memory(LLAMA_8B, LOAD).training_bytes
+    dropping = estimate_memory(LLAMA_8B, replace(LOAD, dropout=True)).training_bytes
+    inputs = 32 * (6 * 4096 + 14336)  # of a token: q, k, v, o, gate, up; down
+    assert dropping - plain == 1024 * (inputs * (1 + 2) + 14336 * 3 * 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype_bytes", "cuda", "expected"),
+    # Evaluation's logits, a float32 copy and its log-softmax; training's and their gradient.
+    [(2, True, 2 + 8), (2, False, 2 + 8), (4, True, 4 + 8), (4, False, 4 + 8), (8, True, 8 + 8)],
+)
+def test_the_logits_of_the_dearer_of_training_and_evaluation_count(
+    dtype_bytes: int, cuda: bool, expected: int
+) -> None:
+    memory = estimate_memory(LLAMA_8B, replace(LOAD, dtype_bytes=dtype_bytes, cuda=cuda))
+    assert memory.logits_bytes == 2048 * 128_256 * expected
 
 
 def test_training_and_evaluation_are_not_held_at_the_same_time() -> None:

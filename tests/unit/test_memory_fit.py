@@ -6,15 +6,25 @@ import pytest
 
 from orchestrator.config import QuantConfig
 from orchestrator.errors import ConfigError
-from orchestrator.planning.fit import Fit, fit
+from orchestrator.planning.fit import OUT_OF_MEMORY_FACTOR, Fit, after_out_of_memory, fit
 from orchestrator.planning.memory import GIB
-from orchestrator.planning.options import PackWish, balanced_slots, full_card_tokens
+from orchestrator.planning.options import (
+    PackWish,
+    Premises,
+    balanced_slots,
+    full_card_tokens,
+    pack_loads,
+)
 from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import Device
 from tests.sweeps import LLAMA_8B, LLAMA_HALF_B, NO_BASE, premises, sweep_config
 
 
-def fitted(
+def fitted(memory_gib: float, *arguments: Any, **changes: Any) -> Fit:
+    return fit(*asked(memory_gib, *arguments, **changes))
+
+
+def asked(
     memory_gib: float,
     shape: BaseShape | UnknownShape = LLAMA_8B,
     device: Device = "cuda",
@@ -23,7 +33,7 @@ def fitted(
     bit_width: int = 4,
     zero: bool = False,
     **changes: Any,
-) -> Fit:
+) -> tuple[Premises, PackWish]:
     """For trials of `batch_size` blocks of 1,024 tokens; `changes` are settings of the sweep."""
     config = sweep_config(trial__quant__bit_width=bit_width, **changes)
     wish = PackWish(
@@ -36,7 +46,7 @@ def fitted(
         micro_batch_size=config.trial.micro_batch_size,
         gradient_checkpointing=config.trial.gradient_checkpointing,
     )
-    return fit(premises(config, device, shape, int(memory_gib * GIB)), wish)
+    return premises(config, device, shape, int(memory_gib * GIB)), wish
 
 
 def choices(found: Fit) -> tuple[bool, bool, int, int]:
@@ -53,21 +63,45 @@ def test_a_large_gpu_gives_up_nothing() -> None:
     assert choices(fitted(141)) == (True, False, 2, 4)
 
 
-def test_what_does_not_fit_gives_up_residency_then_activations_then_blocks_then_slots() -> None:
+def test_what_does_not_fit_gives_up_residency_then_blocks_then_activations_then_slots() -> None:
     sizes = [size / 4 for size in range(400, 36, -1)]
     seen = [choices(fitted(size)) for size in sizes]
     order = [choice for n, choice in enumerate(seen) if n == 0 or choice != seen[n - 1]]
     assert order == [
         (True, False, 2, 4),
         (False, False, 2, 4),
-        (True, True, 2, 4),  # the room that recomputation makes holds the values again
+        (True, False, 1, 4),  # the room that a smaller pass makes holds the values again
+        (False, False, 1, 4),
+        (True, True, 2, 4),  # and that of recomputation, the whole batch
         (False, True, 2, 4),
         (False, True, 1, 4),
-        (False, True, 2, 2),  # and that of fewer slots, the whole batch
+        (False, True, 2, 2),
         (False, True, 1, 2),
         (False, True, 2, 1),
         (False, True, 1, 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "order"),
+    [
+        # 1 block is a pass of 1,024 tokens: too few to be better than recomputation.
+        (None, [(4, False), (2, False), (4, True), (2, True), (1, False), (1, True)]),
+        (False, [(4, False), (2, False), (1, False)]),
+        (True, [(4, True), (2, True), (1, True)]),
+    ],
+)
+def test_passes_shrink_to_2048_tokens_before_anything_is_computed_again(
+    setting: bool | None, order: list[tuple[int, bool]]
+) -> None:
+    wished = asked(80, share=1, batch_size=4, trial__gradient_checkpointing=setting)
+    loads = [load for load in pack_loads(*wished) if not load.dequantise_once]
+    assert [(load.micro_batch_size, load.gradient_checkpointing) for load in loads] == order
+
+
+def test_a_smaller_pass_is_shown_with_what_a_larger_one_would_need() -> None:
+    found = fitted(30, share=2, batch_size=8)
+    assert "4 of 8 blocks in a pass: 8 need 42.1 GiB without recomputation" in found.reasons
 
 
 @pytest.mark.parametrize("memory_gib", [8, 12, 16, 24, 40, 80, 141])
@@ -82,7 +116,7 @@ def test_what_is_chosen_fits_or_is_said_not_to(memory_gib: int) -> None:
 def test_where_nothing_fits_the_least_is_chosen_and_the_plan_says_so() -> None:
     found = fitted(4)
     assert choices(found) == (False, True, 1, 1)
-    assert found.reasons[-1].startswith("does not fit, the least is 8.9 ")
+    assert found.reasons[-1].startswith("does not fit, the least is 10.4 ")
     assert found.reasons[-1].endswith("GiB of 3.6 GiB")
 
 
@@ -149,13 +183,60 @@ def test_waves_are_even(share: int, most: int, first: int) -> None:
         ({"memory_gib": 141, "zero": True}, "not estimated for DeepSpeed"),
     ],
 )
-def test_where_the_memory_is_unknown_nothing_is_traded_for_it(
+def test_where_a_gpus_memory_is_unknown_little_of_it_is_taken(
     arguments: dict[str, Any], why: str
 ) -> None:
     found = fitted(share=9, batch_size=32, **arguments)
-    assert choices(found) == (False, False, 32, 3)
+    assert choices(found) == (False, True, 1, 3)
     assert found.memory is None
+    assert "1 block in a pass, as the memory is unknown" in found.reasons
+    assert "recomputation, as the memory is unknown" in found.reasons
     assert why in found.reasons[-1]
+
+
+def test_where_a_cpus_memory_is_unknown_nothing_is_traded_for_it() -> None:
+    found = fitted(0, NO_BASE, "cpu", share=9, batch_size=32)
+    assert choices(found) == (False, False, 32, 3)
+
+
+def test_each_loss_of_a_pack_to_its_memory_makes_the_next_one_smaller_until_nothing_is_left() -> (
+    None
+):
+    given, wish = asked(141)
+    lost = fit(given, wish)
+    seen = [lost]
+    while learned := after_out_of_memory(given, wish, lost):
+        given, reason = learned
+        assert lost.memory is not None
+        assert f"{lost.memory.total_bytes / GIB:.1f} GiB were expected" in reason
+        lost = fit(given, wish)
+        seen.append(lost)
+    needs = [found.memory.total_bytes for found in seen if found.memory is not None]
+    for more, less in zip(needs[:-2], needs[1:-1], strict=True):
+        assert less <= OUT_OF_MEMORY_FACTOR * more
+    assert needs == sorted(needs, reverse=True)
+    assert choices(lost) == (False, True, 1, 1)  # the last option of all
+    assert len(seen) > 3
+
+
+def test_a_loss_that_was_planned_before_another_teaches_the_same_once() -> None:
+    given, wish = asked(141)
+    lost = fit(given, wish)
+    first = after_out_of_memory(given, wish, lost)
+    assert first is not None
+    assert after_out_of_memory(first[0], wish, lost) == first
+
+
+@pytest.mark.parametrize("memory_gib", [0, 24, 141])
+def test_a_pack_whose_options_are_all_set_learns_nothing_from_its_loss(memory_gib: int) -> None:
+    given, wish = asked(
+        memory_gib,
+        trial__gradient_checkpointing=False,
+        trial__micro_batch_size=2,
+        resources__dequantise_once=False,
+        resources__slots_per_pack=3,
+    )
+    assert after_out_of_memory(given, wish, fit(given, wish)) is None
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,19 @@ from orchestrator.planning import machine
 from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import RULED_FIELDS, problems
 from orchestrator.planning.memory import GIB
-from orchestrator.planning.packs import PackKey, PackPlan, pack_key, plan_pack, preview_packs
+from orchestrator.planning.packs import (
+    FRESH,
+    PackKey,
+    PackPlan,
+    pack_key,
+    plan_pack,
+    preview_packs,
+)
 from orchestrator.planning.shape import BaseShape
-from orchestrator.records import TrialSpec
+from orchestrator.records import Arithmetic, TrialSpec
 from orchestrator.sweep.policy import (
     AbandonPack,
+    Action,
     AssignTrial,
     PackView,
     ReleasePack,
@@ -378,6 +387,29 @@ def test_the_user_decides_how_many_workers_train_a_pack() -> None:
     assert preview(trials(4), 1, LLAMA_8B, resources__workers_per_pack=2) == []
 
 
+def test_the_plan_says_which_workers_the_setting_leaves_idle() -> None:
+    packs = preview(trials(4, 4, 4, 4), 5, LLAMA_8B, resources__workers_per_pack=2)
+    assert ["leaves 1 of 3 free ones idle" in plan.reason for plan, _ in packs] == [False, True]
+
+
+def test_a_pack_on_cpus_has_one_worker_unless_more_are_set() -> None:
+    def sizes(**changes: Any) -> list[int]:
+        return [plan.world_size for plan, _ in preview(trials(4), 2, **changes)]
+
+    assert sizes() == [1]
+    assert sizes(resources__workers_per_pack=2) == [2]
+
+
+def test_a_preview_lists_trials_that_the_pack_can_train() -> None:
+    waiting = [
+        replace(trial, number=number)
+        for number, size in enumerate((3, 4, 6))
+        for trial in trials(4, trial__batch_size=size, trial__micro_batch_size=1)
+    ]
+    packs = preview(waiting, 2, LLAMA_8B, resources__workers_per_pack=2)
+    assert members(packs) == [[1, 2]]
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -434,9 +466,9 @@ def test_trials_that_a_loading_pack_will_take_start_no_second_pack() -> None:
 
 def test_a_pack_occupies_all_of_its_workers() -> None:
     four, sixteen = trials(4, 16)
-    both = replace(pack(pack_key(four.config), occupied=2), world_size=2)
-    assert decide(view([sixteen], both)) == []
-    (start,) = decide(view([sixteen], replace(both, world_size=1)))
+    one = pack(pack_key(four.config), occupied=2)
+    assert decide(view([sixteen], replace(one, arithmetic=Arithmetic(2, 1, False)))) == []
+    (start,) = decide(view([sixteen], one))
     assert isinstance(start, StartPack)
 
 
@@ -445,8 +477,117 @@ def test_a_refill_goes_only_to_workers_that_can_share_its_batch() -> None:
         TrialSpec(n, {}, sweep_config(trial__batch_size=size, trial__micro_batch_size=1).trial)
         for n, size in enumerate((3, 4))
     )
-    pair = replace(pack(pack_key(odd.config), occupied=1), world_size=2, pass_blocks=2)
+    pair = replace(pack(pack_key(odd.config), 1), arithmetic=Arithmetic(2, 1, False))
     assert decide(view([odd, even], pair)) == [AssignTrial(0, 1)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trial__batch_size": 3},
+        {"trial__batch_size": 3, "trial__micro_batch_size": 1},
+        {"trial__strategy": {"kind": "zero", "stage": 2}},
+    ],
+)
+def test_no_pack_is_started_that_no_waiting_trial_can_use(changes: dict[str, Any]) -> None:
+    (odd,) = trials(4, **changes)
+    given = premises(sweep_config(resources__workers_per_pack=2))
+    assert decide(SweepView((odd,), (), 2, given)) == []
+    (even,) = trials(4, trial__batch_size=4, trial__micro_batch_size=1)
+    (start,) = decide(SweepView((odd, replace(even, number=1)), (), 2, given))
+    assert isinstance(start, StartPack)
+    assert start.plan.key == pack_key(even.config)
+
+
+def on_gpus(
+    waiting: list[TrialSpec],
+    *packs: PackView,
+    num_workers: int = 2,
+    memory_bytes: int = 141 * GIB,
+    had: Mapping[int, Arithmetic] = FRESH,
+    **changes: Any,
+) -> list[Action]:
+    given = premises(sweep_config(**changes), "cuda", LLAMA_8B, memory_bytes)
+    return decide(SweepView(tuple(waiting), packs, num_workers, given, had=had))
+
+
+def started(actions: list[Action]) -> list[tuple[Arithmetic, int]]:
+    """Of each new pack, what it chose and its slots."""
+    plans = [action.plan for action in actions if isinstance(action, StartPack)]
+    return [(plan.arithmetic, plan.num_slots) for plan in plans]
+
+
+HAD = Arithmetic(1, 4, True)
+
+
+def test_a_half_trained_trial_gets_a_pack_of_the_arithmetic_that_it_had() -> None:
+    (alone,) = trials(4)
+    assert started(on_gpus([alone])) == [(Arithmetic(2, 4, False), 1)]
+    (start,) = on_gpus([alone], had={0: HAD})
+    assert started([start]) == [(HAD, 1)]
+    assert "1 worker, as half-trained trials had" in start.reason
+    assert "4 blocks in a pass, as half-trained trials had" in start.reason
+
+
+def test_a_fresh_trial_may_share_the_pack_of_a_half_trained_one_which_goes_first() -> None:
+    waiting = trials(4, 4)
+    had = {1: Arithmetic(1, 1, False)}
+    assert started(on_gpus(waiting, num_workers=1, had=had)) == [(had[1], 2)]
+    loaded = replace(pack(pack_key(waiting[0].config), occupied=0), arithmetic=had[1])
+    assert on_gpus(waiting, loaded, num_workers=1, had=had) == [
+        AssignTrial(0, 1),
+        AssignTrial(0, 0),
+    ]
+    narrow = replace(loaded, num_slots=1)
+    assert on_gpus(waiting, narrow, num_workers=1, had=had) == [AssignTrial(0, 1)]
+
+
+def test_half_trained_trials_that_had_different_arithmetics_get_a_pack_each() -> None:
+    waiting = trials(4, 4, 4)
+    had = {0: HAD, 1: Arithmetic(1, 8, True), 2: HAD}
+    assert started(on_gpus(waiting, had=had)) == [(HAD, 1), (Arithmetic(1, 8, True), 1)]
+
+
+def test_a_half_trained_trial_is_no_refill_for_a_pack_of_another_arithmetic() -> None:
+    waiting = trials(4, 4)
+    running = replace(pack(pack_key(waiting[0].config), occupied=1), arithmetic=HAD)
+    other = {0: Arithmetic(1, 8, True)}
+    assert on_gpus(waiting, running, num_workers=1, had=other) == [AssignTrial(0, 1)]
+    assert on_gpus(waiting, running, num_workers=1, had={0: HAD}) == [AssignTrial(0, 0)]
+
+
+def test_a_half_trained_trial_waits_for_the_workers_that_it_had() -> None:
+    four, sixteen = trials(4, 16)
+    busy = pack(pack_key(sixteen.config), occupied=2)
+    assert on_gpus([four], busy, had={0: Arithmetic(2, 4, False)}) == []
+    assert started(on_gpus([four], had={0: Arithmetic(2, 2, False)})) == [
+        (Arithmetic(2, 2, False), 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("had", "given", "why"),
+    [
+        (Arithmetic(2, 2, False), {"num_workers": 1}, "the sweep has 1 worker now"),
+        (
+            Arithmetic(2, 2, False),
+            {"resources__workers_per_pack": 1},
+            "resources.workers_per_pack is 1 now",
+        ),
+        (Arithmetic(1, 8, False), {"memory_bytes": 16 * GIB}, "it does not fit the memory now"),
+    ],
+)
+def test_a_half_trained_trial_is_planned_anew_where_it_must_and_the_reason_says_so(
+    had: Arithmetic, given: dict[str, Any], why: str
+) -> None:
+    waiting = trials(4)
+    ((new, slots),) = started(on_gpus(waiting, had={0: had}, **given))
+    assert new != had
+    assert started(on_gpus(waiting, **given)) == [(new, slots)]
+    running = replace(pack(pack_key(waiting[0].config), occupied=1), arithmetic=new)
+    (assign,) = on_gpus(waiting, running, had={0: had}, **given)
+    assert assign == AssignTrial(0, 0)
+    assert f"planned anew, as it was trained with {had} so far and {why}" in assign.reason
 
 
 def test_an_empty_pack_is_released_and_its_worker_starts_another_base() -> None:

@@ -14,7 +14,7 @@ from orchestrator.files import (
     write_file,
     write_json,
 )
-from orchestrator.records import Evaluated, Progress, TrialResult, TrialSpec
+from orchestrator.records import Arithmetic, Evaluated, Progress, TrialResult, TrialSpec
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
 from tests.sweeps import make_store, sweep_config
@@ -90,13 +90,25 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path: Path) ->
 def test_attempts_are_numbered_and_checkpoints_found_furthest_first(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
     for attempt, steps in ((1, (2, 4)), (2, (6,)), (3, (4,))):
-        number, folder = store.start_attempt(0)
+        number, folder = store.start_attempt(0, Arithmetic(1, 8, False))
         assert number == attempt
         for step in steps:
             write_json(folder / f"checkpoint-{step:08d}" / "checkpoint.json", {})
     (folder / "checkpoint-00000009").mkdir()  # cut off before it was complete
     found = [(int(path.parent.name), path.name[-1]) for path in store.checkpoints(0)]
     assert found == [(2, "6"), (3, "4"), (1, "4"), (1, "2")]
+
+
+def test_what_a_trial_was_trained_with_is_that_of_the_attempt_that_got_furthest(
+    tmp_path: Path,
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    assert store.arithmetic(0) is None
+    for world_size, steps in ((1, 2), (2, 6), (3, 4)):
+        _, folder = store.start_attempt(0, Arithmetic(world_size, 8, True))
+        assert (store.arithmetic(0) is None) == (world_size == 1)
+        write_json(folder / f"checkpoint-{steps:08d}" / "checkpoint.json", {})
+    assert store.arithmetic(0) == Arithmetic(2, 8, True)
 
 
 def test_a_curve_shows_the_latest_attempt_where_attempts_overlap(tmp_path: Path) -> None:
