@@ -34,7 +34,7 @@ PROBE_TOKENS = 8
 # exactly 0, for both passes have the same shapes; mixtures of experts by 1e-7 in float32. Those
 # that leak change by 1e-3 to 1.4 with random weights, which leak least (only Falcon-H1 by less than
 # 1e-2). SmolLM2's own weights leak 0.5 where positions do not start again.
-MAX_LEAK = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+MAX_LEAK = {torch.bfloat16: 1e-2, torch.float32: 1e-4, torch.float64: 1e-4}
 # Rounding makes 1e-3 in bfloat16 (Gemma 2's capping); leaving out Cohere's factor of 1/16 makes 15.
 MAX_LOGITS_ERROR = 1e-2
 # Two kernels in bfloat16 differ by some 1e-2 after 32 blocks; attention that is not the same by 1.
@@ -162,7 +162,7 @@ def _check_family(base: LoadedBase) -> None:
     """
     config: Any = base.model.config
     family = f"base model family {config.model_type!r}"
-    block, changed, position_ids = _probe(base)
+    block, changed, position_ids = probe(base)
     with _probing(base.model):
         try:
             hidden = base.hidden(block, position_ids)
@@ -175,14 +175,14 @@ def _check_family(base: LoadedBase) -> None:
                 f"{error}: choose another base model"
             ) from error
     second = slice(PROBE_TOKENS, None)
-    leak = _difference(hidden_changed[0, second], hidden[0, second])
-    if leak > MAX_LEAK.get(hidden.dtype, MAX_LEAK[torch.bfloat16]):
+    leak = difference(hidden_changed[0, second], hidden[0, second])
+    if leak > max_leak(hidden.dtype):
         raise BaseModelError(
             f"{family}: documents that share a block are not kept apart (a neighbour changes "
             f"hidden states by {leak:.2g} of their size): choose another base model, such as "
             "Llama, Qwen3 or Gemma 3"
         )
-    error_size = _difference(own_logits[0], logits[0])
+    error_size = difference(own_logits[0], logits[0])
     if error_size > MAX_LOGITS_ERROR:
         raise BaseModelError(
             f"{family}: its output head does more than is known here (logits differ by "
@@ -198,25 +198,25 @@ def _with_fastest_attention(base: LoadedBase, strategy: StrategyConfig) -> Loade
         why_not = "under ZeRO the base may lie on the CPU"
     if why_not:
         return replace(base, why_not_by_document=why_not)
-    block, _, position_ids = _probe(base)
+    block, _, position_ids = probe(base)
     faster = replace(base, why_not_by_document="")
     with _probing(base.model):
         expected = base.hidden(block, position_ids)
         own = set_attention(base.model, BY_DOCUMENT)
         try:
-            difference = _difference(faster.hidden(block, position_ids)[0], expected[0])
+            change = difference(faster.hidden(block, position_ids)[0], expected[0])
         except (NotByDocument, RuntimeError, TypeError) as error:
             why_not = str(error).splitlines()[0]
         else:
-            if not difference < MAX_ATTENTION_ERROR:
-                why_not = f"the flash kernel's hidden states differ by {difference:.2g}"
+            if not change < MAX_ATTENTION_ERROR:
+                why_not = f"the flash kernel's hidden states differ by {change:.2g}"
     if why_not:
         set_attention(base.model, own)
         return replace(base, why_not_by_document=why_not)
     return faster
 
 
-def _probe(base: LoadedBase) -> tuple[Tensor, Tensor, Tensor]:
+def probe(base: LoadedBase) -> tuple[Tensor, Tensor, Tensor]:
     """A block of two documents, it with another first one, and the positions: [1, 16] each."""
     embeddings = base.model.get_input_embeddings().weight  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
@@ -245,7 +245,11 @@ def _probing(model: nn.Module) -> Iterator[None]:
             state.threshold = threshold  # type: ignore[union-attr]
 
 
-def _difference(changed: Tensor, original: Tensor) -> float:
+def max_leak(dtype: torch.dtype) -> float:
+    return MAX_LEAK.get(dtype, MAX_LEAK[torch.bfloat16])
+
+
+def difference(changed: Tensor, original: Tensor) -> float:
     """Of two [n, D]: the largest change of a row, as a part of the row's length."""
     change = (changed.double() - original.double()).norm(dim=-1)
     return float((change / original.double().norm(dim=-1).clamp_min(1e-30)).max())

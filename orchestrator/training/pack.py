@@ -41,7 +41,7 @@ from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.feed import Feed
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.memory import peak_memory_bytes
-from orchestrator.training.program import EagerProgram
+from orchestrator.training.program import EagerProgram, check_lanes
 from orchestrator.training.program_builder import ProgramBuilder
 from orchestrator.training.replicas import join
 from orchestrator.training.slot import Slot
@@ -91,6 +91,8 @@ class PackWorker:
         self.feed = Feed(
             train_reader, spec.micro_batch_size, self.place.world_rank, self.place.world_size
         )
+        if spec.num_slots > 1:
+            check_lanes(self.base, self.rows)
         readers = (train_reader, self.held_out_reader)
         self.programs = ProgramBuilder(spec, self.base, self.rows, readers)
         self.engine = self._build_engine(strategy)

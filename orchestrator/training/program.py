@@ -17,13 +17,38 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from orchestrator.data.reader import Batch
+from orchestrator.errors import BaseModelError
 from orchestrator.records import StepProgram
 from orchestrator.training.attention import document_borders
-from orchestrator.training.base_model import LoadedBase
-from orchestrator.training.lanes import Lanes, Served
+from orchestrator.training.base_model import LoadedBase, difference, max_leak, probe
+from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.slots import Slots
 
 WARM_UP_PASSES = 3  # as torch.cuda.make_graphed_callables
+
+
+@torch.no_grad()
+def check_lanes(base: LoadedBase, slots: Slots) -> None:
+    """Refuse a base whose layers do not see the blocks in their order: one that gathers tokens by
+    expert would give a token another lane's adapter. Slot 0 is empty before and after.
+
+    Raises:
+        BaseModelError: an adapter in one lane changes another lane's numbers.
+    """
+    block, other, position_ids = probe(base)
+    words, positions = torch.cat([block, other]), position_ids.repeat(2, 1)
+    program = EagerProgram(base, slots)
+    slots.rows[0].normal_(std=0.1)
+    program.serve([BASE_ALONE, BASE_ALONE])
+    expected = base.hidden(words, positions)
+    program.serve([BASE_ALONE, Served(0, 1.0)])
+    found = base.hidden(words, positions)
+    slots.clear(0)
+    if not difference(found[0], expected[0]) <= max_leak(found.dtype):
+        raise BaseModelError(
+            f"base model family {base.model.config.model_type!r}: its layers mix the tokens of "  # type: ignore[union-attr]
+            "different blocks, so adapters cannot share it: set resources.slots_per_pack: 1"
+        )
 
 
 def program_kind(wanted: StepProgram, base: LoadedBase) -> tuple[StepProgram, str]:

@@ -7,9 +7,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from orchestrator.config import AdapterConfig, OptimizerConfig, ScheduleConfig
+from orchestrator.config import (
+    AdapterConfig,
+    OptimizerConfig,
+    QuantConfig,
+    ScheduleConfig,
+    StrategyConfig,
+)
 from orchestrator.errors import BaseModelError, ConfigError, RunFolderError
+from orchestrator.records import BaseModel
 from orchestrator.training import loss as loss_module
+from orchestrator.training.base_model import load_base_model
 from orchestrator.training.checkpoints import (
     Checkpoint,
     latest_checkpoint,
@@ -27,6 +35,7 @@ from orchestrator.training.optimizers import (
     optimizer_states,
     restore_optimizer,
 )
+from orchestrator.training.program import check_lanes
 from orchestrator.training.slots import Slots
 
 
@@ -231,3 +240,32 @@ def test_only_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
         "checkpoint-00000004",
         "checkpoint-00000005",
     ]
+
+
+class Backwards(nn.Module):
+    """Hands its tokens on in another order, as experts do, and puts them back."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.flip(0)).flip(0)
+
+
+def test_a_base_whose_layers_reorder_blocks_is_refused_for_several_slots(
+    base_folder: Path,
+) -> None:
+    base = load_base_model(
+        BaseModel("tiny", None, str(base_folder), "d"),
+        QuantConfig(bit_width=16, compute_dtype="float32"),
+        "cpu",
+        StrategyConfig(),
+    )
+    check_lanes(base, Slots(base.model, "all-linear", 2, 4, "cpu"))
+    layer = base.model.get_decoder().layers[0]  # type: ignore[operator]
+    layer.mlp = Backwards(layer.mlp)
+    slots = Slots(base.model, "all-linear", 2, 4, "cpu")
+    with pytest.raises(BaseModelError, match=r"mix the tokens.*slots_per_pack: 1"):
+        check_lanes(base, slots)
+    assert not slots.rows.any()
