@@ -9,6 +9,7 @@ import torch
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.errors import BaseModelError
 from orchestrator.records import BaseModel
+from orchestrator.training.attention import why_not_by_document
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import PackWorker, assert_equal, train
@@ -164,3 +165,40 @@ def test_a_family_that_cannot_be_trained_is_refused_before_zero_takes_its_parame
     worker = PackWorker(make_spec(base_model=base, num_slots=1, strategy=strategy))
     with pytest.raises(BaseModelError, match="'opt'"):
         worker.load()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("llama", {}, ""),
+        ("qwen2", {}, ""),  # has a window in its configuration that it does not use
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, "sliding_window"),
+        ("mistral", {"sliding_window": None}, ""),
+        ("mistral", {"sliding_window": 32}, "sliding_window"),
+        ("gemma2", {}, "sliding_window"),
+        ("gemma2", {"sliding_window": None}, "attn_logit_softcapping"),
+        ("gpt_oss", {"num_local_experts": 4}, "sliding_window"),
+        ("llama", {"head_dim": 12}, "12 wide"),
+    ],
+)
+def test_attention_by_document_borders_is_for_families_of_plain_causal_attention(
+    name: str, changes: dict[str, Any], reason: str
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SIZES | changes))
+    found = why_not_by_document(model, torch.device("cuda"), torch.bfloat16)
+    assert reason in found
+    assert bool(found) == bool(reason)
+
+
+def test_a_model_of_text_and_images_is_judged_by_its_text_part() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = Gemma3Config(
+        text_config=SIZES, vision_config={**vision, "num_attention_heads": 2, "image_size": 28}
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    found = why_not_by_document(model, torch.device("cuda"), torch.bfloat16)
+    assert "sliding_window" in found
