@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from orchestrator.config import QuantConfig, StrategyConfig
@@ -55,6 +56,18 @@ class LoadedBase:
     why_not_by_document: str
     """Why its attention needs transformers' masks; empty where it goes by document borders."""
 
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """Of what is added up: adapter rows, losses, factors."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def on_device(self, array: NDArray[Any]) -> Tensor:
+        """Queued like a kernel on a GPU."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
     def hidden(
         self, input_ids: Tensor, position_ids: Tensor, borders: Tensor | None = None
     ) -> Tensor:
@@ -73,8 +86,7 @@ class LoadedBase:
         if self.why_not_by_document:
             return inputs | {"use_cache": False}
         if borders is None:
-            found = document_borders(position_ids.cpu().numpy())
-            borders = torch.from_numpy(found).to(self.device)
+            borders = self.on_device(document_borders(position_ids.cpu().numpy()))
         return inputs | {"use_cache": False, "borders": borders}
 
     def head(self, hidden: Tensor) -> Tensor:

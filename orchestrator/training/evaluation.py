@@ -72,7 +72,7 @@ def evaluate(
         engine.forward(partial(_add_group, base, engine, reader, group, size, totals))
     base.model.train()
     if replicas.world_size > 1:
-        shared = torch.from_numpy(totals).to(base.device)
+        shared = base.on_device(totals)
         replicas.sum(shared)
         totals = shared.cpu().numpy()
     labels = totals[1].astype(np.int64)
@@ -101,8 +101,8 @@ def _add_group(
     counts = np.concatenate([np.arange(size) < len(indices) for _, indices in group])
     hidden = engine.program.hidden(batch)  # [lanes*size, S, H]
     blocks, places = np.nonzero((batch.labels != IGNORED) & counts[:, None])
-    targets = torch.from_numpy(batch.labels[blocks, places]).to(base.device)
-    at = torch.from_numpy(blocks * batch.labels.shape[1] + places).to(base.device)
+    targets = base.on_device(batch.labels[blocks, places])
+    at = base.on_device(blocks * batch.labels.shape[1] + places)
     losses = token_losses(hidden.flatten(0, 1)[at], targets, base.head).double().cpu().numpy()
     member = np.repeat([member for member, _ in group], size)[blocks]
     examples = batch.document_ids[blocks, places]

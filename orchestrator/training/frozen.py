@@ -35,7 +35,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        output: Tensor = torch.ops.orchestrator.packed_linear(x, bias, *self._weight())
+        output: Tensor = torch.ops.orchestrator.packed_linear(x, bias, False, *self._weight())
         return output
 
     def values(self) -> Tensor:
@@ -99,12 +99,13 @@ def _values(
     return values
 
 
-# Both directions are operators of their own, so that a compiler cannot keep the values from the
+# One operator from codes to product, in both directions: a compiler cannot keep the values from the
 # forward to the backward pass, which would hold the whole base in 16 bits.
 @torch.library.custom_op("orchestrator::packed_linear", mutates_args=())
 def _packed_linear(
     x: Tensor,
     bias: Tensor | None,
+    transposed: bool,
     codes: Tensor,
     constants: Sequence[Tensor],
     blocksizes: Sequence[int],
@@ -112,45 +113,27 @@ def _packed_linear(
     dtype: torch.dtype,
     shape: Sequence[int],
 ) -> Tensor:
-    values = _values(codes, constants, blocksizes, quant_type, dtype, shape)
-    return functional.linear(x, values.to(x.dtype), bias)
-
-
-@torch.library.custom_op("orchestrator::packed_linear_backward", mutates_args=())
-def _packed_linear_backward(
-    gradient: Tensor,
-    codes: Tensor,
-    constants: Sequence[Tensor],
-    blocksizes: Sequence[int],
-    quant_type: str,
-    dtype: torch.dtype,
-    shape: Sequence[int],
-) -> Tensor:
-    values = _values(codes, constants, blocksizes, quant_type, dtype, shape)
-    return gradient @ values.to(gradient.dtype)
+    values = _values(codes, constants, blocksizes, quant_type, dtype, shape).to(x.dtype)
+    return x @ values if transposed else functional.linear(x, values, bias)
 
 
 @_packed_linear.register_fake
-def _(x: Tensor, *weight: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight[-1][0])
-
-
-@_packed_linear_backward.register_fake
-def _(gradient: Tensor, *weight: Any) -> Tensor:
-    return gradient.new_empty(*gradient.shape[:-1], weight[-1][1])
+def _(x: Tensor, bias: Tensor | None, transposed: bool, *weight: Any) -> Tensor:
+    out_features, in_features = weight[-1]
+    return x.new_empty(*x.shape[:-1], in_features if transposed else out_features)
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, codes, constants, *ctx.settings = inputs
+    _, _, _, codes, constants, *ctx.settings = inputs
     ctx.save_for_backward(codes, *constants)
 
 
 def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     codes, *constants = ctx.saved_tensors
-    result = torch.ops.orchestrator.packed_linear_backward(
-        gradient, codes, constants, *ctx.settings
+    result = torch.ops.orchestrator.packed_linear(
+        gradient, None, True, codes, constants, *ctx.settings
     )
-    return (result, None, None, [None] * len(constants), None, None, None, None)
+    return (result, None, None, None, [None] * len(constants), None, None, None, None)
 
 
 _packed_linear.register_autograd(_input_gradient, setup_context=_keep_weight)

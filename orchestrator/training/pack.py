@@ -84,7 +84,7 @@ class PackWorker:
             spec.num_slots,
             spec.max_rank,
             self.base.device,
-            torch.float64 if self.base.dtype == torch.float64 else torch.float32,
+            self.base.wide_dtype,
         )
         train_reader = BlockReader(load_manifest(Path(spec.train_manifest)))
         self.held_out_reader = BlockReader(load_manifest(Path(spec.held_out_manifest)))

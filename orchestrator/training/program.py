@@ -94,12 +94,10 @@ class EagerProgram:
         self.lanes.serve(served)
 
     def hidden(self, batch: Batch) -> Tensor:
-        borders = None
+        put, borders = self._base.on_device, None
         if not self._base.why_not_by_document:
-            borders = self._on_device(document_borders(batch.position_ids))
-        return self._base.hidden(
-            self._on_device(batch.input_ids), self._on_device(batch.position_ids), borders
-        )
+            borders = put(document_borders(batch.position_ids))
+        return self._base.hidden(put(batch.input_ids), put(batch.position_ids), borders)
 
     def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
         return _gradients(hidden, self.lanes, gradient)
@@ -107,9 +105,6 @@ class EagerProgram:
     def _attach(self, lanes: Lanes) -> None:
         lanes.attach(self._base.model)
         self.lanes = lanes
-
-    def _on_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._base.device)
 
 
 class FixedProgram:
@@ -174,11 +169,8 @@ class RecordedProgram(FixedProgram):
     def __init__(self, base: LoadedBase, *args: Any) -> None:
         super().__init__(base, *args)
         assert self._borders is not None, base.why_not_by_document
-        self._borders.fill_(self._input_ids.numel())
-        self._borders[: len(self._input_ids)] = torch.arange(
-            0, self._input_ids.numel(), self._input_ids.shape[1]
-        )
-        self._position_ids.copy_(torch.from_numpy(self._idle))
+        no_blocks = np.zeros((0, len(self._idle)), dtype=np.int64)
+        self._fill(Batch(no_blocks, no_blocks, no_blocks, no_blocks))
         self._warm_up()
         # Another thread may call CUDA meanwhile, and backward passes run in one.
         options: dict[str, Any] = {"capture_error_mode": "thread_local"}

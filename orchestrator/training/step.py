@@ -7,11 +7,9 @@ gathers the next blocks. Then the losses and norms are read once, and optimizers
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.data.reader import Batch
@@ -75,25 +73,15 @@ class StepRunner:
         hidden = self._engine.program.hidden(batch)  # [k*b, S, H]
         kept = np.flatnonzero(batch.labels != IGNORED)
         lane_size = batch.labels.size // len(parts)
-        places = self._on_device(kept)
-        weights = torch.tensor([weight for _, weight in parts], dtype=self._wide)
+        places = self._base.on_device(kept)
+        weights = torch.tensor([weight for _, weight in parts], dtype=self._base.wide_dtype)
         flat = hidden.detach().flatten(0, 1)
         losses, by_kept = losses_and_gradient(
             flat[places],
-            self._on_device(batch.labels.ravel()[kept]),
-            self._on_device(kept // lane_size),
+            self._base.on_device(batch.labels.ravel()[kept]),
+            self._base.on_device(kept // lane_size),
             weights.to(self._base.device, non_blocking=True),
             self._base.head,
         )
         gradient = torch.zeros_like(flat).index_copy_(0, places, by_kept)
         return losses, hidden, gradient.view_as(hidden)
-
-    @property
-    def _wide(self) -> torch.dtype:
-        return torch.float64 if self._base.dtype == torch.float64 else torch.float32
-
-    def _on_device(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self._base.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self._base.device, non_blocking=True)
