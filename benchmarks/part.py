@@ -25,7 +25,7 @@ def main() -> None:
                 time.sleep(0.01)
 
     if options.kind == "matmul":
-        content: dict[str, Any] = {"tflops": round(matmul_tflops(), 1)}
+        content: dict[str, Any] = {"tflops": round(matmul_tflops(), 4)}
     elif options.kind == "stock":
         from benchmarks import stock
 
