@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from orchestrator.config import EvaluationConfig, StrategyConfig, TrialConfig
-from orchestrator.data.manifest import manifest_path
 from orchestrator.records import (
     Assign,
     BaseModel,
@@ -97,8 +96,7 @@ def pack_spec(pack: Pack) -> PackSpec:
     return PackSpec(
         pack=0,
         base_model=BaseModel(str(pack.model), None, str(pack.model), "benchmark"),
-        train_manifest=str(manifest_path(pack.shards, "train")),
-        held_out_manifest=str(manifest_path(pack.shards, "held_out")),
+        data_place=str(pack.shards),
         template="plain",
         quant=trial_config(pack, 1, 0).quant.model_dump()
         | {"compute_dtype": auto_compute_dtype(device)},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import SweepConfig
-from orchestrator.data.manifest import Manifest, load_manifest, manifest_path
+from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.prepare import prepare
 from orchestrator.files import cache_dir
 from orchestrator.loading import load_config, trial_with
@@ -96,7 +96,7 @@ def _train(params: dict[str, Any], config: SweepConfig, shards: str) -> None:
         prediction_loss_only=True,
     )
     train, held_out = (
-        _Blocks(load_manifest(manifest_path(Path(shards), role))) for role in ("train", "held_out")
+        _Blocks(load_manifest(shards, role)) for role in ("train", "held_out")
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=held_out)
     trainer.train()

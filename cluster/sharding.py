@@ -1,26 +1,128 @@
 """Dataset preparation on a pool of Ray actors.
 
-A RunTasks (orchestrator/data/prepare.py): runs a picklable function over tasks and gives the
-results in their order. A task may run twice, when an actor dies and is replaced.
+A RunTasks (orchestrator/data/prepare.py): runs a picklable function over tasks and yields the
+results in their order. A task goes to an actor when that actor is idle, never before; the task of
+an actor that is lost, alone or with its node, goes to another one.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
-from ray.util import ActorPool
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from orchestrator.errors import ClusterError, OrchestratorError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-TASK_RETRIES = 3
+LOSSES_PER_TASK = 3  # then it is the task that ends its actors, by its memory for example
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
-# Actors for which a busy cluster has no core yet are not waited for once others are there.
-START_TIMEOUT_S = 5.0
+class RayTasks:
+    """Callable as run_tasks(function, tasks) while it is entered; leaving it ends the actors."""
+
+    def __init__(self, num_actors: int) -> None:
+        self._num_actors = num_actors
+        self._idle: list[Any] = []
+        self._starting: dict[Any, Any] = {}
+        """Actors by the ref of their readiness. On a busy cluster some may never get a core."""
+        self._lost = 0
+
+    def __enter__(self) -> "RayTasks":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _end([*self._idle, *self._starting.values()])
+        self._idle, self._starting = [], {}
+
+    def __call__(self, function: Callable[[T], R], tasks: Sequence[T]) -> Iterator[R]:
+        """Raises what `function` raises, if it is one of the project's errors.
+
+        Raises:
+            ClusterError: Ray failed, or a task's actor was lost again and again.
+        """
+        run = _Run(function, tasks)
+        try:
+            for number in range(len(tasks)):
+                while number not in run.results:
+                    self._advance(run)
+                yield run.results.pop(number)
+        except RayTaskError as error:
+            if isinstance(error.cause, OrchestratorError | OSError):
+                raise error.cause from None
+            raise ClusterError(f"a sharding task failed: {error}") from error
+        except RayError as error:
+            raise ClusterError(f"sharding failed: {error}") from error
+        finally:
+            _end([actor for actor, _ in run.running.values()])
+
+    def _advance(self, run: "_Run") -> None:
+        """Give work to whoever is idle, wait for something to end, take it in."""
+        num_actors = len(self._idle) + len(self._starting) + len(run.running)
+        wanted = min(self._num_actors, len(run.waiting) + len(run.running))
+        for _ in range(wanted - num_actors):
+            actor = _actor_class().remote()
+            self._starting[actor.ready.remote()] = actor
+        while run.waiting and self._idle:
+            run.give(self._idle.pop())
+        (ref,), _ = ray.wait([*run.running, *self._starting])
+        actor = self._starting.pop(ref, None)
+        try:
+            if actor is None:
+                actor = run.running[ref][0]
+                run.take(ref)
+            else:
+                ray.get(ref)
+            self._idle.append(actor)
+        except (RayActorError, ObjectLostError) as error:
+            _end([actor])
+            self._lost += 1
+            most = LOSSES_PER_TASK * len(run.tasks)
+            if run.put_back(ref) == LOSSES_PER_TASK or self._lost > most:
+                raise ClusterError(
+                    f"sharding failed: actors are lost again and again ({error}): look at Ray's "
+                    "log, and lower data.slice_bytes if they run out of memory"
+                ) from error
+
+
+class _Run:
+    """One function over some tasks: what waits, what runs where, what is done."""
+
+    def __init__(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> None:
+        self.tasks = tasks
+        self.waiting = deque(range(len(tasks)))
+        self.running: dict[Any, tuple[Any, int]] = {}
+        self.results: dict[int, Any] = {}
+        self._function = function
+        self._losses = [0] * len(tasks)
+
+    def give(self, actor: Any) -> None:
+        number = self.waiting.popleft()
+        self.running[actor.run.remote(self._function, self.tasks[number])] = (actor, number)
+
+    def take(self, ref: Any) -> None:
+        """Raises what the task raised; it then counts as running still."""
+        result = ray.get(ref)
+        _, number = self.running.pop(ref)
+        self.results[number] = result
+
+    def put_back(self, ref: Any) -> int:
+        """The task that ran is to run again, if any did; how often that has happened to it."""
+        if ref not in self.running:
+            return 0
+        _, number = self.running.pop(ref)
+        self.waiting.appendleft(number)
+        self._losses[number] += 1
+        return self._losses[number]
 
 
 class _ShardingActor:
@@ -31,42 +133,15 @@ class _ShardingActor:
         return function(task)
 
 
-class RayTasks:
-    """Callable as run_tasks(function, tasks)."""
-
-    def __init__(self, num_actors: int) -> None:
-        self._num_actors = num_actors
-
-    def __call__(self, function: Callable[[T], R], tasks: Sequence[T]) -> list[R]:
-        """Raises what `function` raises, if it is one of the project's errors."""
-        if not tasks:
-            return []
-        remote = ray.remote(
-            num_cpus=1,
-            max_restarts=-1,
-            max_task_retries=TASK_RETRIES,
-            runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}},
-        )(_ShardingActor)
-        actors = [remote.remote() for _ in range(min(self._num_actors, len(tasks)))]
-        try:
-            pool = ActorPool(_started(actors))
-            results = pool.map(lambda actor, task: actor.run.remote(function, task), tasks)
-            return list(results)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, OrchestratorError | OSError):
-                raise cause from None
-            raise ClusterError(f"a sharding task failed: {error}") from error
-        except RayError as error:
-            raise ClusterError(f"sharding failed: {error}") from error
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+def _actor_class() -> Any:
+    return ray.remote(
+        num_cpus=1,
+        max_restarts=0,
+        scheduling_strategy="SPREAD",
+        runtime_env={"env_vars": ENVIRONMENT},
+    )(_ShardingActor)
 
 
-def _started(actors: Sequence[Any]) -> list[Any]:
-    """The actors that run: at least one, and all that start within the time."""
-    pings = {actor.ready.remote(): actor for actor in actors}
-    ray.wait(list(pings), num_returns=1)
-    ready, _ = ray.wait(list(pings), num_returns=len(pings), timeout=START_TIMEOUT_S)
-    return [pings[ping] for ping in ready]
+def _end(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)

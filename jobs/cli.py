@@ -171,6 +171,44 @@ def doctor() -> int:
     return examine()
 
 
+@data_app.command("prepare")
+def data_prepare(
+    config: ConfigPath, overrides: Overrides = None, ray_address: RayAddress = None
+) -> int:
+    """Make the shards that the file's sweep would read."""
+    from jobs.data import prepare_data
+
+    return prepare_data(config, overrides or [], ray_address)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ray_address: RayAddress = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Not the training data.")] = False,
+    block: Annotated[int, typer.Option(min=0, help="The first block to show.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="How many blocks.")] = 1,
+) -> int:
+    """Show blocks as text: where documents begin, and what the model learns to write."""
+    from jobs.data import inspect_data
+
+    return inspect_data(config, overrides or [], ray_address, held_out, block, count)
+
+
+@data_app.command("stats")
+def data_stats(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ray_address: RayAddress = None,
+    plot: Annotated[Path | None, typer.Option(help="An HTML file to write a plot to.")] = None,
+) -> int:
+    """Count tokens and documents: their lengths, how full the blocks are, what was cut."""
+    from jobs.data import show_stats
+
+    return show_stats(config, overrides or [], ray_address, plot)
+
+
 @data_app.command("stdlib-docs")
 def stdlib_docs(
     out: Annotated[Path, typer.Option(help="The JSONL file to write.")] = Path("stdlib-docs.jsonl"),

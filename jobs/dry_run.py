@@ -14,6 +14,7 @@ from rich.table import Table
 
 from orchestrator.config import SweepConfig
 from orchestrator.data.sources import estimate_slices
+from orchestrator.data_config import MIB
 from orchestrator.loading import load_config
 from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import problems
@@ -144,17 +145,21 @@ def _print_packs(
 
 def _shards(config: SweepConfig) -> list[str]:
     lines = []
-    for role, source in (("train", config.data.train), ("held_out", config.data.held_out)):
-        if source is None:
-            fraction = config.data.held_out_fraction
-            lines.append(f"shards: {role}: {fraction:.1%} of train's rows, by content hash")
-            continue
-        slices = estimate_slices(source, config.data.rows_per_slice)
-        if slices is None:
-            lines.append(f"shards: {role}: {source}: known once it is made or downloaded")
-        else:
-            rows = sum(part.num_rows for part in slices)
-            lines.append(f"shards: {role}: {source}: {rows} rows in {len(slices)} slices")
+    data = config.data
+    roles = {"train": data.train_sources, "held_out": data.held_out_sources}
+    for role, sources in roles.items():
+        for source in sources:
+            slices = estimate_slices(source, data.slice_bytes)
+            weight = f", {source.weight:g} times an epoch" if source.weight != 1 else ""
+            if slices is None:
+                size = "known once it is made or downloaded"
+            else:
+                size = f"{sum(part.num_bytes for part in slices) / MIB:.1f} MiB in {len(slices)} "
+                size += "slices"
+            lines.append(f"shards: {role}: {source.path}: {size}{weight}")
+    if data.held_out is None:
+        share = data.held_out_fraction
+        lines.append(f"shards: held_out: {share:.1%} of train's examples, by content hash")
     return lines
 
 

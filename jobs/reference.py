@@ -14,16 +14,22 @@ Made by `orchestrator schema --markdown`; a test keeps it equal. Unknown fields 
 
 def render_reference() -> str:
     schema = SweepConfig.model_json_schema()
-    return "\n".join([HEADER, *_section(schema, schema["$defs"], "")]) + "\n"
+    return "\n".join([HEADER, *_section(schema, schema["$defs"], "", set())]) + "\n"
 
 
-def _section(model: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[str]:
-    rows, groups = [], []
+def _section(
+    model: dict[str, Any], definitions: dict[str, Any], prefix: str, shown: set[str]
+) -> Iterator[str]:
+    """A table of the model's plain fields, then a section for each mapping in it, the first time
+    that it comes."""
+    rows, groups, choices = [], [], []
     for name, field in model["properties"].items():
-        inner = definitions.get(field.get("$ref", "").rpartition("/")[2])
-        if inner and "properties" in inner:
-            groups.append((f"{prefix}{name}.", inner))
+        definition = field.get("$ref", "").rpartition("/")[2]
+        if "properties" in definitions.get(definition, {}):
+            groups.append((f"{prefix}{name}.", definition))
             continue
+        options = (option.get("$ref", "") for option in field.get("anyOf", ()))
+        choices += [(f"{prefix}{name}.", option.rpartition("/")[2]) for option in options if option]
         required = name in model.get("required", [])
         default = "required" if required else f"`{_shown(field.get('default'))}`"
         text = " ".join(field.get("description", "").split())
@@ -33,8 +39,10 @@ def _section(model: dict[str, Any], definitions: dict[str, Any], prefix: str) ->
         yield f"## {title}\n\n| field | type | default | meaning |\n|---|---|---|---|"
         yield from rows
         yield ""
-    for inner_prefix, inner in groups:
-        yield from _section(inner, definitions, inner_prefix)
+    for inner_prefix, definition in groups + choices:
+        if definition not in shown:
+            shown.add(definition)
+            yield from _section(definitions[definition], definitions, inner_prefix, shown)
 
 
 def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:

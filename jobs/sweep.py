@@ -7,12 +7,14 @@ written or started; then comes the run folder, then the cluster, then the work.
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from glob import glob
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from jobs.display import SweepDisplay, command_name, results_table, shown_path
 from jobs.interrupts import Interrupts
@@ -20,6 +22,8 @@ from orchestrator import __version__
 from orchestrator.config import SweepConfig, has_password
 from orchestrator.data.prepare import RunTasks, run_in_process
 from orchestrator.data.sources import estimate_slices
+from orchestrator.data.streams import is_remote
+from orchestrator.data_config import DataConfig
 from orchestrator.errors import ConfigError, RegistryError, RunFolderError, TrackingError
 from orchestrator.loading import load_config, override_config
 from orchestrator.planning.capacity import worker_count, worker_memory_bytes
@@ -53,7 +57,7 @@ class Backend:
 
     name: str
     executor: Executor
-    run_tasks: RunTasks
+    task_pool: Callable[[], AbstractContextManager[RunTasks]]
     num_workers: int
     device: str
     worker_memory_bytes: int
@@ -100,24 +104,45 @@ def settled(config: SweepConfig) -> SweepConfig:
     another folder."""
     content = config.model_dump()
     content["runs_dir"] = str(Path(config.runs_dir).expanduser().absolute())
-    for group, field in (("data", "train"), ("data", "held_out"), ("base_model", "source")):
-        value = content[group][field]
-        if value and Path(value).expanduser().exists():
-            content[group][field] = str(Path(value).expanduser().absolute())
+    content["base_model"]["source"] = _absolute(content["base_model"]["source"])
+    for role in ("train", "held_out"):
+        content["data"][role] = _absolute_source(content["data"][role])
+    shards_dir = config.data.shards_dir
+    if shards_dir and not is_remote(shards_dir):
+        content["data"]["shards_dir"] = str(Path(shards_dir).expanduser().absolute())
     uri = resolve_tracking_uri(SweepConfig.model_validate(content))
     if not has_password(uri):  # a password stays in the environment
         content["tracking"]["uri"] = uri
     return SweepConfig.model_validate(content)
 
 
+def _absolute(path: str) -> str:
+    """Of what is there; a hub id stays as it is."""
+    whole = Path(path).expanduser().absolute()
+    return str(whole) if whole.exists() or glob(str(whole)) else path
+
+
+def _absolute_source(written: Any) -> Any:
+    """Of a source as the configuration writes it: a path, a mapping with one, a list of these."""
+    if isinstance(written, str):
+        return _absolute(written)
+    if isinstance(written, dict):
+        return written | {"path": _absolute(written["path"])}
+    return tuple(map(_absolute_source, written)) if written else written
+
+
 def check_inputs(config: SweepConfig) -> None:
     """Find what is wrong before anything is written, started or downloaded."""
     check_space(config)
     find_source(config.base_model)
-    for source in (config.data.train, config.data.held_out):
-        if source is not None:
-            estimate_slices(source, config.data.rows_per_slice)
+    check_sources(config.data)
     check_reachable(resolve_tracking_uri(config))
+
+
+def check_sources(data: DataConfig) -> None:
+    """Raises DataError for a source that is not there, as far as that is cheap to tell."""
+    for source in (*data.train_sources, *data.held_out_sources):
+        estimate_slices(source, data.slice_bytes)
 
 
 @contextmanager
@@ -132,7 +157,14 @@ def _ray_backend(config: SweepConfig, address: str | None) -> Iterator[Backend]:
         num_workers = worker_count(config.resources, device, nodes)
         num_cpus = int(sum(node.num_cpus for node in nodes))
         memory_bytes = worker_memory_bytes(config.resources, device, nodes, num_workers)
-        yield Backend("ray", RayExecutor(), RayTasks(num_cpus), num_workers, device, memory_bytes)
+        yield Backend(
+            "ray",
+            RayExecutor(),
+            lambda: RayTasks(num_cpus),
+            num_workers,
+            device,
+            memory_bytes,
+        )
 
 
 def _in_process_backend(config: SweepConfig) -> Backend:
@@ -140,7 +172,14 @@ def _in_process_backend(config: SweepConfig) -> Backend:
 
     device = _device(config, "cuda" if torch.cuda.is_available() else "cpu")
     memory_bytes = worker_memory_bytes(config.resources, device, [this_machine()], 1)
-    return Backend("in_process", InProcessExecutor(), run_in_process, 1, device, memory_bytes)
+    return Backend(
+        "in_process",
+        InProcessExecutor(),
+        lambda: nullcontext(run_in_process),
+        1,
+        device,
+        memory_bytes,
+    )
 
 
 def _device(config: SweepConfig, found: str) -> str:
@@ -204,7 +243,7 @@ def _run(store: RunStore, backend: Backend) -> int:
 
         services = Services(
             backend.executor,
-            backend.run_tasks,
+            backend.task_pool,
             backend.num_workers,
             display,
             before_training,

@@ -11,25 +11,16 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(strict=True, ge=1)]
-NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from orchestrator.data_config import DataConfig
+from orchestrator.strict import Fraction, NonNegativeInt, PositiveInt, Strict, Switch
+
 Scalar = bool | int | float | str
 Choice = Scalar | tuple[str, ...]
 """One listed value of a searched field; a tuple of names for adapter.target_modules."""
 
-BUILTIN_DATASETS = ("stdlib-docs",)
 FULL_COMMIT_HASH = r"^[0-9a-f]{40}$"
-
-
-class Strict(BaseModel):
-    """Unknown fields are errors, values never change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class BaseModelConfig(Strict):
@@ -40,7 +31,7 @@ class BaseModelConfig(Strict):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
 
-    trust_remote_code: Annotated[bool, Field(strict=True)] = False
+    trust_remote_code: Switch = False
     """Run code that the model's repository carries. Needs `revision` to be a full commit hash."""
 
     @model_validator(mode="after")
@@ -53,71 +44,6 @@ class BaseModelConfig(Strict):
         return self
 
 
-class FieldNames(Strict):
-    """Names of the dataset's columns."""
-
-    prompt: str = "prompt"
-    """What the model is given; for format: prompt_completion."""
-
-    completion: str = "completion"
-    """What the model learns to answer; for format: prompt_completion."""
-
-    messages: str = "messages"
-    """The list of {role, content} messages; for format: chat."""
-
-    text: str = "text"
-    """The whole text; for format: text."""
-
-
-class DataConfig(Strict):
-    train: str = Field(min_length=1)
-    """A JSONL, JSON, CSV or Parquet file (`.gz` and `.zst` too), a folder of them, any fsspec URL,
-    a `datasets` hub id, or `stdlib-docs`: question and answer pairs made from the docstrings of the
-    installed Python standard library."""
-
-    held_out: str | None = None
-    """Evaluation examples, given like `train`. Without it a part of `train` is held out."""
-
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Part of `train` that is held out, chosen by a hash of each row's content, so that a row stays
-    on its side when others are added. Not used when `held_out` is given."""
-
-    max_train_examples: PositiveInt | None = None
-    """Use at most this many training examples, the first ones by content hash."""
-
-    max_held_out_examples: PositiveInt | None = 256
-    """Evaluate on at most this many examples, the first ones by content hash."""
-
-    format: Literal["prompt_completion", "chat", "text"] = "prompt_completion"
-    """prompt_completion: the loss is on the completion. chat: a list of {role, content} messages,
-    the loss is on the assistant's turns. text: the loss is on every token."""
-
-    template: Literal["plain", "chat"] = "plain"
-    """How a prompt and a completion become text: `chat` puts them through the tokenizer's chat
-    template as a user and an assistant turn, `plain` joins them. `format: chat` always uses the
-    chat template."""
-
-    fields: FieldNames = FieldNames()
-    """Names of the columns to read."""
-
-    block_length: PositiveInt = 1024
-    """Tokens in one packed block. Several documents share a block; attention stays within each."""
-
-    overlong: Literal["error", "truncate", "drop"] = "error"
-    """What happens to an example of more than `block_length` tokens."""
-
-    rows_per_slice: PositiveInt = 2048
-    """Rows that one sharding task reads, and so the size of one shard."""
-
-    @model_validator(mode="after")
-    def _template_fits_format(self) -> "DataConfig":
-        if self.format == "text" and self.template == "chat":
-            raise ValueError(
-                "template: chat needs format: prompt_completion or chat, but got format: text"
-            )
-        return self
-
-
 class QuantConfig(Strict):
     bit_width: Literal[4, 8, 16] = 4
     """Bits per frozen base weight: 4 (quant_type), 8 (LLM.int8) or 16 (not quantised)."""
@@ -125,7 +51,7 @@ class QuantConfig(Strict):
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit code. Only with bit_width 4."""
 
-    double_quant: Annotated[bool, Field(strict=True)] = True
+    double_quant: Switch = True
     """Quantise the quantisation constants too; saves 0.37 bits per weight (QLoRA, section 3). Only
     with bit_width 4."""
 
@@ -149,7 +75,7 @@ class AdapterConfig(Strict):
     """Linear layers that get an adapter: `all-linear` (all but the output head) or name endings
     such as [q_proj, v_proj]."""
 
-    rslora: Annotated[bool, Field(strict=True)] = False
+    rslora: Switch = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
 
     @model_validator(mode="after")
@@ -222,7 +148,7 @@ class TrialConfig(Strict):
     micro_batch_size: PositiveInt | None = None
     """Blocks in one forward pass; must divide batch_size. null: as many as the memory holds."""
 
-    gradient_checkpointing: Annotated[bool, Field(strict=True)] | None = None
+    gradient_checkpointing: Switch | None = None
     """Recompute activations in the backward pass: less memory, about a third more work. null: only
     where the memory demands it, and on a GPU whose memory or base is not known."""
 
@@ -233,9 +159,9 @@ class TrialConfig(Strict):
 class RangeConfig(Strict):
     low: float
     high: float
-    log: Annotated[bool, Field(strict=True)] = False
+    log: Switch = False
     """Sample on a logarithmic scale."""
-    integer: Annotated[bool, Field(strict=True)] = False
+    integer: Switch = False
     """Sample whole numbers only."""
 
     @model_validator(mode="after")
@@ -313,7 +239,7 @@ class ResourcesConfig(Strict):
     """Workers that train one pack together, each with a part of every step's blocks; null: one, or
     on GPUs more where workers would be idle."""
 
-    dequantise_once: Annotated[bool, Field(strict=True)] | None = None
+    dequantise_once: Switch | None = None
     """Keep the 4-bit base's values in memory as the arithmetic needs them, instead of making them
     again at every use: the same numbers, sooner. null: where the memory allows."""
 
@@ -342,7 +268,7 @@ class TrackingConfig(Strict):
 
 
 class RegistryConfig(Strict):
-    register_winner: Annotated[bool, Field(strict=True)] = True
+    register_winner: Switch = True
     """Register the winner's adapter in the MLflow model registry."""
 
     model_name: str | None = Field(default=None, pattern=r"^[^/:]+$")

@@ -48,7 +48,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, record: Any) -> None:
-    write_text(path, json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text(path, json_text(record))
+
+
+def json_text(record: Any) -> str:
+    return json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -71,8 +71,8 @@ class PackSpec:
 
     pack: int
     base_model: BaseModel
-    train_manifest: str
-    held_out_manifest: str
+    data_place: str
+    """Of the shards: a folder, or an fsspec URL."""
     template: str
     """How prompts become text (DataConfig.template), for whoever generates with the adapter."""
     quant: dict[str, Any]

@@ -10,11 +10,11 @@ from orchestrator.data.manifest import (
     ROLES,
     Manifest,
     Recipe,
+    Repeats,
     Role,
     ShardRecord,
-    manifest_path,
-    save_manifest,
 )
+from orchestrator.data.prepare import PreparedData
 from orchestrator.files import file_digest, write_json
 from orchestrator.loading import trial_with
 from orchestrator.records import (
@@ -71,7 +71,7 @@ def make_run(
         folder, SweepRecord(run_id, BEGAN, config, "cpu", "bfloat16", "ray", versions)
     )
     store.write("base_model", asdict(base))
-    store.write("data", {role: str(_manifest(folder, role)) for role in ROLES})
+    store.write("data", PreparedData("shards", *map(_manifest, ROLES)).to_json())
     store.write("plan", {"packs": [{"title": "4-bit nf4", "slots": 2}]})
     for number, fields in enumerate(params):
         trial = TrialSpec(number, fields, trial_with(config.trial, fields))
@@ -90,16 +90,15 @@ def make_run(
     return store
 
 
-def _manifest(folder: Path, role: Role) -> Path:
-    recipe = Recipe({}, "t" * 64, ("f" * 64,), ())
+def _manifest(role: Role) -> Manifest:
+    recipe = Recipe({}, "t" * 64, (("f" * 64,),), ())
     counts = {name: 128 for name in ("num_documents", "rows")}
-    counts |= {name: 0 for name in ("truncated", "dropped", "without_loss")}
+    counts |= {name: 0 for name in ("truncated", "split", "dropped", "without_loss", "bad_rows")}
     shard = ShardRecord(
-        file="a", num_bytes=1, digest="d", num_blocks=9, num_tokens=9_000, num_loss_tokens=700,
-        **counts,
+        file="a", max_documents=20, num_bytes=1, digest="d",
+        num_blocks=9, num_tokens=9_000, num_loss_tokens=700, **counts,
     )  # fmt: skip
-    save_manifest(Manifest(folder / "shards", role, 1024, recipe, (shard,)))
-    return manifest_path(folder / "shards", role)
+    return Manifest(Path("shards"), role, 1024, recipe, (shard,), Repeats(0, 0))
 
 
 def add_curve(store: RunStore, trial: TrialSpec, steps: int, gain: float = 1.0) -> None:

@@ -120,8 +120,7 @@ def pack_spec(number: int, plan: PackPlan) -> PackSpec:
     return PackSpec(
         pack=number,
         base_model=BaseModel("somewhere/base", None, "/nowhere", "digest"),
-        train_manifest="train.json",
-        held_out_manifest="held_out.json",
+        data_place="shards",
         template="plain",
         quant=dict(plan.key.quant),
         target_modules="all-linear",

@@ -1,190 +1,175 @@
-"""Turn a row into segments of text, each with or without loss.
+"""Turn a row into segments of text, each with or without loss, and into a key of its content.
 
-In: a row, the data configuration, a tokenizer for its chat template and special tokens. Out:
-segments whose texts joined are the document. A row that does not fit raises RowProblem, to which
-the caller adds file and line. Imports no transformers.
+In: a row, the format of its source, a tokenizer for its chat template and special tokens. Out:
+segments whose texts joined are the document; a hash. A row that does not fit raises RowProblem, to
+which the caller adds file and line. Imports no transformers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from hashlib import sha256
+from typing import Any, NamedTuple
 
-from orchestrator.config import DataConfig
-from orchestrator.data.slices import Row
+from orchestrator.data.chat import conversation_turns
+from orchestrator.data.fields import answer_field, text_field
+from orchestrator.data.messages import Conversation, conversation_texts, read_conversation
+from orchestrator.data.slices import Row, RowProblem
+from orchestrator.data_config import (
+    DataConfig,
+    FieldNames,
+    FormatName,
+    SourceConfig,
+    TemplateName,
+)
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase, which takes seconds to import
-Message = dict[str, Any]
 
-MAX_SHOWN_CHARS = 60
-WRITE_MESSAGES = 'write them as [{"role": "user", "content": "..."}, ...]'
+# Alpaca's headings; github.com/tatsu-lab/stanford_alpaca has the first sentence of each.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+# Those of ASCII; str.split() knows more of them, but takes several times as long.
+_WHITE_SPACE_TO_BLANKS = bytes.maketrans(b"\t\n\v\f\r", b" " * 5)
 
 
 @dataclass(frozen=True)
-class Segment:
+class RowFormat:
+    """How the rows of one source are read and written."""
+
+    format: FormatName
+    template: TemplateName
+    fields: FieldNames
+
+
+class Segment(
+    NamedTuple
+):  # made several times for each example: a dataclass takes three times as long
     text: str
     has_loss: bool
 
 
-class RowProblem(ValueError):
-    """What is wrong with a row: rule, value and remedy, without the place."""
-
-
-def segments(row: Row, config: DataConfig, tokenizer: Tokenizer) -> tuple[Segment, ...]:
-    return FORMATS[config.format](row, config, tokenizer)
-
-
-def _prompt_completion(row: Row, config: DataConfig, tokenizer: Tokenizer) -> tuple[Segment, ...]:
-    prompt = _text_field(row, "prompt", config.fields.prompt)
-    completion = _text_field(row, "completion", config.fields.completion)
-    if not completion:
-        raise RowProblem(
-            f"column {config.fields.completion!r} must not be empty: "
-            "there is nothing to learn from this row, delete it"
-        )
-    if config.template == "chat":
-        user, assistant = {"role": "user"}, {"role": "assistant"}
-        return _chat_segments(
-            [user | {"content": prompt}, assistant | {"content": completion}], tokenizer
-        )
-    return (
-        *_beginning(tokenizer),
-        Segment(prompt, has_loss=False),
-        Segment(completion + _end(tokenizer), has_loss=True),
+def row_format(config: DataConfig, source: SourceConfig) -> RowFormat:
+    """The source's own setting, else that of the data."""
+    return RowFormat(
+        source.format or config.format,
+        source.template or config.template,
+        source.fields or config.fields,
     )
 
 
-def _text(row: Row, config: DataConfig, tokenizer: Tokenizer) -> tuple[Segment, ...]:
-    text = _text_field(row, "text", config.fields.text)
-    return *_beginning(tokenizer), Segment(text + _end(tokenizer), has_loss=True)
+def segments(row: Row, form: RowFormat, tokenizer: Tokenizer) -> tuple[Segment, ...]:
+    return FORMATS[form.format].segments(row, form, tokenizer)
 
 
-def _chat(row: Row, config: DataConfig, tokenizer: Tokenizer) -> tuple[Segment, ...]:
-    name = config.fields.messages
-    messages = _field(row, "messages", name)
-    if not isinstance(messages, list) or not messages:
-        raise RowProblem(
-            f"column {name!r} must be a list of at least one message, but got {_shown(messages)}: "
-            f"{WRITE_MESSAGES}"
-        )
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise RowProblem(
-                f"{name}[{index}] must be an object, but got {_shown(message)}: {WRITE_MESSAGES}"
-            )
-        for part in ("role", "content"):
-            if not isinstance(message.get(part), str):
-                raise RowProblem(
-                    f"{name}[{index}] must have {part!r} as text, but got "
-                    f"{_shown(message.get(part))} (it has: {', '.join(message) or 'nothing'})"
-                )
-            _check_unicode(message[part], f"{name}[{index}].{part}")
-    return _chat_segments(messages, tokenizer)
+def example_key(row: Row, form: RowFormat) -> bytes:
+    """SHA-256 of the values that the format uses; any run of white space in them counts as one."""
+    texts = FORMATS[form.format].texts(row, form.fields)
+    return sha256(b"\n".join(map(_without_runs, texts))).digest()
 
 
-def _chat_segments(messages: list[Message], tokenizer: Tokenizer) -> tuple[Segment, ...]:
-    """Render up to and after each assistant turn: the difference is what the model must write.
-
-    What stands after the last assistant turn teaches nothing and is left out.
-    """
-    parts: list[Segment] = []
-    written = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index == 0:  # nothing asks for an opening turn
-            continue
-        asked = _render(messages[:index], tokenizer, add_generation_prompt=True)
-        answered = _render(messages[: index + 1], tokenizer, add_generation_prompt=False)
-        if not asked.startswith(written) or not answered.startswith(asked):
-            raise RowProblem(
-                "the tokenizer's chat template must only append when a message is added, but this "
-                f"one rewrites the text before messages[{index}]: use template: plain with "
-                "format: prompt_completion, or another base model"
-            )
-        # A line end after the closing token belongs to the next turn: nobody generates it.
-        answered = asked + answered.removeprefix(asked).rstrip()
-        parts.append(Segment(asked.removeprefix(written), has_loss=False))
-        parts.append(Segment(answered.removeprefix(asked), has_loss=True))
-        written = answered
-    return tuple(parts)
+def _without_runs(text: str) -> bytes:
+    """Has no line ends: they can part one text from the next."""
+    pieces = text.encode().translate(_WHITE_SPACE_TO_BLANKS).split(b"  ")
+    return b" ".join([piece for padded in pieces if (piece := padded.strip())])
 
 
-def _render(messages: list[Message], tokenizer: Tokenizer, add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise RowProblem(
-            "the base model's tokenizer must have a chat template, but it has none: use template: "
-            "plain with format: prompt_completion, or another base model"
-        )
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-    except TemplateError as error:
-        raise RowProblem(
-            f"the tokenizer's chat template refuses these messages ({error}): correct them, use "
-            "template: plain with format: prompt_completion, or another base model"
-        ) from error
+def _prompt_completion(row: Row, form: RowFormat, tokenizer: Tokenizer) -> tuple[Segment, ...]:
+    prompt, completion = _prompt_completion_texts(row, form.fields)
+    return _pair(prompt, completion, form, tokenizer)
 
 
-def _field(row: Row, field: str, name: str) -> Any:
-    if name not in row:
-        raise RowProblem(
-            f"there is no column {name!r}, only {', '.join(map(repr, row)) or 'an empty row'}: "
-            f"set data.fields.{field} to the right column"
-        )
-    return row[name]
+def _prompt_completion_texts(row: Row, fields: FieldNames) -> tuple[str, str]:
+    return (
+        text_field(row, "prompt", fields.prompt),
+        answer_field(row, "completion", fields.completion),
+    )
 
 
-def _text_field(row: Row, field: str, name: str) -> str:
-    value = _field(row, field, name)
-    if not isinstance(value, str):
-        raise RowProblem(
-            f"column {name!r} must be text, but got {_shown(value)}: correct it, "
-            f"or set data.fields.{field} to the right column"
-        )
-    _check_unicode(value, f"column {name!r}")
-    return value
+def _instruction(row: Row, form: RowFormat, tokenizer: Tokenizer) -> tuple[Segment, ...]:
+    instruction, given, output = _instruction_texts(row, form.fields)
+    if form.template == "chat":
+        prompt = f"{instruction}\n\n{given}" if given else instruction
+    else:
+        headings = ALPACA_WITH_INPUT if given else ALPACA
+        prompt = headings.format(instruction=instruction, input=given)
+    return _pair(prompt, output, form, tokenizer)
 
 
-def _check_unicode(text: str, name: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowProblem(
-            f"{name} must be valid Unicode, but character {error.start + 1} is half of a "
-            f"surrogate pair ({text[error.start]!r}): correct it"
-        ) from error
+def _instruction_texts(row: Row, fields: FieldNames) -> tuple[str, str, str]:
+    has_input = row.get(fields.input) is not None
+    return (
+        text_field(row, "instruction", fields.instruction),
+        text_field(row, "input", fields.input) if has_input else "",
+        answer_field(row, "output", fields.output),
+    )
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    if len(text) > MAX_SHOWN_CHARS:
-        text = text[:MAX_SHOWN_CHARS] + "..."
-    return f"{type(value).__name__} {text}"
+def _pair(prompt: str, answer: str, form: RowFormat, tokenizer: Tokenizer) -> tuple[Segment, ...]:
+    if form.template == "chat":
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return _turns(Conversation(messages), tokenizer)
+    beginning, end = _ends(tokenizer)
+    return *beginning, Segment(prompt, has_loss=False), Segment(answer + end, has_loss=True)
+
+
+def _text(row: Row, form: RowFormat, tokenizer: Tokenizer) -> tuple[Segment, ...]:
+    (text,) = _text_texts(row, form.fields)
+    beginning, end = _ends(tokenizer)
+    return *beginning, Segment(text + end, has_loss=True)
+
+
+def _text_texts(row: Row, fields: FieldNames) -> tuple[str]:
+    return (text_field(row, "text", fields.text),)
+
+
+def _chat(row: Row, form: RowFormat, tokenizer: Tokenizer) -> tuple[Segment, ...]:
+    return _turns(read_conversation(row, form.fields), tokenizer)
+
+
+def _chat_texts(row: Row, fields: FieldNames) -> list[str]:
+    return conversation_texts(read_conversation(row, fields))
+
+
+def _turns(conversation: Conversation, tokenizer: Tokenizer) -> tuple[Segment, ...]:
+    return tuple(
+        segment
+        for asked, answered in conversation_turns(conversation, tokenizer)
+        for segment in (Segment(asked, has_loss=False), Segment(answered, has_loss=True))
+    )
 
 
 @lru_cache(maxsize=4)
-def _beginning(tokenizer: Tokenizer) -> tuple[Segment, ...]:
-    """The token that the tokenizer puts before any text by itself (Llama's <s>), if it does."""
-    if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return (Segment(str(tokenizer.bos_token), has_loss=False),)
-    return ()
-
-
-def _end(tokenizer: Tokenizer) -> str:
+def _ends(tokenizer: Tokenizer) -> tuple[tuple[Segment, ...], str]:
+    """What stands before any text, and after it."""
     if not tokenizer.eos_token:
         raise RowProblem(
             "the base model's tokenizer must have an end-of-text token to close a document with, "
             "but it has none: set eos_token in its tokenizer_config.json"
         )
-    return str(tokenizer.eos_token)
+    beginning: tuple[Segment, ...] = ()
+    # Llama's puts <s> there by itself.
+    if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        beginning = (Segment(str(tokenizer.bos_token), has_loss=False),)
+    return beginning, str(tokenizer.eos_token)
 
 
-FORMATS: dict[str, Callable[[Row, DataConfig, Tokenizer], tuple[Segment, ...]]] = {
-    "prompt_completion": _prompt_completion,
-    "chat": _chat,
-    "text": _text,
+class Format(NamedTuple):
+    segments: Callable[[Row, RowFormat, Tokenizer], tuple[Segment, ...]]
+    texts: Callable[[Row, FieldNames], Iterable[str]]
+    """The values that it uses."""
+
+
+FORMATS: dict[FormatName, Format] = {
+    "prompt_completion": Format(_prompt_completion, _prompt_completion_texts),
+    "instruction": Format(_instruction, _instruction_texts),
+    "chat": Format(_chat, _chat_texts),
+    "text": Format(_text, _text_texts),
 }

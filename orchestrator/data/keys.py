@@ -1,62 +1,65 @@
-"""Which rows belong to which role: each row's key is a hash of its content, each role a key range.
+"""Which examples belong to which role: each example's key is a hash of its content, each role a
+range of keys.
 
-In: rows. Out: keys and ranges of keys. So a row's side of the split depends on nothing but itself,
-and "the first n by content hash" is the range that ends at the n-th smallest key.
+In: examples' keys. Out: ranges of keys. So an example's side of the split depends on nothing but
+itself, equal examples are on one side, and "the first n by content hash" is the range that ends
+behind the n-th smallest key. Pure.
 """
 
-import hashlib
-import heapq
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from orchestrator.data.slices import Row, Slice
-from orchestrator.data.sources import read_slice
+import numpy as np
+from numpy.typing import NDArray
 
-AFTER_ALL_KEYS = "g"  # sorts after every hex digit
-SPLIT_DIGITS = 16  # 64 bits of the key decide the split
+ORDER_BYTES = 8
+END_OF_KEYS = 1 << 64
+
+KeyOrders = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class KeyRange:
-    """Keys from `start` up to, but not including, `end`, compared as text."""
+    """Orders from `start` up to, but not including, `end`."""
 
-    start: str = ""
-    end: str = AFTER_ALL_KEYS
+    start: int = 0
+    end: int = END_OF_KEYS
 
-    def __contains__(self, key: str) -> bool:
-        return self.start <= key < self.end
+    def __contains__(self, order: int) -> bool:
+        return self.start <= order < self.end
+
+    def mask(self, orders: KeyOrders) -> NDArray[np.bool_]:
+        # The end may be 2^64, which no uint64 holds.
+        return (orders >= np.uint64(self.start)) & (orders <= np.uint64(self.end - 1))
+
+    @property
+    def share(self) -> float:
+        """The part of all examples that is expected in it."""
+        return (self.end - self.start) / END_OF_KEYS
+
+    def first(self, fraction: float) -> "KeyRange":
+        return KeyRange(self.start, self.start + int((self.end - self.start) * fraction))
 
 
-@dataclass(frozen=True)
-class KeyTask:
-    """Find the `count` smallest keys of a slice within a range."""
-
-    part: Slice
-    keys: KeyRange
-    count: int
+def key_order(key: bytes) -> int:
+    """The key's place among all keys: its first 64 bits. Two of 100 million examples share theirs
+    with a probability of 3 in 10,000."""
+    return int.from_bytes(key[:ORDER_BYTES], "big")
 
 
-def row_key(row: Row) -> str:
-    """SHA-256 of the row's canonical JSON; values that JSON does not know (dates) as text."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()
+def key_orders(keys: NDArray[np.uint8]) -> KeyOrders:
+    """Of keys [n, 32]."""
+    first = np.ascontiguousarray(keys[:, :ORDER_BYTES])
+    return first.view(">u8").ravel().astype(np.uint64)
 
 
 def split_ranges(held_out_fraction: float) -> tuple[KeyRange, KeyRange]:
-    """The key ranges of train and held-out rows."""
-    border = f"{int(held_out_fraction * 16**SPLIT_DIGITS):0{SPLIT_DIGITS}x}"
-    return KeyRange(start=border), KeyRange(end=border)
+    """The key ranges of train and held-out examples."""
+    held_out = KeyRange().first(held_out_fraction)
+    return KeyRange(start=held_out.end), held_out
 
 
-def smallest_keys(task: KeyTask) -> list[str]:
-    """In ascending order; never more than the slice has rows."""
-    keys = (row_key(row) for _, row in read_slice(task.part))
-    return heapq.nsmallest(task.count, (key for key in keys if key in task.keys))
-
-
-def capped_range(keys: KeyRange, found: Iterable[list[str]], count: int) -> KeyRange:
-    """The part of the range that holds its `count` smallest keys, given those of each slice."""
-    smallest = heapq.nsmallest(count, heapq.merge(*found))
-    if len(smallest) < count:
+def capped(keys: KeyRange, orders: KeyOrders, count: int) -> KeyRange:
+    """The part of the range that holds the `count` smallest of these keys, which are in it."""
+    if len(orders) <= count:
         return keys
-    return KeyRange(keys.start, smallest[-1] + "0")  # the next text after the last key
+    return KeyRange(keys.start, int(np.partition(orders, count - 1)[count - 1]) + 1)

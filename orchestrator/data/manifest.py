@@ -4,13 +4,15 @@ In and out: plain values. The manifest is the file that means "complete", so it 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from orchestrator.files import read_json, record_digest, write_json
+from orchestrator.data.store import ShardStore, join, open_store
+from orchestrator.errors import DataError
+from orchestrator.files import record_digest
 
-FORMAT_VERSION = 1  # raise it when the same recipe would give other bytes
+FORMAT_VERSION = 2  # raise it when the same recipe would give other bytes
 
 Role = Literal["train", "held_out"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -22,9 +24,12 @@ class Recipe:
 
     settings: dict[str, Any]
     tokenizer: str
-    train_files: tuple[str, ...]
-    """Digests of the source's files, in order."""
-    held_out_files: tuple[str, ...]
+    """Digest of its files; they hold the chat template too."""
+    train_files: tuple[tuple[str, ...], ...]
+    """Digests of each source's files, in order."""
+    held_out_files: tuple[tuple[str, ...], ...]
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the libraries that cut text into tokens."""
     format_version: int = FORMAT_VERSION
 
     @property
@@ -33,8 +38,11 @@ class Recipe:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Recipe":
-        lists = {name: tuple(record[name]) for name in ("train_files", "held_out_files")}
-        return cls(**(record | lists))
+        files = {
+            name: tuple(tuple(digests) for digests in record[name])
+            for name in ("train_files", "held_out_files")
+        }
+        return cls(**(record | files))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +54,42 @@ class Counts:
     rows: int
     """Rows chosen for the role, among them those that became no document."""
     truncated: int
+    split: int
+    """Examples of which several documents were made."""
     dropped: int
     without_loss: int
+    bad_rows: int
+    """Rows skipped because they cannot be used. Not among `rows`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord(Counts):
     file: str
+    max_documents: int
+    """Most documents in one of its blocks, padding counted as one."""
     num_bytes: int
     digest: str
 
 
 @dataclass(frozen=True)
+class Repeats:
+    """Examples equal to another one but for white space, whether they were left out or not."""
+
+    duplicates: int
+    """Training examples equal to an earlier one."""
+    contaminated: int
+    """Training examples equal to a held-out one."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     folder: Path
+    """Where this machine has the shards, or will have them once fetched."""
     role: Role
     block_length: int
     recipe: Recipe
     shards: tuple[ShardRecord, ...]
+    repeats: Repeats
 
     @property
     def digest(self) -> str:
@@ -84,32 +110,59 @@ class Manifest:
 
 
 def total_counts(records: Sequence[Counts]) -> Counts:
-    names = [field.name for field in fields(Counts)]
+    names = [item.name for item in fields(Counts)]
     return Counts(**{name: sum(getattr(record, name) for record in records) for name in names})
 
 
-def manifest_path(folder: Path, role: Role) -> Path:
-    return folder / f"{role}.json"
+def manifest_name(role: Role) -> str:
+    return f"{role}.json"
 
 
-def save_manifest(manifest: Manifest) -> None:
+def save_manifest(store: ShardStore, manifest: Manifest) -> None:
     record = {
         "digest": manifest.digest,
         "role": manifest.role,
         "block_length": manifest.block_length,
         "recipe": asdict(manifest.recipe),
         "totals": asdict(manifest.totals) | {"packing_efficiency": manifest.packing_efficiency},
+        "repeats": asdict(manifest.repeats),
         "shards": [asdict(shard) for shard in manifest.shards],
     }
-    write_json(manifest_path(manifest.folder, manifest.role), record)
+    store.write_record(manifest_name(manifest.role), record)
 
 
-def load_manifest(path: Path) -> Manifest:
-    record = read_json(path)
+def load_manifest(place: str, role: Role) -> Manifest:
+    """The manifest of a role from the place of its shards, a folder or an fsspec URL.
+
+    Raises:
+        DataError: there is none.
+    """
+    store = open_store(place)
+    manifest = read_manifest(store, role)
+    if manifest is None:
+        raise DataError(
+            f"{join(place, manifest_name(role))}: there are no prepared data: run the preparation "
+            "again"
+        )
+    return manifest
+
+
+def fetch_manifest(place: str, role: Role) -> Manifest:
+    """Like `load_manifest`, with all its shards on this machine."""
+    manifest = load_manifest(place, role)
+    open_store(place).fetch([(shard.file, shard.digest) for shard in manifest.shards])
+    return manifest
+
+
+def read_manifest(store: ShardStore, role: Role) -> Manifest | None:
+    record = store.read_record(manifest_name(role))
+    if record is None or record["recipe"]["format_version"] != FORMAT_VERSION:
+        return None
     return Manifest(
-        folder=path.parent,
+        folder=store.folder,
         role=record["role"],
         block_length=record["block_length"],
         recipe=Recipe.from_record(record["recipe"]),
         shards=tuple(ShardRecord(**shard) for shard in record["shards"]),
+        repeats=Repeats(**record["repeats"]),
     )

@@ -1,55 +1,98 @@
 """Prepare a dataset: plan the shards, have them made, write the manifests.
 
-In: DataConfig, a tokenizer's folder, a cache folder, and `run_tasks`, which runs a function over
-tasks: here, or on the actors that the cluster package supplies. Out: two manifests, the same bytes
-whatever the order or number of workers. The folder is named by the recipe, so all trials of all
-sweeps with the same recipe share it.
+In: DataConfig, a tokenizer's folder, the place of the shards, and `run_tasks`, which runs a
+function over tasks: here, or on the actors that the cluster package supplies. Out: two manifests,
+the same bytes whatever the order or number of workers. The shards' folder is named by the recipe,
+so all trials of all sweeps with the same recipe share it.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from orchestrator.config import DataConfig
-from orchestrator.data.keys import KeyRange, KeyTask, capped_range, smallest_keys, split_ranges
+from orchestrator.data.formats import row_format
+from orchestrator.data.keys import KeyOrders
 from orchestrator.data.manifest import (
     ROLES,
     Manifest,
     Recipe,
+    Repeats,
     Role,
     ShardRecord,
-    load_manifest,
-    manifest_path,
+    read_manifest,
     save_manifest,
     total_counts,
 )
-from orchestrator.data.shards import ShardTask, prepare_shard
+from orchestrator.data.selection import (
+    KeyTask,
+    Portion,
+    WeighedSlice,
+    count_repeats,
+    needs_orders,
+    select_by_range,
+    select_held_out,
+    select_train,
+    slice_orders,
+)
+from orchestrator.data.shards import ShardTask, document_orders, prepare_shard
 from orchestrator.data.slices import Slice
-from orchestrator.data.sources import content_digest, plan_slices, source_files
+from orchestrator.data.sources import (
+    PlanTask,
+    content_digest,
+    must_be_read,
+    plan_file,
+    source_files,
+)
+from orchestrator.data.store import ShardStore, join, open_store
 from orchestrator.data.tokenizing import tokenizer_digest
+from orchestrator.data_config import DataConfig, SourceConfig
 from orchestrator.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
 FOLDER_DIGITS = 16
+REPORTS = 10  # lines of progress in a long preparation
 
 
 class RunTasks(Protocol):
-    """Run the function over the tasks, anywhere and in any order; results in task order."""
+    """Run the function over the tasks, anywhere and in any order; results in task order, each as
+    soon as it and those before it are there."""
 
-    def __call__(self, function: Callable[[T], R], tasks: Sequence[T], /) -> list[R]: ...
+    def __call__(self, function: Callable[[T], R], tasks: Sequence[T], /) -> Iterator[R]: ...
 
 
 @dataclass(frozen=True)
 class PreparedData:
+    place: str
+    """Of the shards and manifests: a folder, or an fsspec URL."""
     train: Manifest
     held_out: Manifest
 
+    def to_json(self) -> dict[str, Any]:
+        """What a run folder keeps of it."""
+        totals = {
+            manifest.role: asdict(manifest.totals)
+            | {"packing_efficiency": manifest.packing_efficiency, "digest": manifest.digest}
+            for manifest in (self.train, self.held_out)
+        }
+        return {"place": self.place} | totals | {"repeats": asdict(self.train.repeats)}
 
-def run_in_process(function: Callable[[T], R], tasks: Sequence[T], /) -> list[R]:
-    return [function(task) for task in tasks]
+
+@dataclass(frozen=True)
+class Work:
+    """What it takes to prepare one dataset."""
+
+    config: DataConfig
+    tokenizer_dir: str
+    place: str
+    run_tasks: RunTasks
+    report: Callable[[str], None]
+
+
+def run_in_process(function: Callable[[T], R], tasks: Sequence[T], /) -> Iterator[R]:
+    return map(function, tasks)
 
 
 def prepare(
@@ -61,112 +104,209 @@ def prepare(
 ) -> PreparedData:
     """Raises DataError for a dataset that is missing, empty, or has a row that cannot be used."""
     recipe = build_recipe(config, tokenizer_dir)
-    folder = (cache / "shards" / recipe.digest[:FOLDER_DIGITS]).absolute()
-    train, held_out = (_load_whole(manifest_path(folder, role)) for role in ROLES)
-    if train and held_out:
-        report(f"data: reusing the shards in {folder}")
-        return PreparedData(train, held_out)
-    tasks = [
-        task
-        for role in ROLES
-        for task in _plan_tasks(config, role, tokenizer_dir, folder, run_tasks)
-    ]
-    report(f"data: making {len(tasks)} shards in {folder}")
-    records = run_tasks(prepare_shard, tasks)
+    place = place_of(config, recipe, cache)
+    if found := find_prepared(place):
+        report(f"data: reusing the shards in {place}")
+        return found
+    store = open_store(place)
+    work = Work(config, str(tokenizer_dir.absolute()), place, run_tasks, report)
+    portions, repeats = _choose(work)
+    tasks = [task for role in ROLES for task in _shard_tasks(work, role, portions[role])]
+    report(f"data: making {len(tasks)} shards in {place}")
+    records = list(_with_progress(run_tasks(prepare_shard, tasks), len(tasks), report))
+    _check_visible(store, place, records)
+    if repeats is None:
+        repeats = _count_repeats(work, tasks)
     manifests = []
     for role in ROLES:
         pairs = zip(tasks, records, strict=True)
         shards = tuple(record for task, record in pairs if task.role == role)
         _check_not_empty(config, role, shards)
-        manifests.append(Manifest(folder, role, config.block_length, recipe, shards))
+        manifests.append(Manifest(store.folder, role, config.block_length, recipe, shards, repeats))
     for manifest in manifests:
-        save_manifest(manifest)
-        report(_summary(manifest))
-    return PreparedData(*manifests)
+        save_manifest(store, manifest)
+    for line in describe(*manifests):
+        report(line)
+    return PreparedData(place, *manifests)
+
+
+def place_of(config: DataConfig, recipe: Recipe, cache: Path) -> str:
+    root = config.shards_dir or str((cache / "shards").absolute())
+    return join(root, recipe.digest[:FOLDER_DIGITS])
+
+
+def find_prepared(place: str) -> PreparedData | None:
+    """What an earlier preparation has left there, if it is whole."""
+    store = open_store(place)
+    train, held_out = (_read_whole(store, role) for role in ROLES)
+    return PreparedData(place, train, held_out) if train and held_out else None
 
 
 def build_recipe(config: DataConfig, tokenizer_dir: Path) -> Recipe:
-    unused = {"train", "held_out"} | ({"held_out_fraction"} if config.held_out else set())
-    held_out_files = source_files(config.held_out) if config.held_out else []
+    unused = {"train", "held_out", "shards_dir"}
+    if config.held_out is not None:
+        unused.add("held_out_fraction")
+    settings = config.model_dump(mode="json", exclude=unused)
+    settings["sources"] = {
+        role: [
+            source.model_dump(mode="json", include={"weight", "format", "template", "fields"})
+            for source in _sources(config, role)
+        ]
+        for role in ROLES
+    }
     return Recipe(
-        settings=config.model_dump(mode="json", exclude=unused),
+        settings=settings,
         tokenizer=tokenizer_digest(tokenizer_dir),
-        train_files=tuple(map(content_digest, source_files(config.train))),
-        held_out_files=tuple(map(content_digest, held_out_files)),
+        train_files=_digests(config.train_sources),
+        held_out_files=_digests(config.held_out_sources),
+        versions={"tokenizers": version("tokenizers")},
     )
 
 
-def _load_whole(path: Path) -> Manifest | None:
-    if not path.exists():
+def describe(train: Manifest, held_out: Manifest) -> Iterator[str]:
+    """A line for each manifest, and one for what a user should look at."""
+    for manifest in (train, held_out):
+        totals = manifest.totals
+        left = {
+            "truncated": totals.truncated,
+            "split": totals.split,
+            "dropped": totals.dropped,
+            "without loss": totals.without_loss,
+            "bad rows skipped": totals.bad_rows,
+        }
+        notes = ", ".join(f"{count:,} {what}" for what, count in left.items() if count)
+        yield (
+            f"data: {manifest.role}: {totals.num_documents:,} documents, {totals.num_tokens:,} "
+            f"tokens ({totals.num_loss_tokens:,} with loss) in {totals.num_blocks:,} blocks, "
+            f"{manifest.packing_efficiency:.1%} full" + (f"; {notes}" if notes else "")
+        )
+    repeats, settings = train.repeats, train.recipe.settings
+    for count, what, field in (
+        (repeats.duplicates, "equal to an earlier one", "deduplicate"),
+        (repeats.contaminated, "equal to a held-out one", "decontaminate"),
+    ):
+        if count:
+            state = "left out" if settings[field] else f"data.{field}: true leaves them out"
+            yield f"data: {count:,} training examples are {what}; {state}"
+
+
+def _sources(config: DataConfig, role: Role) -> tuple[SourceConfig, ...]:
+    return config.train_sources if role == "train" else config.held_out_sources
+
+
+def _digests(sources: Sequence[SourceConfig]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(map(content_digest, source_files(source))) for source in sources)
+
+
+def _read_whole(store: ShardStore, role: Role) -> Manifest | None:
+    manifest = read_manifest(store, role)
+    if manifest is None:
         return None
-    manifest = load_manifest(path)
-    files = {path.parent / shard.file: shard.num_bytes for shard in manifest.shards}
-    whole = all(file.exists() and file.stat().st_size == size for file, size in files.items())
+    whole = all(store.holds(shard.file, shard.num_bytes, shard.digest) for shard in manifest.shards)
     return manifest if whole else None
 
 
-def _plan_tasks(
-    config: DataConfig, role: Role, tokenizer_dir: Path, folder: Path, run_tasks: RunTasks
-) -> list[ShardTask]:
-    slices, keys, expected = _choose_rows(config, role, run_tasks)
-    if not slices:
-        raise _no_rows(config, role)
+def _choose(work: Work) -> tuple[dict[Role, list[Portion]], Repeats | None]:
+    """The portions of each role, and the repeats if choosing has counted them."""
+    config = work.config
+    train = _weighed_slices(work, config.train_sources)
+    is_apart = config.held_out is not None
+    held_out = (
+        _weighed_slices(work, config.held_out_sources)
+        if is_apart
+        else [replace(item, weight=1.0) for item in train]
+    )
+    if not needs_orders(config, "held_out"):
+        by_range = {"train": train, "held_out": held_out}
+        return {role: select_by_range(config, role, by_range[role]) for role in ROLES}, None
+    held_out_orders = _orders(work, held_out)
+    held_out_portions, chosen = select_held_out(config, held_out, held_out_orders)
+    if not needs_orders(config, "train"):
+        portions = select_by_range(config, "train", train)
+        return {"train": portions, "held_out": held_out_portions}, None
+    orders = _orders(work, train) if is_apart else held_out_orders
+    portions, repeats = select_train(config, train, orders, chosen)
+    return {"train": portions, "held_out": held_out_portions}, repeats
+
+
+def _weighed_slices(work: Work, sources: Sequence[SourceConfig]) -> list[WeighedSlice]:
+    tasks, settings = [], []
+    for source in sources:
+        form = row_format(work.config, source)
+        for file in source_files(source):
+            tasks.append(PlanTask(file, work.config.slice_bytes))
+            settings.append((form, source.weight))
+    planned = _planned(work, tasks)
     return [
-        ShardTask(group, keys, role, index, config, str(tokenizer_dir.absolute()), str(folder))
-        for index, group in enumerate(_group(slices, expected, config.rows_per_slice))
+        WeighedSlice(part, form, weight)
+        for slices, (form, weight) in zip(planned, settings, strict=True)
+        for part in slices
     ]
 
 
-def _choose_rows(
-    config: DataConfig, role: Role, run_tasks: RunTasks
-) -> tuple[list[Slice], KeyRange, list[float]]:
-    """The role's slices, the range of its keys, and how many rows each slice is to give."""
-    slices = plan_slices(_source(config, role), config.rows_per_slice)
-    keys = _range_before_cap(config, role)
-    cap = config.max_train_examples if role == "train" else config.max_held_out_examples
-    if cap is None:
-        share = _expected_share(config, role)
-        return slices, keys, [part.num_rows * share for part in slices]
-    found = run_tasks(smallest_keys, [KeyTask(part, keys, cap) for part in slices])
-    keys = capped_range(keys, found, cap)
-    chosen = [bisect_left(slice_keys, keys.end) for slice_keys in found]
-    filled = [(part, count) for part, count in zip(slices, chosen, strict=True) if count]
-    return [part for part, _ in filled], keys, [float(count) for _, count in filled]
+def _planned(work: Work, tasks: Sequence[PlanTask]) -> list[list[Slice]]:
+    """Files that must be read to be cut are planned by whoever makes the shards."""
+    read = iter(work.run_tasks(plan_file, [task for task in tasks if must_be_read(task.file)]))
+    return [next(read) if must_be_read(task.file) else plan_file(task) for task in tasks]
 
 
-def _source(config: DataConfig, role: Role) -> str:
-    return config.held_out if role == "held_out" and config.held_out else config.train
+def _orders(work: Work, slices: Sequence[WeighedSlice]) -> list[KeyOrders]:
+    tasks = [KeyTask(item.part, item.form, work.config) for item in slices]
+    return list(work.run_tasks(slice_orders, tasks))
 
 
-def _range_before_cap(config: DataConfig, role: Role) -> KeyRange:
-    if config.held_out:
-        return KeyRange()
-    train, held_out = split_ranges(config.held_out_fraction)
-    return train if role == "train" else held_out
+def _shard_tasks(work: Work, role: Role, portions: Sequence[Portion]) -> list[ShardTask]:
+    """Neighbouring portions that together hold at most a slice's bytes make one shard; none holds
+    both examples that come for the first time and such that come again.
 
-
-def _expected_share(config: DataConfig, role: Role) -> float:
-    if config.held_out:
-        return 1.0
-    return 1 - config.held_out_fraction if role == "train" else config.held_out_fraction
-
-
-def _group(
-    slices: Sequence[Slice], expected: Sequence[float], rows_per_shard: int
-) -> list[tuple[Slice, ...]]:
-    """Neighbouring slices that together give at most `rows_per_shard` rows make one shard.
-
-    Few rows pack badly: 256 held-out rows out of a million would be a block of padding each.
+    Little text packs badly: 256 held-out examples out of a million would be a block of padding
+    each.
     """
-    groups: list[list[Slice]] = []
-    filled = float(rows_per_shard)
-    for part, rows in zip(slices, expected, strict=True):
-        if filled + rows > rows_per_shard:
+    if not portions:
+        raise _no_rows(work.config, role)
+    groups: list[list[Portion]] = []
+    filled = 0.0
+    for portion in portions:
+        is_full = filled + portion.expected_bytes > work.config.slice_bytes
+        if not groups or is_full or portion.again != groups[-1][-1].again:
             groups.append([])
             filled = 0.0
-        groups[-1].append(part)
-        filled += rows
-    return [tuple(group) for group in groups]
+        groups[-1].append(portion)
+        filled += portion.expected_bytes
+    return [
+        ShardTask(tuple(group), role, index, work.config, work.tokenizer_dir, work.place)
+        for index, group in enumerate(groups)
+    ]
+
+
+def _with_progress(
+    records: Iterable[ShardRecord], total: int, report: Callable[[str], None]
+) -> Iterator[ShardRecord]:
+    num_tokens = 0
+    for number, record in enumerate(records, start=1):
+        num_tokens += record.num_tokens
+        if number * REPORTS // total > (number - 1) * REPORTS // total and total > REPORTS:
+            report(f"data: {number} of {total} shards, {num_tokens:,} tokens")
+        yield record
+
+
+def _check_visible(store: ShardStore, place: str, records: Sequence[ShardRecord]) -> None:
+    for record in records:
+        if not store.holds(record.file, record.num_bytes, record.digest):
+            raise DataError(
+                f"{join(place, record.file)}: a shard that another machine has made is not seen "
+                "here: set data.shards_dir to a folder that all machines share, or to an fsspec URL"
+            )
+
+
+def _count_repeats(work: Work, tasks: Sequence[ShardTask]) -> Repeats:
+    first = [task for task in tasks if not task.portions[0].again]
+    orders = list(work.run_tasks(document_orders, first))
+    by_role = {
+        role: [found for task, found in zip(first, orders, strict=True) if task.role == role]
+        for role in ROLES
+    }
+    return count_repeats(by_role["train"], by_role["held_out"])
 
 
 def _check_not_empty(config: DataConfig, role: Role, shards: Sequence[ShardRecord]) -> None:
@@ -175,7 +315,7 @@ def _check_not_empty(config: DataConfig, role: Role, shards: Sequence[ShardRecor
         raise _no_rows(config, role)
     if not counts.num_blocks:
         raise DataError(
-            f"{_source(config, role)}: at least one {role} example is needed, but of {counts.rows} "
+            f"{_named(config, role)}: at least one {role} example is needed, but of {counts.rows} "
             f"rows {counts.dropped} are longer than data.block_length={config.block_length} and "
             f"{counts.without_loss} have no token with loss: raise data.block_length, "
             "or check data.format and data.fields"
@@ -183,19 +323,19 @@ def _check_not_empty(config: DataConfig, role: Role, shards: Sequence[ShardRecor
 
 
 def _no_rows(config: DataConfig, role: Role) -> DataError:
+    if config.held_out is not None:
+        return DataError(
+            f"{_named(config, role)}: at least one {role} example is needed, but there is none: "
+            "add rows, or take decontaminate and on_bad_row: skip out of data"
+        )
     verb, remedy = ("chose", "raise") if role == "held_out" else ("left", "lower")
     return DataError(
-        f"{_source(config, role)}: at least one {role} example is needed, but "
+        f"{_named(config, role)}: at least one {role} example is needed, but "
         f"data.held_out_fraction={config.held_out_fraction} {verb} no row: {remedy} it, add rows, "
         "or give data.held_out"
     )
 
 
-def _summary(manifest: Manifest) -> str:
-    totals = manifest.totals
-    return (
-        f"data: {manifest.role}: {totals.num_documents} documents, {totals.num_tokens} tokens "
-        f"({totals.num_loss_tokens} with loss) in {totals.num_blocks} blocks, "
-        f"{manifest.packing_efficiency:.1%} full; {totals.truncated} truncated, "
-        f"{totals.dropped} dropped, {totals.without_loss} without loss"
-    )
+def _named(config: DataConfig, role: Role) -> str:
+    sources = _sources(config, role) or config.train_sources
+    return ", ".join(source.path for source in sources)

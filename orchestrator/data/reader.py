@@ -1,29 +1,41 @@
 """Gather blocks from memory-mapped shards.
 
-In: a manifest and block indices. Out: batches of int64 arrays. Imports no torch.
+In: a manifest and block indices. Out: batches of int64 arrays. Threads may share a reader. Imports
+no torch.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.block_files import map_blocks
 from orchestrator.data.manifest import Manifest
-from orchestrator.data.packing import NO_DOCUMENT, document_starts
+from orchestrator.data.packing import Blocks
+from orchestrator.digests import known_file_digest
 from orchestrator.errors import DataError
-from orchestrator.files import file_digest
+
+IGNORED = -100  # PyTorch's cross entropy leaves this label out
+NO_DOCUMENT = -1
+
+# Each mapping holds a file descriptor, of which a process often may have 1,024 only. Mapping a
+# shard anew takes 0.1 ms.
+MAX_MAPPED_SHARDS = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Arrays of int64 [blocks, block_length]; see packing.Blocks."""
+    """Arrays of int64 [blocks, block_length]."""
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
+    """The token to predict at each position, which is the next one; IGNORED where it has no loss
+    and at the end of a document."""
     position_ids: NDArray[np.int64]
+    """Counts from 0 in each document, and again in the padding."""
     document_ids: NDArray[np.int64]
     """Index into the reader's `document_keys`; NO_DOCUMENT on padding."""
 
@@ -42,9 +54,10 @@ class Batch:
 class BlockReader:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._first_blocks = _starts([shard.num_blocks for shard in manifest.shards])
-        self._first_documents = _starts([shard.num_documents for shard in manifest.shards])
-        self._opened: dict[int, Any] = {}
+        self._first_blocks = _starts([shard.num_blocks for shard in manifest.shards]).tolist()
+        self._first_documents = _starts([s.num_documents for s in manifest.shards]).tolist()
+        verified: set[int] = set()
+        self._shard = lru_cache(MAX_MAPPED_SHARDS)(partial(_map_verified, manifest, verified))
 
     @property
     def num_blocks(self) -> int:
@@ -53,20 +66,13 @@ class BlockReader:
     @cached_property
     def document_keys(self) -> tuple[str, ...]:
         """Each document's content hash, by its number in the whole manifest."""
-        shards = (self._open(index) for index in range(len(self.manifest.shards)))
-        return tuple(
-            bytes(key).hex() for shard in shards for key in shard.get_tensor("document_keys")
-        )
+        shards = (self._shard(index) for index in range(len(self.manifest.shards)))
+        return tuple(bytes(key).hex() for shard in shards for key in shard.blocks.document_keys)
 
-    @cached_property
+    @property
     def max_documents(self) -> int:
-        """Most documents in one block, padding counted as one. Reads all positions once."""
-        counts = [
-            document_starts(self._open(number).get_tensor("position_ids")).sum(axis=1).max()
-            for number, shard in enumerate(self.manifest.shards)
-            if shard.num_blocks
-        ]
-        return int(max(counts, default=1))
+        """Most documents in one block, padding counted as one."""
+        return max((shard.max_documents for shard in self.manifest.shards), default=0) or 1
 
     def blocks(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """The blocks in the order asked for.
@@ -74,48 +80,65 @@ class BlockReader:
         Raises:
             DataError: a shard is missing or damaged.
         """
-        numbers = np.asarray(indices, dtype=np.int64)
-        assert np.all((numbers >= 0) & (numbers < self.num_blocks)), "no such block"
-        # From the right, so that an empty shard, which starts where the next one does, is passed.
-        shards = np.searchsorted(self._first_blocks, numbers, side="right") - 1
-        rows = [
-            (self._open(int(shard)), int(number - self._first_blocks[shard]))
-            for shard, number in zip(shards, numbers, strict=True)
-        ]
-        document_ids = _gather("document_ids", rows, self.manifest.block_length)
-        offsets = self._first_documents[shards][:, None]
+        wanted = np.asarray(indices, dtype=np.int64).tolist()
+        block_length = self.manifest.block_length
+        input_ids = np.empty((len(wanted), block_length), dtype=np.int64)
+        has_label = np.empty((len(wanted), -(-block_length // 8)), dtype=np.uint8)
+        # What follows one another in the blocks, and how long: documents, and padding after them.
+        numbers: list[int] = []
+        lengths: list[int] = []
+        for place, block in enumerate(wanted):
+            assert 0 <= block < self.num_blocks, "no such block"
+            # From the right, so that an empty shard, which starts where the next does, is passed.
+            index = bisect_right(self._first_blocks, block) - 1
+            shard, row = self._shard(index), block - self._first_blocks[index]
+            input_ids[place] = shard.blocks.input_ids[row]
+            has_label[place] = shard.blocks.has_label[row]
+            start, end = shard.borders[row : row + 2].tolist()
+            filled = shard.blocks.document_lengths[start:end].tolist()
+            first = self._first_documents[index]
+            numbers += range(first + start, first + end)
+            numbers.append(NO_DOCUMENT)
+            lengths += filled
+            lengths.append(block_length - sum(filled))
+        counts = np.array(lengths, dtype=np.int64)
+        position_ids = np.arange(input_ids.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        document_ids = np.repeat(np.array(numbers, dtype=np.int64), counts)
         return Batch(
-            input_ids=_gather("input_ids", rows, self.manifest.block_length),
-            labels=_gather("labels", rows, self.manifest.block_length),
-            position_ids=_gather("position_ids", rows, self.manifest.block_length),
-            document_ids=np.where(document_ids == NO_DOCUMENT, NO_DOCUMENT, document_ids + offsets),
+            input_ids,
+            _labels(input_ids, has_label),
+            position_ids.reshape(input_ids.shape),
+            document_ids.reshape(input_ids.shape),
         )
 
-    def _open(self, index: int) -> Any:
-        if index not in self._opened:
-            self._opened[index] = self._open_verified(index)
-        return self._opened[index]
 
-    def _open_verified(self, index: int) -> Any:
-        from safetensors import safe_open
-
-        shard = self.manifest.shards[index]
-        path = self.manifest.folder / shard.file
-        if not path.exists() or file_digest(path) != shard.digest:
-            raise DataError(
-                f"{path}: the shard is missing or damaged: its content must have the digest "
-                f"{shard.digest}: delete the folder {self.manifest.folder} and run again"
-            )
-        return safe_open(path, framework="numpy")
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    blocks: Blocks
+    borders: NDArray[np.int64]
+    """The first document of each block, counted within the shard, and then the end."""
 
 
-def _starts(sizes: list[int]) -> NDArray[np.int64]:
-    """Where each shard starts, and then the end."""
-    return np.cumsum([0, *sizes], dtype=np.int64)
+def _map_verified(manifest: Manifest, verified: set[int], index: int) -> _Shard:
+    shard = manifest.shards[index]
+    path = manifest.folder / shard.file
+    if not path.exists() or not (index in verified or known_file_digest(path) == shard.digest):
+        raise DataError(
+            f"{path}: the shard is missing or damaged: its content must have the digest "
+            f"{shard.digest}: delete the folder {manifest.folder} and run again"
+        )
+    verified.add(index)
+    blocks = map_blocks(path)
+    return _Shard(blocks, _starts(blocks.documents_per_block))
 
 
-def _gather(name: str, rows: list[tuple[Any, int]], block_length: int) -> NDArray[np.int64]:
-    gathered = np.empty((len(rows), block_length), dtype=np.int64)
-    for place, (shard, row) in enumerate(rows):
-        gathered[place] = shard.get_slice(name)[row]
-    return gathered
+def _starts(sizes: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int64]:
+    """Where each one starts, and then the end."""
+    return np.append(0, np.cumsum(sizes, dtype=np.int64))
+
+
+def _labels(input_ids: NDArray[np.int64], has_label: NDArray[np.uint8]) -> NDArray[np.int64]:
+    flags = np.unpackbits(has_label, axis=1, count=input_ids.shape[1]).view(np.bool_)
+    labels = np.full_like(input_ids, IGNORED)
+    np.copyto(labels[:, :-1], input_ids[:, 1:], where=flags[:, :-1])
+    return labels

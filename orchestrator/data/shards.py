@@ -1,116 +1,156 @@
-"""Make one shard: read slices, keep a role's rows, tokenise, pack, write.
+"""Make one shard: read slices, keep the chosen rows, tokenise, pack, write.
 
-In: a ShardTask, which pickles. Out: a ShardRecord, which pickles too, and a safetensors file of the
-same bytes in whatever process or order. A shard that is already there whole is not made again.
+In: a ShardTask, which pickles. Out: a ShardRecord, which pickles too, and a shard of the same bytes
+in whatever process or order. A shard that is already there whole is not made again.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
-import numpy as np
-
-from orchestrator.config import DataConfig
-from orchestrator.data.formats import RowProblem, Tokenizer, segments
-from orchestrator.data.keys import KeyRange, row_key
+from orchestrator.data.block_files import map_blocks, write_blocks
+from orchestrator.data.formats import Tokenizer, example_key, segments
+from orchestrator.data.keys import KeyOrders, key_order, key_orders
 from orchestrator.data.manifest import Role, ShardRecord
-from orchestrator.data.packing import NO_DOCUMENT, Blocks, build_blocks
-from orchestrator.data.slices import Slice
-from orchestrator.data.sources import read_slice
-from orchestrator.data.tokenizing import IGNORED, Example, Tokenized, load_tokenizer, tokenize
+from orchestrator.data.packing import build_blocks
+from orchestrator.data.selection import Portion
+from orchestrator.data.slices import RowProblem, read_options
+from orchestrator.data.sources import place, read_slice
+from orchestrator.data.store import open_store
+from orchestrator.data.tokenizing import Example, load_tokenizer, tokenize
+from orchestrator.data_config import DataConfig
 from orchestrator.errors import DataError
-from orchestrator.files import file_digest, read_json, write_file, write_json
-
-KEY_BYTES = 32  # SHA-256
+from orchestrator.files import file_digest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ShardTask:
-    slices: tuple[Slice, ...]
-    keys: KeyRange
-    """Which rows of the slices to take."""
+    portions: tuple[Portion, ...]
     role: Role
     index: int
     config: DataConfig
     tokenizer_dir: str
-    out_dir: str
-    """A folder that belongs to one recipe alone."""
+    place: str
+    """A store's, which belongs to one recipe alone."""
 
     @property
-    def path(self) -> Path:
-        return Path(self.out_dir) / f"{self.role}-{self.index:05d}.safetensors"
+    def name(self) -> str:
+        return f"{self.role}-{self.index:05d}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.safetensors"
+
+    @property
+    def counts_unreadable(self) -> bool:
+        """Whether rows without a key are its own: of rows that both roles read, train has them."""
+        return self.role == "train" or self.config.held_out is not None
+
+
+@dataclass
+class _Reading:
+    """What was seen while the rows went by."""
+
+    rows: int = 0
+    bad: list[dict[str, str]] = field(default_factory=list)
 
 
 def prepare_shard(task: ShardTask) -> ShardRecord:
-    """Raises DataError, with file and line, for a row that cannot be used."""
+    """Raises DataError, with file and line, for a row that cannot be used and is not skipped."""
     finished = _finished(task)
     if finished:
         return finished
     tokenizer = load_tokenizer(task.tokenizer_dir)
-    examples = list(_examples(task, tokenizer))
-    tokenized = tokenize(examples, tokenizer, task.config)
-    blocks = build_blocks(tokenized.documents, task.config.block_length, _pad_id(tokenizer))
-    write_file(task.path, lambda temporary: _write_blocks(temporary, blocks))
-    record = _describe(task.path, len(examples), tokenized, blocks)
-    write_json(_record_path(task), asdict(record))
-    return record
-
-
-def _finished(task: ShardTask) -> ShardRecord | None:
-    """The record is written last, so it vouches for the shard; the digest finds later damage."""
-    if not _record_path(task).exists() or not task.path.exists():
-        return None
-    record = ShardRecord(**read_json(_record_path(task)))
-    return record if file_digest(task.path) == record.digest else None
-
-
-def _record_path(task: ShardTask) -> Path:
-    return task.path.with_suffix(".json")
-
-
-def _examples(task: ShardTask, tokenizer: Tokenizer) -> Iterator[Example]:
-    for part in task.slices:
-        for number, row in read_slice(part):
-            key = row_key(row)
-            if key not in task.keys:
-                continue
-            place = f"{part.file}:{number}"
-            try:
-                yield Example(place, key, segments(row, task.config, tokenizer))
-            except RowProblem as problem:
-                raise DataError(f"{place}: {problem}") from problem
-
-
-def _pad_id(tokenizer: Tokenizer) -> int:
-    # Padding has no loss and no document, so any id will do where the tokenizer names none.
-    return int(tokenizer.pad_token_id or 0)
-
-
-def _write_blocks(path: Path, blocks: Blocks) -> None:
-    from safetensors.numpy import save_file
-
-    keys = np.frombuffer(bytes.fromhex("".join(blocks.keys)), dtype=np.uint8)
-    arrays = {
-        "input_ids": blocks.input_ids,
-        "labels": blocks.labels,
-        "position_ids": blocks.position_ids,
-        "document_ids": blocks.document_ids,
-        "document_keys": keys.reshape(-1, KEY_BYTES),
-    }
-    save_file(arrays, path)
-
-
-def _describe(path: Path, num_rows: int, tokenized: Tokenized, blocks: Blocks) -> ShardRecord:
-    return ShardRecord(
-        file=path.name,
+    reading = _Reading()
+    config = task.config
+    tokenized = tokenize(
+        _examples(task, tokenizer, reading), tokenizer, config.block_length, config.overlong
+    )
+    blocks = build_blocks(
+        tokenized.documents,
+        config.block_length,
+        _pad_id(tokenizer),
+        len(tokenizer),
+    )
+    store = open_store(task.place)
+    path = store.write(task.file, lambda temporary: write_blocks(temporary, blocks))
+    record = ShardRecord(
+        file=task.file,
+        max_documents=blocks.max_documents,
         num_bytes=path.stat().st_size,
         digest=file_digest(path),
         num_blocks=len(blocks.input_ids),
-        num_documents=len(blocks.keys),
-        num_tokens=int(np.count_nonzero(blocks.document_ids != NO_DOCUMENT)),
-        num_loss_tokens=int(np.count_nonzero(blocks.labels != IGNORED)),
-        rows=num_rows,
+        num_documents=len(blocks.document_keys),
+        num_tokens=blocks.num_tokens,
+        num_loss_tokens=blocks.num_labels,
+        rows=reading.rows,
         truncated=tokenized.truncated,
+        split=tokenized.split,
         dropped=tokenized.dropped,
         without_loss=tokenized.without_loss,
+        bad_rows=len(reading.bad),
     )
+    store.write_record(_record_name(task), {"shard": asdict(record), "bad_rows": reading.bad})
+    return record
+
+
+def document_orders(task: ShardTask) -> KeyOrders:
+    """Of the documents in a finished shard."""
+    record = _finished(task)
+    assert record is not None, f"{task.file} is not there"
+    store = open_store(task.place)
+    store.fetch([(record.file, record.digest)])
+    return key_orders(map_blocks(store.folder / record.file).document_keys)
+
+
+def bad_rows(place: str, shard: ShardRecord) -> list[dict[str, str]]:
+    """Place and problem of each row that was skipped."""
+    record = open_store(place).read_record(shard.file.replace(".safetensors", ".json"))
+    return list(record["bad_rows"]) if record else []
+
+
+def _finished(task: ShardTask) -> ShardRecord | None:
+    """The record is written last, so it vouches for the shard, unless that was changed since."""
+    store = open_store(task.place)
+    content = store.read_record(_record_name(task))
+    if content is None:
+        return None
+    record = ShardRecord(**content["shard"])
+    return record if store.holds(record.file, record.num_bytes, record.digest) else None
+
+
+def _record_name(task: ShardTask) -> str:
+    return f"{task.name}.json"
+
+
+def _examples(task: ShardTask, tokenizer: Tokenizer, reading: _Reading) -> Iterator[Example]:
+    config = task.config
+    for portion in task.portions:
+        usable = 0
+        for number, row in read_slice(portion.part, read_options(config)):
+            is_ours = task.counts_unreadable
+            try:
+                if isinstance(row, RowProblem):
+                    raise row
+                key = example_key(row, portion.form)
+                is_left_out = portion.left_out is not None and portion.left_out[usable]
+                usable += 1
+                if is_left_out or key_order(key) not in portion.keys:
+                    continue
+                is_ours = True
+                parts = segments(row, portion.form, tokenizer)
+            except RowProblem as problem:
+                if config.on_bad_row == "error":
+                    raise DataError(f"{place(portion.part, number)}: {problem}") from problem
+                if is_ours and not portion.again:
+                    where = place(portion.part, number)
+                    reading.bad.append({"place": where, "problem": str(problem)})
+                continue
+            reading.rows += 1
+            yield Example(partial(place, portion.part, number), key, parts)
+
+
+def _pad_id(tokenizer: Any) -> int:
+    # Padding has no loss and no document, so any id will do where the tokenizer names none.
+    return int(tokenizer.pad_token_id or 0)

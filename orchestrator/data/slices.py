@@ -1,46 +1,54 @@
-"""The unit of reading: some rows of one file.
+"""The unit of reading: some rows of one file, and what is wrong with a row.
 
-In: where a file's rows start, or how many there are. Out: slices of equal size. Pure.
+In: how large a file is and where it may be cut. Out: slices of about equal size. Pure.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.errors import DataError
+from orchestrator.data_config import DataConfig
 
 Row = dict[str, Any]
-NumberedRow = tuple[int, Row]
+
+
+class RowProblem(ValueError):
+    """What is wrong with a row: rule, value and remedy, without the place."""
+
+
+NumberedRow = tuple[int, Row | RowProblem]
+"""A row's number within its slice, counted from 1, and the row or why it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Some rows of a file. `first_row` counts from 1: lines in JSONL and CSV, rows in others."""
-
     file: str
-    first_row: int
-    num_rows: int
-    byte_offset: int
-    """Where the first row starts in an uncompressed JSONL or CSV file. 0: every slice reads from
-    the file's start, which costs more the more slices there are."""
+    fingerprint: str
+    """The file's when it was cut; another one means that the file has changed since."""
+    start: int
+    end: int
+    """Bytes of the decompressed file for formats of lines: the slice has the rows that start at
+    `start` or later and before `end`. Row numbers from 0 for tables."""
+    num_bytes: int
+    """About as much text as it holds."""
 
 
-def cut_evenly(file: str, num_rows: int, rows_per_slice: int) -> list[Slice]:
-    starts = [(row + 1, 0) for row in range(0, num_rows, rows_per_slice)]
-    return cut(file, starts, num_rows, rows_per_slice)
+@dataclass(frozen=True)
+class ReadOptions:
+    sample_by: str = "line"
+    """For text files; see DataConfig."""
+    max_row_bytes: int = 16 << 20
 
 
-def cut(
-    file: str, starts: Sequence[tuple[int, int]], num_rows: int, rows_per_slice: int
-) -> list[Slice]:
-    """Slices from the first row and byte offset of each."""
-    if not num_rows:
-        raise DataError(
-            f"{file}: a dataset's file must hold at least one row, but has none: "
-            "add rows or remove the file"
-        )
-    sizes = [min(rows_per_slice, num_rows - done) for done in range(0, num_rows, rows_per_slice)]
+def read_options(config: DataConfig) -> ReadOptions:
+    return ReadOptions(config.sample_by, config.max_row_bytes)
+
+
+def cut(file: str, fingerprint: str, borders: Sequence[int], num_bytes: int) -> list[Slice]:
+    """Slices between neighbouring borders, of which the last is the end; `num_bytes` is the whole
+    file's, shared out in proportion."""
+    whole = max(1, borders[-1] - borders[0])
     return [
-        Slice(file, first_row, size, offset)
-        for (first_row, offset), size in zip(starts, sizes, strict=True)
+        Slice(file, fingerprint, start, end, num_bytes * (end - start) // whole)
+        for start, end in zip(borders, borders[1:], strict=False)
     ]

@@ -1,77 +1,182 @@
-"""Open a local or remote file as a stream of bytes, decompressed.
+"""Open a local or remote file as a stream of bytes, and tell whether it has changed.
 
-In: a local path or an fsspec URL. Out: a stream, and its lines as text. A file that cannot be
-opened, is damaged or is not UTF-8 ends in a DataError. fsspec and zstandard are imported inside
-functions.
+In: a local path or an fsspec URL. Out: streams, fingerprints. Whatever the system, a store or a
+decompressor says ends in a DataError. fsspec and pyarrow are imported inside functions.
 """
 
+import bz2
 import gzip
 import io
+import lzma
+import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, is_disk_full
+from orchestrator.files import record_digest
 
-COMPRESSIONS = (".gz", ".zst")
+CHUNK_BYTES = 1 << 20
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+# Errors without a common base. One that is raised has its module loaded.
+LIBRARY_ERRORS = (
+    ("pyarrow", "ArrowException"),
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("zipfile", "BadZipFile"),
+)
+# What a store says of a file's content. HTTP's ukey is made of the address alone.
+IDENTITY_FIELDS = ("size", "ETag", "Content-MD5", "Digest", "Last-Modified")
 
 
 def is_remote(file: str) -> bool:
     return "://" in file
 
 
+def open_store_path(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a path or URL, and what it calls the path there."""
+    from fsspec.core import url_to_fs
+
+    file_system, path = url_to_fs(url)
+    return file_system, str(path)
+
+
 @contextmanager
-def open_stream(file: str, byte_offset: int = 0) -> Iterator[IO[bytes]]:
-    """From `byte_offset` on, which counts decompressed bytes."""
-    try:
-        with ExitStack() as stack:
-            stream = stack.enter_context(_open_raw(file))
-            if file.endswith(".gz"):
-                stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=stream)))
-            elif file.endswith(".zst"):
-                stream = stack.enter_context(_open_zstandard(stream))
-            if byte_offset:
-                stream.seek(byte_offset)
+def open_plain(file: str) -> Iterator[IO[bytes]]:
+    """The file's own bytes. Seekable, if `can_seek` says so."""
+    with reading(file):
+        if is_remote(file):
+            file_system, path = open_store_path(file)
+            raw = cast(Any, file_system.open(path, "rb"))
+            stream: IO[bytes] = io.BufferedReader(raw, CHUNK_BYTES)
+        else:
+            stream = open(file, "rb", buffering=CHUNK_BYTES)
+        with stream:
             yield stream
-    except (OSError, EOFError, zlib.error, ImportError) as error:
-        raise unreadable(file, error) from error
-
-
-def unreadable(file: str, error: Exception) -> DataError:
-    return DataError(
-        f"{file}: cannot be read ({error}): check that it is whole and that you may read it"
-    )
-
-
-def decode_line(line: bytes, file: str, number: int) -> str:
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}:{number}: text must be UTF-8, but byte {error.start + 1} of this line "
-            f"is 0x{line[error.start]:02x}: save the file as UTF-8"
-        ) from error
-    return text.removeprefix("\ufeff") if number == 1 else text
-
-
-def _open_raw(file: str) -> IO[bytes]:
-    if not is_remote(file):
-        return open(file, "rb")
-    import fsspec
-
-    return cast(IO[bytes], fsspec.open(file, "rb").open())
 
 
 @contextmanager
-def _open_zstandard(stream: IO[bytes]) -> Iterator[IO[bytes]]:
-    import zstandard
+def open_decompressed(file: str) -> Iterator[IO[bytes]]:
+    """From the beginning on; only `read` is sure to work."""
+    with reading(file), open_plain(file) as stream:
+        ending = compression(file)
+        if ending is None:
+            yield stream
+        else:
+            with DECOMPRESSORS[ending](stream) as plain:
+                yield plain
 
-    # Not fsspec's compression="infer": with the zstandard package that stops without a word after
-    # the first frame, and files that were written in parallel or joined with `cat` have several.
-    decompressor = zstandard.ZstdDecompressor()
+
+def compression(file: str) -> str | None:
+    ending = PurePosixPath(path_part(file)).suffix
+    return ending if ending in COMPRESSIONS else None
+
+
+def path_part(file: str) -> str:
+    """What has the file's name: an address without its query, of a chain the first with a path."""
+    if not is_remote(file):
+        return file
+    url = next(url for url in file.split("::") if is_remote(url))
+    return url.partition("?")[0] if url.startswith("http") else url
+
+
+@lru_cache(maxsize=4096)
+def can_seek(file: str, fingerprint: str) -> bool:
+    """Whether reading may start anywhere at the cost of what is read."""
+    if not is_remote(file):
+        return True
+    if "::" in file:  # a member of an archive is decompressed from its beginning
+        return False
+    if not file.startswith("http"):
+        return True
+    with reading(file):
+        file_system, path = open_store_path(file)
+        try:
+            with file_system.open(path, "rb", cache_type="none") as stream:
+                stream.seek(1)
+                stream.read(1)
+        except ValueError:  # the server sends whole files only
+            return False
+    return True
+
+
+def fingerprint(file: str) -> str:
+    """Changes when the file is written again. Cheap: nothing of it is read."""
+    with reading(file):
+        if "::" in file and is_remote(file):  # an archive's member changes with the archive
+            return fingerprint(file.partition("::")[2])
+        if is_remote(file):
+            return _remote_identity(file)
+        status = Path(file).stat()
+        return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def check_unchanged(file: str, expected: str) -> None:
+    found = fingerprint(file)
+    if found != expected:
+        raise DataError(
+            f"{file}: the file changed while it was being prepared: it must stay as it was "
+            f"({expected}), but now is another ({found}): let its writer finish, and run again"
+        )
+
+
+@contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Errors become a DataError that names the file. A full disk stays what it is."""
     try:
-        with decompressor.stream_reader(stream, read_across_frames=True) as plain:
-            yield io.BufferedReader(cast(Any, plain))
-    except zstandard.ZstdError as error:
-        raise OSError(str(error)) from error
+        yield
+    except read_errors(is_remote(file)) as error:
+        if is_disk_full(error):
+            raise
+        where = ", and that the store can be reached with these credentials"
+        raise DataError(
+            f"{file}: cannot be read ({shown_error(error)}): check that it is whole and that you "
+            f"may read it{where if is_remote(file) else ''}"
+        ) from error
+
+
+def read_errors(remote: bool) -> tuple[type[BaseException], ...]:
+    """What may be raised by reading; evaluate it in the `except` clause."""
+    libraries = [
+        getattr(sys.modules[module], name)
+        for module, name in LIBRARY_ERRORS
+        if module in sys.modules
+    ]
+    stores = (ValueError, NotImplementedError, ImportError) if remote else ()
+    return (OSError, EOFError, zlib.error, lzma.LZMAError, *stores, *libraries)
+
+
+def shown_error(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _remote_identity(file: str) -> str:
+    file_system, path = open_store_path(file)
+    file_system.invalidate_cache(path)  # a listing kept from before would hide a change
+    info = file_system.info(path)
+    said = [str(info[name]) for name in IDENTITY_FIELDS if name in info]
+    return record_digest([str(file_system.ukey(path)), *said])[:32]
+
+
+def _open_zstandard(stream: IO[bytes]) -> Any:
+    # It reads all frames, of which parallel compressors and `cat` write several, and notices a cut
+    # file. zstandard's own reader takes a cut file for a whole one, fsspec's stops after a frame.
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd")
+
+
+DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": gzip.open,
+    ".zst": _open_zstandard,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}

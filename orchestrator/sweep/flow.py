@@ -7,14 +7,13 @@ resumed sweep runs the same function. What differs between Ray and one process c
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from orchestrator.config import SweepConfig
-from orchestrator.data.manifest import load_manifest, manifest_path
-from orchestrator.data.prepare import PreparedData, RunTasks, prepare
+from orchestrator.data.prepare import PreparedData, RunTasks, find_prepared, prepare
 from orchestrator.errors import ConfigError, TrialFailed
 from orchestrator.files import cache_dir
 from orchestrator.planning.capacity import check_pack_fits
@@ -54,7 +53,8 @@ class Display(Protocol):
 @dataclass(frozen=True)
 class Services:
     executor: Executor
-    run_tasks: RunTasks
+    task_pool: Callable[[], AbstractContextManager[RunTasks]]
+    """Prepares the data; what it holds is given back before training begins."""
     num_workers: int
     display: Display
     on_controller: Callable[[Controller], None] = field(default=lambda controller: None)
@@ -109,22 +109,14 @@ def _data(
     store: RunStore, config: SweepConfig, base: BaseModel, services: Services
 ) -> PreparedData:
     record = store.read("data")
-    if record is not None and all(Path(path).exists() for path in record.values()):
-        return PreparedData(*(load_manifest(Path(record[role])) for role in ("train", "held_out")))
+    if record is not None and (found := find_prepared(record["place"])):
+        return found
     from orchestrator.training.model_source import local_folder
 
-    data = prepare(
-        config.data,
-        Path(local_folder(base)),
-        cache_dir(),
-        services.run_tasks,
-        services.display.say,
-    )
-    paths = {
-        manifest.role: str(manifest_path(manifest.folder, manifest.role))
-        for manifest in (data.train, data.held_out)
-    }
-    store.write("data", paths)
+    folder = Path(local_folder(base))
+    with services.task_pool() as run_tasks:
+        data = prepare(config.data, folder, cache_dir(), run_tasks, services.display.say)
+    store.write("data", data.to_json())
     return data
 
 
@@ -207,9 +199,8 @@ def pack_spec(
     return PackSpec(
         pack=number,
         base_model=base,
-        train_manifest=str(manifest_path(data.train.folder, "train")),
-        held_out_manifest=str(manifest_path(data.held_out.folder, "held_out")),
-        template="chat" if config.data.format == "chat" else config.data.template,
+        data_place=data.place,
+        template=config.data.prompt_template,
         quant=quant,
         target_modules=room.target_modules,
         num_slots=plan.num_slots,

@@ -26,7 +26,7 @@ def _headline(store: RunStore, rows: list[SummaryRow]) -> str:
     count = {state: sum(row["state"] == state for row in rows) for state in ("finished", "failed")}
     return (
         f"## {config.name}\n\nQLoRA adapters for **{_cell(config.base_model.source)}** on "
-        f"**{_cell(config.data.train)}**: {len(rows)} trials over {space} "
+        f"**{_cell(config.data.train_name)}**: {len(rows)} trials over {space} "
         f"({count['finished']} finished, {count['failed']} failed)."
     )
 

@@ -132,7 +132,7 @@ class MlflowView:
         )
         params = {
             "base_model": sweep.config.base_model.source,
-            "train_data": sweep.config.data.train,
+            "train_data": sweep.config.data.train_name,
             "sampler": sweep.config.search.sampler,
             "objective": sweep.config.search.objective,
             "device": sweep.device,

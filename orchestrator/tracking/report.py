@@ -6,14 +6,12 @@ from a user is escaped. Imports plotly inside functions.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from orchestrator.data.manifest import load_manifest
 from orchestrator.files import write_text
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.page import card, facts, page, section, table
@@ -153,16 +151,14 @@ def _decisions(decisions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _data(store: RunStore) -> str:
-    """Totals of the prepared data, while its manifests are on this machine."""
-    record: dict[str, str] = store.read("data") or {}
-    totals: dict[str, Any] = {}
-    for role, path in record.items():
-        totals[role] = path
-        if Path(path).exists():
-            manifest = load_manifest(Path(path))
-            counts = asdict(manifest.totals) | {"packing_efficiency": manifest.packing_efficiency}
-            totals |= {f"{role} {name.removeprefix('num_')}": n for name, n in counts.items()}
-    return facts(totals)
+    record: dict[str, Any] = store.read("data") or {}
+    named: dict[str, Any] = {}
+    for part, value in record.items():
+        if isinstance(value, dict):
+            named |= {f"{part} {name.removeprefix('num_')}": count for name, count in value.items()}
+        else:
+            named[part] = value
+    return facts(named)
 
 
 def _configuration(config: Mapping[str, Any]) -> str:

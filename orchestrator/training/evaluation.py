@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from orchestrator.data.reader import BlockReader
-from orchestrator.data.tokenizing import IGNORED
+from orchestrator.data.reader import IGNORED, BlockReader
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.engine import Engine
 from orchestrator.training.lanes import Served

@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ GGUF_ERRORS = (
 )
 # A conversion takes minutes; one on another machine that shares the cache has no process here.
 STALE_AFTER_S = 3600
+TOKENIZER_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 
 
@@ -85,6 +87,14 @@ def resolve_base_model(config: BaseModelConfig) -> BaseModel:
     return BaseModel(config.source, config.revision, str(folder), digest, config.trust_remote_code)
 
 
+def tokenizer_folder(config: BaseModelConfig) -> Path:
+    """A folder with the base model's tokenizer, perhaps without its weights."""
+    source = find_source(config)
+    if source is None:
+        return _download(config.source, config.revision, TOKENIZER_PATTERNS)
+    return _converted(source) if source.is_file() else source
+
+
 def local_folder(base: BaseModel) -> str:
     """The base model's folder on this machine; a hub model is fetched where it is missing."""
     if Path(base.folder).is_dir():
@@ -112,12 +122,12 @@ def _package_file(source: str) -> Path:
     return path
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def _download(repo_id: str, revision: str | None, patterns: Sequence[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
             f"base_model.source: {repo_id} is no local folder, and the model hub did not give it: "

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.config import QuantConfig, StrategyConfig
-from orchestrator.data.manifest import load_manifest
+from orchestrator.data.manifest import fetch_manifest
 from orchestrator.data.reader import BlockReader
 from orchestrator.errors import BaseModelError, TrialFailed
 from orchestrator.files import write_json
@@ -86,8 +86,8 @@ class PackWorker:
             self.base.device,
             self.base.wide_dtype,
         )
-        train_reader = BlockReader(load_manifest(Path(spec.train_manifest)))
-        self.held_out_reader = BlockReader(load_manifest(Path(spec.held_out_manifest)))
+        train_reader = BlockReader(fetch_manifest(spec.data_place, "train"))
+        self.held_out_reader = BlockReader(fetch_manifest(spec.data_place, "held_out"))
         self.feed = Feed(
             train_reader, spec.micro_batch_size, self.place.world_rank, self.place.world_size
         )
@@ -195,6 +195,7 @@ class PackWorker:
                 events.append(self._save(slot))
             slot.close()
         self.slots.clear()
+        self.feed.close()
         self.engine.close()
         self.replicas.close()
         return [*events, PackLeft(self.spec.pack)]

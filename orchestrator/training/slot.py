@@ -7,20 +7,17 @@ of its step are through, it clips its own gradient and steps its own optimizer.
 import math
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from orchestrator.config import TrialConfig
-from orchestrator.data.packing import NO_DOCUMENT
 from orchestrator.data.reader import Batch
-from orchestrator.data.tokenizing import IGNORED
 from orchestrator.errors import TrialFailed
 from orchestrator.files import record_digest
 from orchestrator.records import SlotTask
 from orchestrator.training.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
 from orchestrator.training.dropout import Drops
 from orchestrator.training.engine import Engine
-from orchestrator.training.feed import Feed
+from orchestrator.training.feed import Feed, ReadAhead, StepBlocks
 from orchestrator.training.lanes import Served
 from orchestrator.training.optimizers import learning_rate
 from orchestrator.training.slots import Slots, mix, scaling
@@ -47,8 +44,8 @@ class Slot:
         self.note = ""
         self._scaling = scaling(task.config.adapter)
         self._micro = 0
-        self._batch: Batch | None = None
-        self._next_batch: Batch | None = None
+        self._blocks: StepBlocks | None = None
+        self._ahead = ReadAhead(feed, task.config)
         slots.open(number, task.config.adapter, task.config.seed)
         self._stepper = engine.stepper(number, task.config.optimizer)
         self.refused_checkpoints = self._restore()
@@ -90,18 +87,15 @@ class Slot:
 
     def next_micro_batch(self) -> tuple[Batch, float]:
         """The next blocks, and the weight of each of their labels: 1 / labels in the whole step."""
-        if self._batch is None:
-            self._batch = self._next_batch or self._feed.batch(self.trial, self.step)
-            self._next_batch = None
+        if self._blocks is None:
+            self._blocks = self._ahead.take(self.step)
             self.step_loss = 0.0
-        part = self._feed.part(self._batch, self._micro)
-        num_labels = int(np.count_nonzero(self._batch.labels != IGNORED))
-        return part, 1.0 / max(1, num_labels)
+        part = self._feed.part(self._blocks.batch, self._micro)
+        return part, 1.0 / max(1, self._blocks.num_labels)
 
     def read_ahead(self) -> None:
-        """Gather the next step's blocks while the GPU is at work on this one."""
-        if self.completes_step and self.step + 1 < self.trial.steps:
-            self._next_batch = self._feed.batch(self.trial, self.step + 1)
+        """Have the next steps' blocks gathered while the GPU is at work on this one."""
+        self._ahead.fill(self.step)
 
     def finish_micro_batch(self, loss: float, grad_norm: float | None) -> None:
         """Count the micro-batch whose gradients are in; with the norm, the step that it completed.
@@ -109,7 +103,7 @@ class Slot:
         Raises:
             TrialFailed: the loss or the gradient is not finite. The slot is unusable after it.
         """
-        assert self._batch is not None
+        assert self._blocks is not None
         self.step_loss += loss
         self._micro += 1
         if grad_norm is None:
@@ -121,12 +115,13 @@ class Slot:
                 f"step {self.step + 1}: loss {self.step_loss}, gradient norm {grad_norm}: "
                 "lower optimizer.learning_rate or raise schedule.warmup_steps",
             )
-        self.tokens += int(np.count_nonzero(self._batch.document_ids != NO_DOCUMENT))
+        self.tokens += self._blocks.num_tokens
         self.step += 1
         self._micro = 0
-        self._batch = None
+        self._blocks = None
 
     def close(self) -> None:
+        self._ahead.close()
         self._slots.clear(self.number)
 
     def adapter_tensors(self) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.data.reader import Batch
-from orchestrator.data.tokenizing import IGNORED
+from orchestrator.data.reader import IGNORED, Batch
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.engine import Engine
 from orchestrator.training.loss import losses_and_gradient

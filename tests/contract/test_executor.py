@@ -62,8 +62,7 @@ def spec(number: int = 0, world_size: int = 1) -> PackSpec:
     return PackSpec(
         pack=number,
         base_model=BaseModel("somewhere/base", None, "/nowhere", "digest"),
-        train_manifest="train.json",
-        held_out_manifest="held_out.json",
+        data_place="shards",
         template="plain",
         quant=trial.quant.model_dump(),
         target_modules="all-linear",

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from orchestrator.config import QuantConfig, StrategyConfig
-from orchestrator.data.manifest import manifest_path
 from orchestrator.data.prepare import prepare
 from orchestrator.records import BaseModel, TrialDone
 from orchestrator.training.attention import document_borders
@@ -111,8 +110,7 @@ def test_long_blocks_give_the_same_bits_every_time(
         device="cuda",
         quant=BFLOAT16,
         step_program="graph",
-        train_manifest=str(manifest_path(data.train.folder, "train")),
-        held_out_manifest=str(manifest_path(data.held_out.folder, "held_out")),
+        data_place=data.place,
     )
     trials = [trial_config(steps=20, seed=1), trial_config(steps=20, seed=2)]
     digests = []

@@ -3,6 +3,9 @@
 import json
 import shutil
 import socket
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -108,20 +111,18 @@ def test_a_folder_that_is_no_run_cannot_be_resumed(orchestrator: Command, tmp_pa
 
 
 def test_a_full_disk_is_named_and_the_run_can_be_resumed_after_it(
-    orchestrator: Command, tmp_path: Path, tiny_base: Path
+    environment: Mapping[str, str], tmp_path: Path, tiny_base: Path
 ) -> None:
     config = write_config(tmp_path, tiny_base, trial__steps=4)
     limited = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000));"
         "from jobs.cli import run; sys.exit(run(sys.argv[1:]))"
     )
-    import subprocess
-    import sys
-
     # A file-size limit stands in for a full disk: the same kind of error, without a disk to fill.
     done = subprocess.run(
         [sys.executable, "-c", limited, "train", str(config), "--run-dir", "runs/one"],
         cwd=tmp_path,
+        env=dict(environment) | {"ORCHESTRATOR_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
         timeout=240,

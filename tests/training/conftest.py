@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from orchestrator.config import EvaluationConfig, QuantConfig, TrialConfig
-from orchestrator.data.manifest import manifest_path
 from orchestrator.data.prepare import prepare
 from orchestrator.records import BaseModel, PackSpec
 from tests.sweeps import sweep_config, with_changes
@@ -40,8 +39,7 @@ def make_spec(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
         spec = PackSpec(
             pack=0,
             base_model=BaseModel("tiny", None, str(base_folder), "digest"),
-            train_manifest=str(manifest_path(data.train.folder, "train")),
-            held_out_manifest=str(manifest_path(data.held_out.folder, "held_out")),
+            data_place=data.place,
             template="plain",
             quant=quant.model_dump(),
             target_modules="all-linear",

@@ -9,8 +9,7 @@ import torch
 
 from orchestrator.config import BaseModelConfig, QuantConfig, StrategyConfig
 from orchestrator.data.manifest import load_manifest
-from orchestrator.data.reader import BlockReader
-from orchestrator.data.tokenizing import IGNORED
+from orchestrator.data.reader import IGNORED, BlockReader
 from orchestrator.errors import BaseModelError
 from orchestrator.records import BaseModel
 from orchestrator.training.base_model import LoadedBase, load_base_model
@@ -37,7 +36,7 @@ def mean_loss(base: LoadedBase, reader: BlockReader) -> float:
 def test_an_evaluation_leaves_the_quantised_weights_as_they_are(
     base_folder: Path, make_spec: MakeSpec, double_quant: bool
 ) -> None:
-    reader = BlockReader(load_manifest(Path(make_spec().train_manifest)))
+    reader = BlockReader(load_manifest(make_spec().data_place, "train"))
     base = load(base_folder, 4, "bfloat16", double_quant=double_quant)
     before = mean_loss(base, reader)
     base.model.eval()
@@ -51,24 +50,6 @@ def test_fewer_bits_take_fewer_bytes_and_the_same_number_of_weights(base_folder:
     sizes = {bits: load(base_folder, bits) for bits in (4, 8, 16)}
     assert sizes[4].num_bytes < sizes[8].num_bytes < sizes[16].num_bytes
     assert len({base.num_params for base in sizes.values()}) == 1
-
-
-def test_documents_that_share_a_block_have_the_losses_they_have_alone(
-    base_folder: Path, make_spec: MakeSpec
-) -> None:
-    reader = BlockReader(load_manifest(Path(make_spec().train_manifest)))
-    base = load(base_folder, 16)
-    batch = reader.blocks([0])
-    numbers = [n for n in np.unique(batch.document_ids) if n >= 0]
-    assert len(numbers) > 1
-    hidden = base.hidden(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids))
-    for number in numbers:
-        mine = batch.document_ids == number
-        alone = base.hidden(
-            torch.from_numpy(batch.input_ids[mine])[None],
-            torch.from_numpy(batch.position_ids[mine])[None],
-        )
-        torch.testing.assert_close(hidden[torch.from_numpy(mine)], alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_folder_without_a_tokenizer_is_refused_with_the_remedy(

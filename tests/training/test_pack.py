@@ -114,7 +114,7 @@ def reference_adapter(spec: PackSpec, trial: TrialConfig) -> Adapter:
         state[name.replace(".weight", ".default.weight")].copy_(tensor)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=trial.optimizer.weight_decay)
-    reader = BlockReader(load_manifest(Path(spec.train_manifest)))
+    reader = BlockReader(load_manifest(spec.data_place, "train"))
     for step in range(trial.steps):
         indices = step_block_indices(trial.seed, step, trial.batch_size, reader.num_blocks)
         batch = reader.blocks(indices)
@@ -259,7 +259,7 @@ def test_a_saved_adapter_loads_with_plain_peft_and_has_the_reported_loss(
     (done,) = [event for event in events if isinstance(event, TrialDone)]
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, done.adapter_dir).eval()
-    reader = BlockReader(load_manifest(Path(spec.held_out_manifest)))
+    reader = BlockReader(load_manifest(spec.data_place, "held_out"))
     batch = reader.blocks(range(reader.num_blocks))
     with torch.no_grad():
         logits = model(

@@ -1,46 +1,56 @@
-from copy import copy
+import hashlib
 from typing import Any, get_args
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from orchestrator.config import DataConfig
-from orchestrator.data.formats import FORMATS, RowProblem, Segment, Tokenizer, segments
+from orchestrator.data.formats import (
+    FORMATS,
+    RowFormat,
+    Segment,
+    Tokenizer,
+    example_key,
+    row_format,
+    segments,
+)
+from orchestrator.data.slices import RowProblem
+from orchestrator.data_config import DataConfig, FieldNames, FormatName
 
-CHAT = DataConfig(train="x", format="chat")
 
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def _with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
-    changed = copy(tokenizer)
-    changed.chat_template = template
-    return changed
+def _format(name: FormatName = "prompt_completion", **settings: Any) -> RowFormat:
+    config = DataConfig.model_validate({"train": "x", "format": name, **settings})
+    return row_format(config, config.train_sources[0])
 
 
 def test_each_format_of_the_schema_is_known() -> None:
-    assert set(FORMATS) == set(get_args(DataConfig.model_fields["format"].annotation))
+    assert set(FORMATS) == set(get_args(FormatName))
+
+
+def test_a_sources_own_format_goes_before_that_of_the_data() -> None:
+    own = {"path": "a", "format": "text", "fields": {"text": "body"}}
+    config = DataConfig.model_validate({"train": ["b", own], "template": "plain", "format": "chat"})
+    first, second = (row_format(config, source) for source in config.train_sources)
+    assert first == RowFormat("chat", "plain", FieldNames())
+    assert second == RowFormat("text", "plain", FieldNames(text="body"))
 
 
 def test_loss_is_on_the_completion_and_its_end(tokenizer: Tokenizer) -> None:
     row = {"prompt": "2+2=", "completion": "4"}
-    assert segments(row, DataConfig(train="x"), tokenizer) == (
+    assert segments(row, _format(), tokenizer) == (
         Segment("2+2=", has_loss=False),
         Segment("4<|end|>", has_loss=True),
     )
 
 
 def test_columns_may_have_other_names(tokenizer: Tokenizer) -> None:
-    config = DataConfig.model_validate(
-        {"train": "x", "fields": {"prompt": "question", "completion": "answer"}}
-    )
-    found = segments({"question": "q", "answer": "a"}, config, tokenizer)
+    form = _format(fields={"prompt": "question", "completion": "answer"})
+    found = segments({"question": "q", "answer": "a"}, form, tokenizer)
     assert [segment.text for segment in found] == ["q", "a<|end|>"]
 
 
 def test_loss_is_on_all_of_a_text(tokenizer: Tokenizer) -> None:
-    found = segments({"text": "hello"}, DataConfig(train="x", format="text"), tokenizer)
+    found = segments({"text": "hello"}, _format("text"), tokenizer)
     assert found == (Segment("hello<|end|>", has_loss=True),)
 
 
@@ -60,78 +70,63 @@ class TokenizerWithoutEnd(TokenizerThatBegins):
 
 
 def test_a_text_begins_as_the_tokenizer_begins_it() -> None:
-    config = DataConfig(train="x", format="text")
-    found = segments({"text": "hello"}, config, TokenizerThatBegins())
+    found = segments({"text": "hello"}, _format("text"), TokenizerThatBegins())
     assert found == (Segment("<s>", has_loss=False), Segment("hello</s>", has_loss=True))
 
 
 def test_template_chat_makes_two_turns_of_prompt_and_completion(tokenizer: Tokenizer) -> None:
-    config = DataConfig(train="x", template="chat")
-    assert segments({"prompt": "hi", "completion": "ho"}, config, tokenizer) == (
+    row = {"prompt": "hi", "completion": "ho"}
+    assert segments(row, _format(template="chat"), tokenizer) == (
         Segment("<|user|>hi<|end|><|assistant|>", has_loss=False),
         Segment("ho<|end|>", has_loss=True),
     )
 
 
-def test_loss_is_on_assistant_turns_only(tokenizer: Tokenizer) -> None:
-    turns = ["system", "user", "assistant", "user", "assistant", "user"]
-    messages = [_message(role, str(index)) for index, role in enumerate(turns)]
-    found = segments({"messages": messages}, CHAT, tokenizer)
-    assert found == (
-        Segment("<|system|>0<|end|><|user|>1<|end|><|assistant|>", has_loss=False),
-        Segment("2<|end|>", has_loss=True),
-        Segment("<|user|>3<|end|><|assistant|>", has_loss=False),
-        Segment("4<|end|>", has_loss=True),
+def test_instruction_gets_alpacas_headings(tokenizer: Tokenizer) -> None:
+    row = {"instruction": "Add {these}.", "input": "1 and 2", "output": "3"}
+    prompt, answer = segments(row, _format("instruction"), tokenizer)
+    assert answer == Segment("3<|end|>", has_loss=True)
+    assert prompt == Segment(
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd {these}.\n\n### Input:\n1 and 2\n\n### Response:\n",
+        has_loss=False,
     )
 
 
-def test_line_end_after_a_turn_has_no_loss(tokenizer: Tokenizer) -> None:
-    template = "{% for m in messages %}[{{m.role}}]{{m.content}}<|end|>\n{% endfor %}"
-    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
-    messages = [_message(role, "x") for role in ("user", "assistant", "user", "assistant")]
-    found = segments({"messages": messages}, CHAT, _with_template(tokenizer, template))
-    assert [segment.text for segment in found if segment.has_loss] == ["x<|end|>"] * 2
-    assert found[2].text == "\n[user]x<|end|>\n[assistant]"
-
-
-def test_opening_turn_of_the_assistant_has_no_loss(tokenizer: Tokenizer) -> None:
-    messages = [_message(role, role) for role in ("assistant", "user", "assistant")]
-    found = segments({"messages": messages}, CHAT, tokenizer)
-    assert [segment.text for segment in found if segment.has_loss] == ["assistant<|end|>"]
-    assert "<|assistant|>assistant<|end|>" in found[0].text
-
-
-def test_chat_without_assistant_has_no_segments(tokenizer: Tokenizer) -> None:
-    assert segments({"messages": [_message("user", "hi")]}, CHAT, tokenizer) == ()
-
-
-ANY_CHAT = {"messages": [_message("user", "hi"), _message("assistant", "ho")]}
-BAD_TEMPLATES = [
-    (None, "must have a chat template, but it has none: use template: plain"),
-    (
-        "{{ messages | length }}{% for m in messages %}{{m.content}}{% endfor %}",
-        "rewrites the text",
-    ),
-    ("{{ raise_exception('no system role') }}", r"refuses these messages \(no system role\)"),
-]
-
-
-@pytest.mark.parametrize(("template", "message"), BAD_TEMPLATES)
-def test_unusable_chat_template_is_refused(
-    tokenizer: Tokenizer, template: str | None, message: str
+@pytest.mark.parametrize("given_input", [{}, {"input": ""}, {"input": None}])
+def test_instruction_without_input_has_no_heading_for_it(
+    tokenizer: Tokenizer, given_input: dict[str, Any]
 ) -> None:
-    with pytest.raises(RowProblem, match=message) as caught:
-        segments(ANY_CHAT, CHAT, _with_template(tokenizer, template))
-    assert "another base model" in str(caught.value)
+    row = {"instruction": "Say hi.", "output": "hi"} | given_input
+    prompt, _ = segments(row, _format("instruction"), tokenizer)
+    assert prompt.text == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nSay hi.\n\n### Response:\n"
+    )
+    asked, _ = segments(row, _format("instruction", template="chat"), tokenizer)
+    assert asked.text == "<|user|>Say hi.<|end|><|assistant|>"
+
+
+def test_instruction_as_a_chat_has_its_input_after_a_blank_line(tokenizer: Tokenizer) -> None:
+    row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    assert segments(row, _format("instruction", template="chat"), tokenizer) == (
+        Segment("<|user|>Add.\n\n1, 2<|end|><|assistant|>", has_loss=False),
+        Segment("3<|end|>", has_loss=True),
+    )
 
 
 def test_tokenizer_without_an_end_is_refused() -> None:
     row = {"prompt": "p", "completion": "c"}
     with pytest.raises(RowProblem, match="end-of-text token"):
-        segments(row, DataConfig(train="x"), TokenizerWithoutEnd())
+        segments(row, _format(), TokenizerWithoutEnd())
 
 
-BAD_ROWS: list[tuple[dict[str, Any], str, str]] = [
+NESTED: list[Any] = []
+for _ in range(900):
+    NESTED = [NESTED]
+
+BAD_ROWS: list[tuple[dict[str, Any], FormatName, str]] = [
     (
         {"question": "q", "answer": "a"},
         "prompt_completion",
@@ -149,27 +144,59 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str]] = [
         "must be text, but got NoneType None",
     ),
     ({"prompt": "p", "completion": ""}, "prompt_completion", "'completion' must not be empty"),
+    ({"prompt": "p", "completion": " \n"}, "prompt_completion", "'completion' must not be empty"),
     ({"text": "a\ud800"}, "text", "character 2 is half of a surrogate pair"),
     ({"text": ["x" * 100]}, "text", r"got list \['x+\.\.\."),
-    ({"messages": "hi"}, "chat", "must be a list of at least one message, but got str 'hi'"),
-    ({"messages": []}, "chat", r"must be a list of at least one message, but got list \[\]"),
-    ({"messages": ["hi"]}, "chat", r"messages\[0\] must be an object, but got str 'hi'"),
+    ({"text": NESTED}, "text", r"must be text, but got list \[\[\[\.\.\.\]\]\]"),
+    ({"instruction": "i"}, "instruction", "there is no column 'output'"),
+    ({"output": "o"}, "instruction", "there is no column 'instruction'"),
+    ({"instruction": "i", "output": ""}, "instruction", "'output' must not be empty"),
     (
-        {"messages": [{"from": "human", "value": "hi"}]},
-        "chat",
-        r"messages\[0\] must have 'role' as text, but got NoneType None \(it has: from, value\)",
-    ),
-    (
-        {"messages": [_message("user", "a"), {"role": "assistant", "content": None}]},
-        "chat",
-        r"messages\[1\] must have 'content' as text",
+        {"instruction": "i", "input": {"a": 1}, "output": "o"},
+        "instruction",
+        r"'input' must be text, but got dict \{'a': 1\}",
     ),
 ]
 
 
-@pytest.mark.parametrize(("row", "form", "message"), BAD_ROWS)
+@pytest.mark.parametrize(("row", "name", "message"), BAD_ROWS)
 def test_bad_row_is_refused_with_the_remedy(
-    tokenizer: Tokenizer, row: dict[str, Any], form: str, message: str
+    tokenizer: Tokenizer, row: dict[str, Any], name: FormatName, message: str
 ) -> None:
     with pytest.raises(RowProblem, match=message):
-        segments(row, DataConfig.model_validate({"train": "x", "format": form}), tokenizer)
+        segments(row, _format(name), tokenizer)
+    with pytest.raises(RowProblem, match=message):
+        example_key(row, _format(name))
+
+
+def test_key_is_of_the_used_columns_values_alone() -> None:
+    key = example_key({"prompt": "p", "completion": "c"}, _format())
+    assert len(key) == 32
+    assert example_key({"id": 7, "completion": "c", "prompt": "p"}, _format()) == key
+    renamed = _format(fields={"prompt": "question"})
+    assert example_key({"question": "p", "completion": "c"}, renamed) == key
+    assert example_key({"prompt": "p", "completion": "C"}, _format()) != key
+
+
+def test_runs_of_white_space_do_not_change_the_key() -> None:
+    assert _text_key(" a\t\r\n  b c\n") == _text_key("a b c")
+    assert _text_key("ab c") != _text_key("a b c")
+    assert _text_key("a\u00a0b") != _text_key("a b")
+
+
+def test_key_is_the_same_in_every_version() -> None:
+    row = {"prompt": "What is\n2 + 2?", "completion": "  4 "}
+    written = hashlib.sha256(b"What is 2 + 2?\n4").digest()
+    assert example_key(row, _format()) == written
+
+
+@given(st.lists(st.text(alphabet="ab \n\t\x0b\u00e9", max_size=9), min_size=4, max_size=4))
+def test_two_rows_have_one_key_only_if_they_have_the_same_words(texts: list[str]) -> None:
+    rows = [{"instruction": a, "output": f"x{b}"} for a, b in (texts[:2], texts[2:])]
+    keys = {example_key(row, _format("instruction")) for row in rows}
+    words = {tuple(tuple(row[name].encode().split()) for name in row) for row in rows}
+    assert len(keys) == len(words)
+
+
+def _text_key(text: str) -> bytes:
+    return example_key({"text": text}, _format("text"))

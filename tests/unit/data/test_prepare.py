@@ -1,21 +1,23 @@
+import contextlib
 import json
 import pickle
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from orchestrator.config import DataConfig
-from orchestrator.data.formats import Tokenizer
-from orchestrator.data.keys import row_key, split_ranges
-from orchestrator.data.manifest import Manifest, load_manifest, manifest_path
-from orchestrator.data.prepare import PreparedData, prepare, run_in_process
-from orchestrator.data.reader import BlockReader
-from orchestrator.data.shards import ShardTask
-from orchestrator.data.tokenizing import IGNORED
+from orchestrator.data.formats import Tokenizer, example_key, row_format
+from orchestrator.data.keys import key_order, split_ranges
+from orchestrator.data.manifest import Manifest, fetch_manifest, load_manifest
+from orchestrator.data.prepare import prepare
+from orchestrator.data.reader import IGNORED, BlockReader
+from orchestrator.data.shards import bad_rows, prepare_shard
+from orchestrator.data_config import DataConfig
 from orchestrator.errors import DataError
 
 T = TypeVar("T")
@@ -26,7 +28,7 @@ ROWS = [{"prompt": f"{i}?", "completion": "x" * (1 + i % 23)} for i in range(200
 
 
 def _config(train: Path, **settings: Any) -> DataConfig:
-    defaults = {"block_length": 64, "rows_per_slice": 32, "max_held_out_examples": None}
+    defaults = {"block_length": 64, "slice_bytes": 1200, "max_held_out_examples": None}
     return DataConfig.model_validate({"train": str(train), **defaults, **settings})
 
 
@@ -38,15 +40,23 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def run_backwards(function: Callable[[T], R], tasks: Sequence[T], /) -> list[R]:
+def run_backwards(function: Callable[[T], R], tasks: Sequence[T], /) -> Iterator[R]:
     copies = [pickle.loads(pickle.dumps(task)) for task in tasks]
-    return [pickle.loads(pickle.dumps(function(task))) for task in reversed(copies)][::-1]
+    results = [pickle.loads(pickle.dumps(function(task))) for task in reversed(copies)]
+    return reversed(results)
 
 
-def run_until_crash(function: Callable[[T], R], tasks: Sequence[T], /) -> list[R]:
+def run_until_crash(function: Callable[[T], R], tasks: Sequence[T], /) -> Iterator[R]:
+    if function is not prepare_shard:
+        return map(function, tasks)
     for task in tasks[:3]:
         function(task)
     raise KeyboardInterrupt
+
+
+def _key(row: dict[str, str]) -> bytes:
+    config = DataConfig(train="rows.jsonl")
+    return example_key(row, row_format(config, config.train_sources[0]))
 
 
 def test_manifests_are_the_same_whatever_the_order_of_tasks(
@@ -78,6 +88,35 @@ def test_only_what_is_missing_is_redone_after_a_crash(
     assert _files(prepared.train.folder) == _files(whole.train.folder)
 
 
+@settings(max_examples=12, deadline=None)
+@given(st.randoms(use_true_random=False), st.integers(0, 30))
+def test_any_order_and_any_crash_give_the_same_bytes(
+    tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory, draw: random.Random, crash: int
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = _config(rows, slice_bytes=600, max_held_out_examples=9)
+    left = [crash]
+
+    def run(function: Callable[[T], R], tasks: Sequence[T], /) -> Iterator[R]:
+        order = draw.sample(range(len(tasks)), len(tasks))
+        results = {}
+        for number in order:
+            if not left[0] and function is prepare_shard:
+                left[0] = -1
+                raise KeyboardInterrupt
+            results[number] = function(tasks[number])
+            left[0] -= function is prepare_shard
+        return iter([results[number] for number in range(len(tasks))])
+
+    with contextlib.suppress(KeyboardInterrupt):
+        prepare(config, tokenizer_dir, folder / "one", run)
+    one = prepare(config, tokenizer_dir, folder / "one", run)
+    two = prepare(config, tokenizer_dir, folder / "two")
+    assert _files(one.train.folder) == _files(two.train.folder)
+
+
 def test_finished_data_is_reused_without_any_task(
     write_rows: WriteRows, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
@@ -106,7 +145,7 @@ def test_manifest_records_totals_and_recipe(
 ) -> None:
     config = _config(write_rows(ROWS), block_length=20, overlong="drop")
     manifest = prepare(config, tokenizer_dir, tmp_path).train
-    record = json.loads(manifest_path(manifest.folder, "train").read_text())
+    record = json.loads((manifest.folder / "train.json").read_text())
     totals = record["totals"]
     assert totals["rows"] == totals["num_documents"] + totals["dropped"]
     assert totals["dropped"] > 0
@@ -114,7 +153,7 @@ def test_manifest_records_totals_and_recipe(
     assert record["digest"] == manifest.digest
     assert record["recipe"]["settings"]["block_length"] == 20
     assert str(tmp_path) not in json.dumps(record)
-    assert load_manifest(manifest_path(manifest.folder, "train")) == manifest
+    assert load_manifest(str(manifest.folder), "train") == manifest
 
 
 def test_hash_split_is_stable_when_rows_are_added(
@@ -129,17 +168,9 @@ def test_hash_split_is_stable_when_rows_are_added(
     train, held_out = split(random.Random(0).sample(ROWS, len(ROWS)))
     assert few_train < train
     assert few_held_out < held_out
-    assert train | held_out == set(map(row_key, ROWS))
+    assert train | held_out == {_key(row).hex() for row in ROWS}
     assert not train & held_out
     assert 20 < len(held_out) < 60
-
-
-def test_split_follows_the_first_64_bits_of_the_key() -> None:
-    train, held_out = split_ranges(0.3)
-    for number in range(500):
-        key = row_key({"n": number})
-        assert (key in held_out) == (int(key[:16], 16) / 2**64 < 0.3)
-        assert (key in train) != (key in held_out)
 
 
 @pytest.mark.parametrize("cap", [1, 7, 30, 1000])
@@ -154,17 +185,18 @@ def test_caps_take_just_the_first_examples_by_hash(
     )
     prepared = prepare(config, tokenizer_dir, tmp_path)
     train, held_out = split_ranges(0.3)
-    keys = sorted(map(row_key, ROWS))
-    assert _keys(prepared.train) == [key for key in keys if key in train][:cap]
-    assert _keys(prepared.held_out) == [key for key in keys if key in held_out][:cap]
+    keys = sorted(map(_key, ROWS))
+    for manifest, inside in ((prepared.train, train), (prepared.held_out, held_out)):
+        chosen = [key.hex() for key in keys if key_order(key) in inside][:cap]
+        assert _keys(manifest) == chosen
 
 
 def test_few_rows_from_many_slices_share_a_shard(
     write_rows: WriteRows, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    config = _config(write_rows(ROWS), rows_per_slice=8, max_held_out_examples=6)
+    config = _config(write_rows(ROWS), slice_bytes=300, max_held_out_examples=6)
     prepared = prepare(config, tokenizer_dir, tmp_path)
-    assert len(prepared.train.shards) == 25
+    assert len(prepared.train.shards) > 20
     assert len(prepared.held_out.shards) == 1
 
 
@@ -174,15 +206,84 @@ def test_all_of_a_held_out_source_is_held_out(
     other = [{"prompt": str(i), "completion": "y"} for i in range(40)]
     held_out = write_rows(other, "test.jsonl")
     prepared = prepare(_config(write_rows(ROWS), held_out=str(held_out)), tokenizer_dir, tmp_path)
-    assert _keys(prepared.train) == sorted(map(row_key, ROWS))
-    assert _keys(prepared.held_out) == sorted(map(row_key, other))
+    assert _keys(prepared.train) == sorted(_key(row).hex() for row in ROWS)
+    assert _keys(prepared.held_out) == sorted(_key(row).hex() for row in other)
 
 
-def test_duplicate_rows_are_kept(
+def test_repeats_are_reported_and_left_out_on_request(
     write_rows: WriteRows, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    prepared = prepare(_config(write_rows(ROWS + ROWS[:50])), tokenizer_dir, tmp_path)
-    assert prepared.train.totals.rows + prepared.held_out.totals.rows == 250
+    train = write_rows([*ROWS, *ROWS[:50], {"prompt": " 7? ", "completion": "xxxxxxxx\n"}])
+    held_out = write_rows(ROWS[:9], "test.jsonl")
+    lines: list[str] = []
+    kept = _config(train, held_out=str(held_out))
+    prepared = prepare(kept, tokenizer_dir, tmp_path, report=lines.append)
+    assert prepared.train.totals.rows == 251
+    assert (prepared.train.repeats.duplicates, prepared.train.repeats.contaminated) == (51, 19)
+    assert "51 training examples are equal to an earlier one; data.deduplicate: true" in lines[-2]
+    assert "19 training examples are equal to a held-out one; data.decont" in lines[-1]
+    config = _config(train, held_out=str(held_out), deduplicate=True, decontaminate=True)
+    cleaned = prepare(config, tokenizer_dir, tmp_path).train
+    assert _keys(cleaned) == sorted(_key(row).hex() for row in ROWS[9:])
+    assert cleaned.repeats == prepared.train.repeats
+
+
+def test_a_mixture_reads_each_source_in_its_own_way(
+    write_rows: WriteRows, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    pairs = write_rows(ROWS[:10], "pairs.jsonl")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"line {number}\n" for number in range(10)))
+    held_out = write_rows(ROWS[10:20], "test.jsonl")
+    sources = [
+        {"path": str(pairs), "weight": 2},
+        {"path": str(texts), "weight": 0.5, "format": "text"},
+    ]
+    data = DataConfig.model_validate(
+        {"train": sources, "held_out": str(held_out), "block_length": 64}
+    )
+    prepared = prepare(data, tokenizer_dir, tmp_path)
+    keys = _keys(prepared.train)
+    assert all(keys.count(_key(row).hex()) == 2 for row in ROWS[:10])
+    assert 20 < len(keys) < 30
+    assert prepared.train.repeats.duplicates == 0
+
+
+def test_a_row_that_cannot_be_used_is_skipped_and_listed_on_request(
+    write_rows: WriteRows, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    train = write_rows([*ROWS[:3], {"prompt": 1, "completion": "x"}, *ROWS[3:]])
+    train.write_text(train.read_text() + "{broken\n")
+    prepared = prepare(_config(train, on_bad_row="skip"), tokenizer_dir, tmp_path)
+    assert prepared.train.totals.bad_rows == 2
+    assert prepared.held_out.totals.bad_rows == 0
+    rows = prepared.train.totals.rows + prepared.held_out.totals.rows
+    assert rows == len(ROWS)
+    found = [row for shard in prepared.train.shards for row in bad_rows(prepared.place, shard)]
+    assert [row["place"].rpartition(":")[2] for row in found] == ["4", "202"]
+    assert "column 'prompt' must be text" in found[0]["problem"]
+
+
+def test_shards_in_an_object_store_are_those_of_a_folder(
+    write_rows: WriteRows, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    train = write_rows(ROWS)
+    local = prepare(_config(train), tokenizer_dir, tmp_path / "one")
+    there = _config(train, shards_dir=f"file://{tmp_path}/bucket")
+    remote = prepare(there, tokenizer_dir, tmp_path / "two")
+    assert remote.train.digest == local.train.digest
+    assert remote.held_out.digest == local.held_out.digest
+    bucket = tmp_path / "bucket" / remote.place.rpartition("/")[2]
+    assert _files(bucket) == _files(local.train.folder)
+    reader = BlockReader(fetch_manifest(remote.place, "train"))
+    assert reader.manifest.folder != local.train.folder
+    every = range(reader.num_blocks)
+    assert np.array_equal(
+        reader.blocks(every).input_ids, BlockReader(local.train).blocks(every).input_ids
+    )
+    lines: list[str] = []
+    assert prepare(there, tokenizer_dir, tmp_path / "two", run_until_crash, lines.append) == remote
+    assert lines == [f"data: reusing the shards in {remote.place}"]
 
 
 def test_reader_gathers_the_right_documents(
@@ -192,7 +293,7 @@ def test_reader_gathers_the_right_documents(
     reader = BlockReader(manifest)
     order = np.random.default_rng(0).permutation(reader.num_blocks)
     batch = reader.blocks(order)
-    by_key = {row_key(row): row for row in ROWS}
+    by_key = {_key(row).hex(): row for row in ROWS}
     seen = []
     for block in range(len(order)):
         for document in np.unique(batch.document_ids[block]):
@@ -225,11 +326,15 @@ def test_reader_gives_blocks_in_the_order_asked_for(
 def test_reader_passes_over_empty_shards(
     write_rows: WriteRows, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    rows = [{"prompt": str(i), "completion": "y" * (90 if 8 <= i < 24 else 3)} for i in range(40)]
+    rows = [
+        {"prompt": f"{i:02}", "completion": "y" * (90 if 8 <= i < 24 else 3)} for i in range(40)
+    ]
     held_out = write_rows(ROWS[:5], "test.jsonl")
-    config = _config(write_rows(rows), rows_per_slice=8, overlong="drop", held_out=str(held_out))
+    config = _config(write_rows(rows), slice_bytes=400, overlong="drop", held_out=str(held_out))
     manifest = prepare(config, tokenizer_dir, tmp_path).train
-    assert [shard.num_documents for shard in manifest.shards] == [8, 0, 0, 8, 8]
+    counts = [shard.num_documents for shard in manifest.shards]
+    assert sum(counts) == 24
+    assert 0 in counts[1:-1]
     batch = BlockReader(manifest).blocks(range(manifest.totals.num_blocks))
     assert np.array_equal(np.unique(batch.document_ids[batch.document_ids >= 0]), np.arange(24))
 
@@ -280,18 +385,3 @@ def test_empty_train_set_is_refused(
     message = _failure(config, tokenizer_dir, tmp_path)
     assert "are longer than data.block_length=1" in message
     assert not list(tmp_path.rglob("train.json"))
-
-
-def test_tasks_cross_processes_unchanged(
-    write_rows: WriteRows, tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    tasks: list[object] = []
-
-    def run_and_note(function: Callable[[T], R], items: Sequence[T], /) -> list[R]:
-        tasks.extend(items)
-        return run_in_process(function, items)
-
-    prepared = prepare(_config(write_rows(ROWS)), tokenizer_dir, tmp_path, run_and_note)
-    assert isinstance(prepared, PreparedData)
-    assert all(isinstance(task, ShardTask) for task in tasks)
-    assert pickle.loads(pickle.dumps(tasks)) == tasks

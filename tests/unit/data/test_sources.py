@@ -1,155 +1,92 @@
 import gzip
 import json
-from collections.abc import Callable
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from orchestrator.data.slices import ReadOptions
 from orchestrator.data.sources import (
+    PlanTask,
     content_digest,
     estimate_slices,
-    plan_slices,
+    must_be_read,
+    place,
+    plan_file,
     read_slice,
     source_files,
 )
+from orchestrator.data_config import SourceConfig
 from orchestrator.errors import DataError
+from tests.unit.data.reading import rows_of
 
-ROWS: list[dict[str, Any]] = [
-    {"prompt": f'question {i},\n"é"', "completion": str(i)} for i in range(10)
-]
+ROWS: list[dict[str, Any]] = [{"prompt": f"question {n}", "completion": "é"} for n in range(10)]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
-# Without a time in its header: xdist needs the same test names in every process.
-CUT_GZIP = gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9]
 
 
-def _read_all(source: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    return [numbered for part in plan_slices(str(source), 1) for numbered in read_slice(part)]
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(folder))
+    return folder
 
 
-def _write_csv(path: Path) -> None:
-    import csv
-
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, ["prompt", "completion"])
-        table.writeheader()
-        table.writerows(ROWS)
+def _files(path: Path | str, **chosen: str) -> list[str]:
+    return source_files(SourceConfig(path=str(path), **chosen))
 
 
-def _write_gzipped_csv(path: Path) -> None:
-    _write_csv(path.with_suffix(""))
-    path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
-
-
-def _write_parquet(path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=4)
-
-
-def _write_zstandard(path: Path) -> None:
-    import zstandard
-
-    lines = JSONL.encode().splitlines(keepends=True)
-    frames = [zstandard.compress(b"".join(part)) for part in (lines[:4], lines[4:])]
-    path.write_bytes(b"".join(frames))
-
-
-WRITERS: dict[str, Callable[[Path], object]] = {
-    "rows.jsonl": lambda path: path.write_text(JSONL),
-    "windows.jsonl": lambda path: path.write_bytes(
-        b"\xef\xbb\xbf" + JSONL.replace("\n", "\r\n").encode()
-    ),
-    "list.json": lambda path: path.write_text("\n" + json.dumps(ROWS, indent=1)),
-    "lines.json": lambda path: path.write_text(JSONL),
-    "rows.csv": _write_csv,
-    "rows.csv.gz": _write_gzipped_csv,
-    "rows.parquet": _write_parquet,
-    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(JSONL.encode())),
-    "rows.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
-    "rows.jsonl.zst": _write_zstandard,
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-@pytest.mark.parametrize("rows_per_slice", [1, 3, 5, 100])
-def test_slices_of_every_file_type_give_all_rows_in_order(
-    tmp_path: Path, name: str, rows_per_slice: int
-) -> None:
-    WRITERS[name](tmp_path / name)
-    parts = plan_slices(str(tmp_path / name), rows_per_slice)
-    assert [part.num_rows for part in parts[:-1]] == [rows_per_slice] * (len(parts) - 1)
-    assert [row for part in parts for _, row in read_slice(part)] == ROWS
-
-
-@given(blank_before=st.lists(st.integers(0, 3), min_size=1, max_size=20), size=st.integers(1, 6))
-def test_jsonl_line_numbers_count_blank_lines(
-    tmp_path_factory: pytest.TempPathFactory, blank_before: list[int], size: int
-) -> None:
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines: list[str] = []
-    for blanks in blank_before:
-        lines += [" \n"] * blanks
-        lines.append(json.dumps({"line": len(lines) + 1}) + "\n")
-    path.write_text("".join(lines))
-    parts = plan_slices(str(path), size)
-    numbered = [item for part in parts for item in read_slice(part)]
-    assert len(numbered) == len(blank_before)
-    assert all(row == {"line": number} for number, row in numbered)
-
-
-def test_csv_rows_are_numbered_by_their_first_line(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text('a,b\n1,"two\nlines"\n\n3,4\n')
-    (part,) = plan_slices(str(tmp_path / "rows.csv"), 10)
-    assert list(read_slice(part)) == [
-        (2, {"a": "1", "b": "two\nlines"}),
-        (5, {"a": "3", "b": "4"}),
-    ]
+def _write(folder: Path, *names: str) -> list[str]:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(JSONL)
+    return [str(folder / name) for name in names]
 
 
 def test_folder_gives_its_known_files_sorted(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a/c.jsonl", "README.md", ".cache/x.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(JSONL)
-    expected = [str(tmp_path / "a/c.jsonl"), str(tmp_path / "b.jsonl")]
-    assert source_files(str(tmp_path)) == expected
-    assert [part.file for part in plan_slices(str(tmp_path), 100)] == expected
+    _write(tmp_path, "b.jsonl", "a/c.json", "README.md", ".cache/x.jsonl", "a/.x.jsonl")
+    assert _files(tmp_path) == [str(tmp_path / "a/c.json"), str(tmp_path / "b.jsonl")]
 
 
-def test_urls_of_files_folders_and_globs_are_read(tmp_path: Path) -> None:
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    memory.pipe("/rows-test/b.jsonl", JSONL.encode())
-    memory.pipe("/rows-test/a.jsonl.gz", gzip.compress(JSONL.encode()))
-    both = ["memory:///rows-test/a.jsonl.gz", "memory:///rows-test/b.jsonl"]
-    assert source_files("memory://rows-test") == both
-    assert source_files("memory://rows-test/*.jsonl") == both[1:]
-    for source in ("memory://rows-test/b.jsonl", both[0]):
-        parts = plan_slices(source, 4)
-        assert [row for part in parts for _, row in read_slice(part)] == ROWS
-    before = content_digest(both[1])
-    memory.pipe("/rows-test/b.jsonl", JSONL.encode() * 2)
-    assert content_digest(both[1]) != before
+def test_glob_gives_what_it_matches(tmp_path: Path) -> None:
+    _write(tmp_path, "b.jsonl", "a.jsonl", "a.md", "c/d.jsonl", ".e/f.jsonl")
+    assert _files(tmp_path / "*") == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    assert _files(tmp_path / "[bc]*.jsonl") == [str(tmp_path / "b.jsonl")]
+    assert _files(tmp_path / "**/*.jsonl") == [
+        str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c/d.jsonl")
+    ]
+    assert _files(tmp_path / ".e/*.jsonl") == [str(tmp_path / ".e/f.jsonl")]
+    with pytest.raises(DataError, match=r"\*\.csv: it must match at least one file of a known"):
+        _files(tmp_path / "*.csv")
 
 
-def test_estimate_does_no_work_beyond_cheap_local_files(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(JSONL)
-    source = str(tmp_path / "rows.jsonl")
-    assert estimate_slices(source, 4) == plan_slices(source, 4)
-    assert estimate_slices("memory://rows-test/b.jsonl", 4) is None
-    assert estimate_slices("someone/some-dataset", 4) is None
-    with pytest.raises(DataError, match="file not found"):
-        estimate_slices(str(tmp_path / "other.jsonl"), 4)
+def test_a_file_may_have_the_signs_of_a_glob_in_its_name(tmp_path: Path) -> None:
+    written = _write(tmp_path, "a[1].jsonl")
+    assert _files(tmp_path / "a[1].jsonl") == written
+    assert _files(f"file://{tmp_path}/a[1].jsonl") == written
+
+
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = _write(tmp_path, "a.jsonl")
+    assert _files("a.jsonl") == _files("*.jsonl") == written
+
+
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="it must hold at least one file of a known type"):
+        _files(tmp_path)
 
 
 def test_missing_file_suggests_a_near_name(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text(JSONL)
+    _write(tmp_path, "train.jsonl")
     with pytest.raises(DataError) as caught:
-        plan_slices(str(tmp_path / "trian.jsonl"), 4)
+        _files(tmp_path / "trian.jsonl")
     assert "trian.jsonl: file not found; did you mean '" in str(caught.value)
     assert str(tmp_path / "train.jsonl") in str(caught.value)
 
@@ -157,83 +94,188 @@ def test_missing_file_suggests_a_near_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["./data", "~/nothing-here", "data/sets/mine", "rows.csv"])
 def test_what_looks_like_a_path_is_no_hub_id(source: str) -> None:
     with pytest.raises(DataError, match="file not found"):
-        plan_slices(source, 4)
+        _files(source)
 
 
-def test_hub_dataset_without_network_is_an_error_with_a_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_urls_of_files_folders_and_globs_are_read() -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/rows-test/b.jsonl", JSONL.encode())
+    memory.pipe("/rows-test/a.jsonl.gz", gzip.compress(JSONL.encode()))
+    memory.pipe("/rows-test/.x/c.jsonl", JSONL.encode())
+    both = ["memory:///rows-test/a.jsonl.gz", "memory:///rows-test/b.jsonl"]
+    assert _files("memory://rows-test") == both
+    assert _files("memory://rows-test/*.jsonl") == both[1:]
+    assert _files("simplecache::memory://rows-test/b.jsonl")
+    for source in ("memory://rows-test/b.jsonl", *both, f"simplecache::{both[1]}"):
+        assert rows_of(source, 40) == ROWS
+    before, (part,) = content_digest(both[1]), plan_file(PlanTask(both[1], 1 << 20))
+    memory.pipe("/rows-test/b.jsonl", JSONL.encode() * 2)
+    assert content_digest(both[1]) != before
+    with pytest.raises(DataError, match="the file changed"):
+        next(read_slice(part, ReadOptions()))
+
+
+def test_lines_are_not_counted_over_gigabytes_of_a_store() -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe("/far-test/a.jsonl", JSONL.encode())
+    (near,) = plan_file(PlanTask("memory://far-test/a.jsonl", 1 << 20))
+    assert place(near, 3) == "memory://far-test/a.jsonl:3"
+    far = replace(near, start=1 << 30, end=(1 << 30) + 9)
+    assert place(far, 3) == "memory://far-test/a.jsonl: line 3 after byte 1073741824"
+
+
+def test_tables_of_a_store_are_read(tmp_path: Path) -> None:
+    import fsspec
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    pyarrow.feather.write_feather(table, tmp_path / "a.feather")
+    fsspec.filesystem("memory").put(str(tmp_path), "/tables-test", recursive=True)
+    for file in _files("memory://tables-test"):
+        assert rows_of(file, 20) == ROWS
+
+
+def test_members_of_an_archive_are_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/b.jsonl", JSONL)
+        archive.writestr("c.jsonl", JSONL)
+    found = _files(f"zip://**/*.jsonl::{tmp_path}/rows.zip")
+    assert found == [f"zip://{name}::{tmp_path}/rows.zip" for name in ("a/b.jsonl", "c.jsonl")]
+    assert rows_of(found[0], 50) == ROWS
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    """Sends whole files only, as Python's server does."""
+
+    def log_message(self, format: str, *values: Any) -> None:
+        pass
+
+
+class _WithRanges(_Quiet):
+    def do_GET(self) -> None:
+        content = Path(self.translate_path(self.path)).read_bytes()
+        asked = self.headers.get("Range")
+        start, end = asked.removeprefix("bytes=").split("-") if asked else (0, len(content) - 1)
+        part = content[int(start) : int(end) + 1]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {start}-{end}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[type[_Quiet]], str]]:
+    servers = []
+
+    def start(handler: type[_Quiet]) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(("handler", "num_copies"), [(_Quiet, 1), (_WithRanges, 0)])
+def test_a_web_servers_file_is_copied_only_if_it_must(
+    tmp_path: Path, cache: Path, serve: Callable[[Any], str], handler: Any, num_copies: int
 ) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
-    with pytest.raises(DataError) as caught:
-        plan_slices("stdlib_docs", 4)
-    assert "did you mean 'stdlib-docs'?" in str(caught.value)
-    assert "or give a local file" in str(caught.value)
-
-
-def test_hub_dataset_is_read_from_its_table_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
-    (tmp_path / "datasets").mkdir()
-    _write_parquet(tmp_path / "datasets" / "hub-someone--rows.parquet")
-    (part,) = plan_slices("someone/rows", 100)
-    assert [row for _, row in read_slice(part)] == ROWS
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("rows.jsonl", b'{"a": 1}\n{"a": \n', "rows.jsonl:2: each line must be one JSON object"),
-        (
-            "rows.jsonl",
-            b'{"a": 1}\n\n{"a": "\xff"}\n',
-            "rows.jsonl:3: text must be UTF-8, but byte 8",
-        ),
-        (
-            "rows.jsonl",
-            b'{"a": 1}\n[1, 2]\n',
-            "rows.jsonl:2: a row must be a JSON object, but got list",
-        ),
-        ("rows.jsonl", b"[" * 100_000, "rows.jsonl:1: each line must be one JSON object"),
-        ("rows.jsonl", b"\n\n", "rows.jsonl: a dataset's file must hold at least one row"),
-        ("rows.json", b'[{"a": 1},\n {"a": }]', "rows.json:2: the file must be one JSON list"),
-        ("rows.json", b'[{"a": 1}, 5]', "rows.json:2: a row must be a JSON object, but got int"),
-        ("rows.json", b"[]", "rows.json: a dataset's file must hold at least one row"),
-        ("rows.csv", b"", "rows.csv: a dataset's file must hold at least one row"),
-        ("rows.csv", b"a,b\n1,2\n3\n", "rows.csv:3: a row must have as many values"),
-        ("rows.csv", b'a,b\n1,"2\n', "rows.csv:2: not valid CSV"),
-        ("rows.csv", b"a,a\n1,2\n", "rows.csv:1: column 'a' is there twice"),
-        ("rows.csv", b"a,b\n1,\xe9\n", "rows.csv:2: text must be UTF-8, but byte 3"),
-        ("rows.parquet", b"not parquet", "rows.parquet: cannot be read"),
-        ("rows.jsonl.gz", b"not gzip", "rows.jsonl.gz: cannot be read"),
-        ("rows.jsonl.gz", CUT_GZIP, "rows.jsonl.gz: cannot be read"),
-        ("rows.jsonl.zst", b"not zstandard", "rows.jsonl.zst: cannot be read"),
-        ("rows.txt", b"hello", "rows.txt: the file's type is told by its name's ending"),
-        ("rows.parquet.gz", b"", "but got '.gz'"),
-    ],
-)
-def test_bad_file_is_refused_with_file_and_line(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        _read_all(tmp_path / name)
-    assert message in str(caught.value)
-
-
-def test_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="at least one file of a known type"):
-        plan_slices(str(tmp_path), 4)
+    _write(tmp_path, "rows.jsonl")
+    url = f"{serve(handler)}/rows.jsonl?download=true"
+    assert _files(url) == [url]
+    parts = plan_file(PlanTask(url, 100))
+    assert [row for part in parts for _, row in read_slice(part, ReadOptions())] == ROWS
+    assert len(list(cache.glob("spool/*.jsonl"))) == num_copies
+    os.utime(tmp_path / "rows.jsonl", (1, 1))
+    with pytest.raises(DataError, match="the file changed"):
+        next(read_slice(parts[0], ReadOptions()))
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
         ("memory://no-such-folder/rows.jsonl", "file not found"),
-        ("memory://no-such-folder/*.jsonl", "at least one file of a known type"),
+        ("memory://no-such-folder/*.jsonl", "it must match at least one file of a known type"),
         ("nonsense://bucket/rows.jsonl", "cannot be listed"),
+        ("http://127.0.0.1:9/rows.jsonl", "file not found (Cannot connect to host 127.0.0.1:9"),
     ],
 )
 def test_bad_url_is_refused(url: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        plan_slices(url, 4)
+    with pytest.raises(DataError) as caught:
+        _files(url)
+    assert message in str(caught.value)
+
+
+def test_an_unreachable_store_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(DataError, match="cannot be read .* that the store can be reached with"):
+        plan_file(PlanTask("http://127.0.0.1:9/rows.jsonl", 100))
+
+
+def test_saved_datasets_are_read_by_split(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    train, test = Dataset.from_list(ROWS), Dataset.from_list(ROWS[:2])
+    DatasetDict(train=train, test=test).save_to_disk(tmp_path / "both", num_shards={"train": 2})
+    test.save_to_disk(tmp_path / "one")
+    assert [Path(file).name for file in _files(tmp_path / "both")] == [
+        f"data-0000{number}-of-00002.arrow" for number in range(2)
+    ]
+    assert [row for file in _files(tmp_path / "both") for row in rows_of(file, 100)] == ROWS
+    assert rows_of(_files(tmp_path / "both", split="test")[0]) == ROWS[:2]
+    assert rows_of(_files(tmp_path / "one")[0]) == ROWS[:2]
+    with pytest.raises(DataError, match="has no split 'dev', only 'train', 'test': set split"):
+        _files(tmp_path / "both", split="dev")
+
+
+def test_hub_dataset_without_network_is_an_error_with_a_remedy() -> None:
+    with pytest.raises(DataError) as caught:
+        _files("stdlib_docs")
+    assert "did you mean 'stdlib-docs'?" in str(caught.value)
+    assert "or give a local file" in str(caught.value)
+
+
+def test_hub_dataset_is_kept_by_name_split_and_revision(cache: Path) -> None:
+    names = {
+        "hub-someone--rows+split=train.parquet": {},
+        "hub-someone--rows+name=a%2Fb+split=test+revision=v1.parquet": {
+            "name": "a/b",
+            "split": "test",
+            "revision": "v1",
+        },
+    }
+    for name, chosen in names.items():
+        _write(cache / "datasets", name)
+        assert _files("someone/rows", **chosen) == [str(cache / "datasets" / name)]
+    with pytest.raises(DataError, match="cannot be loaded"):
+        _files("someone/rows", revision="v2")
+
+
+def test_estimate_does_no_work_beyond_cheap_local_files(tmp_path: Path, cache: Path) -> None:
+    def estimate(path: object) -> Any:
+        return estimate_slices(SourceConfig(path=str(path)), 100)
+
+    (file,) = _write(tmp_path, "rows.jsonl")
+    assert estimate(file) == plan_file(PlanTask(file, 100))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(JSONL.encode()))
+    assert estimate(tmp_path / "rows.jsonl.gz") is None
+    assert estimate(tmp_path) is None
+    assert estimate("memory://rows-test/b.jsonl") is None
+    assert estimate("someone/some-dataset") is None
+    with pytest.raises(DataError, match="file not found"):
+        estimate(tmp_path / "other.jsonl")
+    assert not list(cache.iterdir())
+
+
+def test_files_that_must_be_read_to_be_cut_are_known(tmp_path: Path) -> None:
+    cheap, *others = _write(tmp_path, "a.jsonl", "a.csv", "a.jsonl.gz")
+    assert not must_be_read(cheap)
+    assert all(map(must_be_read, [*others, "memory://a.jsonl"]))

@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.sources import estimate_slices, plan_slices, read_slice
+from orchestrator.data.sources import estimate_slices, source_files
 from orchestrator.data.stdlib_docs import MAX_ANSWER_CHARS, stdlib_doc_rows
+from orchestrator.data_config import SourceConfig
+from tests.unit.data.reading import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +33,11 @@ def test_the_builtin_dataset_is_made_once_and_always_the_same(
     rows: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
-    assert estimate_slices("stdlib-docs", 500) is None
-    parts = plan_slices("stdlib-docs", 500)
-    assert [row for part in parts for _, row in read_slice(part)] == rows
-    (file,) = (tmp_path / "datasets").iterdir()
-    written = file.stat().st_mtime_ns
-    assert plan_slices("stdlib-docs", 500) == parts == estimate_slices("stdlib-docs", 500)
-    assert file.stat().st_mtime_ns == written
+    source = SourceConfig(path="stdlib-docs")
+    assert estimate_slices(source, 1 << 20) is None
+    (file,) = source_files(source)
+    assert rows_of(file, 100_000) == rows
+    written = Path(file).stat().st_mtime_ns
+    assert source_files(source) == [file]
+    assert [part.file for part in estimate_slices(source, 1 << 30) or []] == [file]
+    assert Path(file).stat().st_mtime_ns == written

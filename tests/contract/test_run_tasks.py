@@ -1,0 +1,172 @@
+"""What everything that runs sharding tasks must do, and what the Ray pool does when actors die."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.data.manifest import ROLES, manifest_name
+from orchestrator.data.prepare import RunTasks, prepare, run_in_process
+from orchestrator.data_config import DataConfig
+from orchestrator.errors import ClusterError, DataError
+from tests.tiny import make_tokenizer, question_rows
+
+Pool = Callable[[int], AbstractContextManager[RunTasks]]
+NUM_CPUS = 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without cores, so that every actor is on a node that a test may take away."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
+    )
+    try:
+        nodes.add_node(num_cpus=NUM_CPUS, object_store_memory=80 << 20)
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        yield nodes
+        ray.shutdown()
+    finally:
+        nodes.shutdown()
+
+
+@pytest.fixture(params=["in_process", "ray"])
+def pool(request: pytest.FixtureRequest) -> Pool:
+    if request.param == "in_process":
+        return lambda num_actors: nullcontext(run_in_process)
+    request.getfixturevalue("cluster")
+    from cluster.sharding import RayTasks
+
+    return RayTasks
+
+
+def test_results_come_in_task_order_whatever_takes_longest(pool: Pool) -> None:
+    def slow_first(number: int) -> int:
+        time.sleep(0.2 if number == 0 else 0)
+        return number * number
+
+    with pool(NUM_CPUS) as run:
+        assert list(run(slow_first, range(6))) == [0, 1, 4, 9, 16, 25]
+        assert list(run(slow_first, [])) == []
+        assert list(run(str, [7])) == ["7"]
+
+
+def test_the_projects_errors_arrive_as_they_are(pool: Pool) -> None:
+    def refuse(number: int) -> int:
+        if number == 1:
+            raise DataError(f"rows.jsonl:{number}: wrong")
+        return number
+
+    with pool(NUM_CPUS) as run:
+        with pytest.raises(DataError, match="^rows.jsonl:1: wrong$"):
+            list(run(refuse, range(4)))
+        assert list(run(refuse, [2, 3])) == [2, 3]
+
+
+def test_a_task_goes_to_an_actor_only_when_that_is_idle(cluster: Any, tmp_path: Path) -> None:
+    from cluster.sharding import RayTasks
+
+    folder = str(tmp_path)
+
+    def note(number: int) -> int:
+        open(f"{folder}/{number}", "w").close()
+        time.sleep(0.1)
+        return len(os.listdir(folder))
+
+    with RayTasks(2) as run:
+        begun = list(run(note, range(8)))
+    assert all(count <= number + 3 for number, count in enumerate(begun))
+
+
+def test_the_task_of_a_killed_actor_runs_again(cluster: Any, tmp_path: Path) -> None:
+    from cluster.sharding import RayTasks
+
+    sign = str(tmp_path / "died")
+
+    def die_once(number: int) -> int:
+        if number == 2 and not os.path.exists(sign):
+            open(sign, "w").close()
+            os.kill(os.getpid(), 9)
+        return number
+
+    with RayTasks(2) as run:
+        assert list(run(die_once, range(5))) == [0, 1, 2, 3, 4]
+    assert os.path.exists(sign)
+
+
+def test_a_task_that_always_ends_its_actor_is_given_up_with_the_remedy(cluster: Any) -> None:
+    from cluster.sharding import RayTasks
+
+    def die(number: int) -> int:
+        os.kill(os.getpid(), 9)
+        return number
+
+    with RayTasks(1) as run, pytest.raises(ClusterError, match="lower data.slice_bytes"):
+        list(run(die, [0]))
+
+
+def test_the_tasks_of_a_lost_node_run_on_those_that_are_left(cluster: Any, tmp_path: Path) -> None:
+    """Two of four actors go for good, since the nodes that are left have no core for them."""
+    from cluster.sharding import RayTasks
+
+    node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
+    folder = str(tmp_path)
+
+    def note(number: int) -> int:
+        with open(f"{folder}/{number}", "a") as file:
+            file.write("x")
+        time.sleep(0.3)
+        return number
+
+    with RayTasks(4) as run:
+        results = run(note, range(16))
+        assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
+        cluster.remove_node(node, allow_graceful=False)
+        assert list(results) == list(range(4, 16))
+    again = [len((tmp_path / str(number)).read_text()) for number in range(16)]
+    assert again[:4] == [1, 1, 1, 1]
+    assert sum(again) <= 16 + 2
+
+
+def test_a_preparation_survives_the_loss_of_a_node(cluster: Any, tmp_path: Path) -> None:
+    """The same manifests, and no shard that was finished is made again."""
+    from cluster.sharding import RayTasks
+
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in question_rows(2000)))
+    config = DataConfig(train=str(rows), block_length=64, slice_bytes=2000)
+    node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
+    finished: dict[Path, int] = {}
+
+    def lose_the_node(line: str) -> None:
+        if " of " in line and not finished:
+            finished.update((path, path.stat().st_mtime_ns) for path in _shards(tmp_path / "ray"))
+            cluster.remove_node(node, allow_graceful=False)
+
+    with RayTasks(4) as run:
+        prepared = prepare(config, tokenizer, tmp_path / "ray", run, lose_the_node)
+    assert len(finished) >= len(prepared.train.shards) // 10
+    assert all(path.stat().st_mtime_ns == at for path, at in finished.items())
+    alone = prepare(config, tokenizer, tmp_path / "alone")
+    assert prepared.train.digest == alone.train.digest
+    for role in ROLES:
+        name = manifest_name(role)
+        assert (prepared.train.folder / name).read_bytes() == (
+            alone.train.folder / name
+        ).read_bytes()
+
+
+def _shards(cache: Path) -> list[Path]:
+    """Those with a record, which is written last."""
+    records = cache.rglob("train-*.json")
+    return [path.with_suffix(".safetensors") for path in records]

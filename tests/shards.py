@@ -1,0 +1,59 @@
+"""Prepared data made on the spot: documents of given lengths, packed and written as shards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator.data.block_files import write_blocks
+from orchestrator.data.manifest import Manifest, Recipe, Repeats, ShardRecord
+from orchestrator.data.packing import Blocks, build_blocks
+from orchestrator.data.tokenizing import Document
+from orchestrator.files import file_digest
+
+PAD_ID = 0
+
+
+def make_document(number: int, length: int, vocab_size: int = 1000) -> Document:
+    """Of random tokens but PAD_ID, about half of which have a label; the same for equal numbers."""
+    draw = np.random.default_rng(number)
+    has_label = draw.random(length) < 0.5
+    has_label[-1] = False
+    ids = draw.integers(1, vocab_size, length, dtype=np.int32)
+    return Document(ids, has_label, number.to_bytes(32, "big"))
+
+
+def write_shards(
+    folder: Path,
+    shards: Sequence[Sequence[Document]],
+    block_length: int,
+    vocab_size: int = 1000,
+) -> Manifest:
+    """A shard of each list of documents."""
+    records = []
+    for index, documents in enumerate(shards):
+        path = folder / f"train-{index:05d}.safetensors"
+        blocks = build_blocks(documents, block_length, PAD_ID, vocab_size)
+        write_blocks(path, blocks)
+        records.append(_record(path, blocks))
+    recipe = Recipe(settings={}, tokenizer="", train_files=(), held_out_files=())
+    return Manifest(folder, "train", block_length, recipe, tuple(records), Repeats(0, 0))
+
+
+def _record(path: Path, blocks: Blocks) -> ShardRecord:
+    return ShardRecord(
+        max_documents=blocks.max_documents,
+        file=path.name,
+        num_bytes=path.stat().st_size,
+        digest=file_digest(path),
+        num_blocks=len(blocks.input_ids),
+        num_documents=len(blocks.document_keys),
+        num_tokens=blocks.num_tokens,
+        num_loss_tokens=blocks.num_labels,
+        rows=len(blocks.document_keys),
+        truncated=0,
+        split=0,
+        dropped=0,
+        without_loss=0,
+        bad_rows=0,
+    )
