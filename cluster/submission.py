@@ -35,6 +35,7 @@ JobState = Literal[
     "failed",
     "stopped",  # cancelled
 ]
+BEFORE: frozenset[JobState] = frozenset({"queued", "starting"})
 OVER: frozenset[JobState] = frozenset({"succeeded", "failed", "stopped"})
 
 
@@ -55,6 +56,26 @@ class JobView:
     """The driver's, where it is known."""
     never_ran: bool = False
     """It is over and its driver was not started."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that happened to a job, told once."""
+
+    key: str
+    """The same for what was told before."""
+    time: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Story:
+    view: JobView
+    lines: tuple[Line, ...] = ()
+    cause: str = ""
+    """Why it does not start, if it does not."""
+    is_hopeless: bool = False
+    """The cause does not pass by itself."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ class NodeLabels:
 
 @dataclass(frozen=True)
 class KubernetesOptions:
-    namespace: str = "default"
+    namespace: str | None = None
+    """None: the kubeconfig's."""
     gpus: int = 0
     """Of the whole sweep; 0 trains on CPUs."""
     gpus_per_node: int = 1

@@ -114,7 +114,8 @@ def _name(job: Object, submission: Submission, options: KubernetesOptions) -> No
     metadata = job["metadata"]
     labels = {SWEEP_LABEL: submission.name}
     metadata["name"] = submission.name
-    metadata["namespace"] = options.namespace
+    if options.namespace:
+        metadata["namespace"] = options.namespace
     metadata["labels"] = {**metadata.get("labels", {}), **labels}
     if options.queue:
         metadata["labels"][QUEUE_LABEL] = options.queue
