@@ -7,6 +7,7 @@ to ask; `--dry-run server` asks one. CEL rules need the package cel-python.
 A structural schema differs from JSON schema in a few ways, each translated in `_strict`.
 """
 
+import copy
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -31,6 +32,19 @@ class CustomResources:
         if not self._definitions:
             raise ConfigError(f"{folder} holds no CustomResourceDefinition: name another --crds")
         self._validators: dict[tuple[str, str], _Validator] = {}
+
+    def without(self, kind: str, field: str) -> "CustomResources":
+        """As an older version would be that lacks a field, given as a dotted path."""
+        older = copy.copy(self)
+        older._definitions, older._validators = copy.deepcopy(self._definitions), {}
+        *parents, leaf = field.split(".")
+        for (_, name), schema in older._definitions.items():
+            place = schema
+            for parent in parents if name == kind else ():
+                place = place["properties"][parent]
+            if name == kind:
+                place["properties"].pop(leaf, None)
+        return older
 
     def knows(self, resource: Object) -> bool:
         return _key(resource) in self._definitions

@@ -153,7 +153,11 @@ class StandIn:
             message = "the namespace of the provided object does not match the namespace sent"
             return _status(400, "BadRequest", message)
         if self.definitions is not None and self.definitions.knows(resource):
-            if problems := self.definitions.problems(resource):
+            problems = self.definitions.problems(resource)
+            if unknown := [_unknown_field(text) for text in problems if "unexpected" in text]:
+                words = f'{kind} in version "v1" cannot be handled: strict decoding error: '
+                return _status(400, "BadRequest", words + ", ".join(unknown))
+            if problems:
                 words = f'{kind} "{name}" is invalid: {"; ".join(problems)}'
                 return _status(422, "Invalid", words, name=name)
         stored = copy.deepcopy(resource)
@@ -198,6 +202,13 @@ class StandIn:
 
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _unknown_field(problem: str) -> str:
+    """`$.spec: Additional properties are not allowed ('x' was unexpected)`, as the server says."""
+    path, _, words = problem.partition(": ")
+    fields = ", ".join(re.findall(r"'([^']+)'", words))
+    return f'unknown field "{path.removeprefix("$.")}.{fields}"'
 
 
 def _verb(method: str, name: str | None) -> str:

@@ -22,7 +22,7 @@ HOPELESS_REASONS = ("CreateContainerConfigError", "InvalidImageName", "ErrImageN
 REFUSED_POD = re.compile(r"FailedToCreate\w*Pod|FailedCreate")
 # Reasons of events that are worth a line although they warn of nothing.
 TOLD = frozenset(
-    {"Scheduled", "Pulling", "Pulled", "TriggeredScaleUp", "Nominated", "Admitted", "Preempted"}
+    {"Scheduled", "Pulling", "Pulled", "TriggeredScaleUp", "NotTriggerScaleUp", "Preempted"}
 )
 SILENT = frozenset({"Unhealthy", "BackOff"})  # probes of a pod that starts; told by its state
 

@@ -35,9 +35,15 @@ def plan_rayjob(options: KubernetesOptions, config: SweepConfig, name: str | Non
 
 
 class KubernetesTarget:
-    def __init__(self, api: KubernetesApi, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self,
+        api: KubernetesApi,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._api = api
         self._sleep = sleep
+        self._clock = clock
 
     def try_out(self, plan: Plan) -> None:
         self._check_premises(plan.request)
@@ -79,9 +85,8 @@ class KubernetesTarget:
             for event in self._api.list("Event")
             if event.get("involvedObject", {}).get("name") in names
         ]
-        return tell(
-            Observed(time.time(), job, cluster, tuple(found), workload, tuple(events)),
-        )
+        now = self._clock()
+        return tell(Observed(now, job, cluster, tuple(found), workload, tuple(events)))
 
     def log(self, name: str) -> str | None:
         job = self._api.get("RayJob", name)

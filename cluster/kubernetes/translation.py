@@ -18,8 +18,8 @@ DEPLOYMENTS: dict[str, JobState] = {
     "Waiting": "starting",
     "Retrying": "starting",
     "Running": "running",
-    "Suspending": "suspended",
-    "Suspended": "suspended",
+    "Suspending": "starting",
+    "Suspended": "starting",  # and spec.suspend says whether it is to stay so
     "Complete": "succeeded",
     "Failed": "failed",
     "ValidationFailed": "failed",
@@ -75,7 +75,7 @@ def _state(job: Object, workload: Object | None) -> JobState:
         return "stopped" if ray == "STOPPED" else "failed"
     if job["metadata"].get("deletionTimestamp"):
         return "stopping"
-    if state == "suspended" or job["spec"].get("suspend"):
+    if job["spec"].get("suspend"):
         # Kueue suspends what waits; a person stops a workload by making it inactive.
         inactive = workload is not None and workload.get("spec", {}).get("active") is False
         waits = QUEUE_LABEL in job["metadata"].get("labels", {}) and not inactive
