@@ -24,6 +24,7 @@ from orchestrator.errors import ConfigError, RegistryError, RunFolderError, Trac
 from orchestrator.loading import load_config, override_config
 from orchestrator.planning.capacity import worker_count, worker_memory_bytes
 from orchestrator.planning.machine import this_machine
+from orchestrator.records import Notice
 from orchestrator.search.space import check_space
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
@@ -60,6 +61,8 @@ class Backend:
     device: str
     worker_memory_bytes: int
     before_training: Callable[[], None] = lambda: None
+    watch: Callable[[Notice], None] = lambda notice: None
+    """Makes metrics of what the controller tells."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def _ray_backend(
     config: SweepConfig, address: str | None, await_workers_s: float = 0
 ) -> Iterator[Backend]:
     print("starting Ray" if not address else f"attaching to Ray at {address}")
+    from cluster.metrics import ray_metrics
     from cluster.ray_executor import RayExecutor
     from cluster.ray_runtime import Awaited, ray_cluster, release_room
     from cluster.sharding import RayTasks
@@ -174,6 +178,7 @@ def _ray_backend(
             memory_bytes,
             # From here on what packs reserve is what the cluster keeps.
             release_room if awaited else lambda: None,
+            ray_metrics(config.name),
         )
 
 
@@ -251,6 +256,7 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
             backend.num_workers,
             display,
             before_training,
+            backend.watch,
             backend.worker_memory_bytes,
         )
         try:
