@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -25,8 +26,12 @@ class LocalCluster:
     """
 
     def __init__(self) -> None:
-        head = {"num_cpus": 0, "include_dashboard": False}
-        head["object_store_memory"] = OBJECT_STORE_BYTES
+        head = {
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_system_config": {"metrics_report_interval_ms": 500},  # 10 s else
+        }
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
 
     @property
@@ -51,6 +56,12 @@ class LocalCluster:
         """Whether nothing holds any of its cores."""
         available = available_resources_per_node().get(node, {})
         return bool(available.get("CPU", 0) == self._sizes()[node])
+
+    def exported_metrics(self) -> str:
+        """What Prometheus would read of the head, where this driver is."""
+        port = self._cluster.head_node.metrics_export_port
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            return str(response.read().decode())
 
     def kill(self, node: str) -> None:
         """As if its machine lost power."""

@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.metrics import METRICS, ray_metrics
 from cluster.ray_executor import RayExecutor
 from cluster.ray_runtime import ray_cluster
 from cluster.sharding import RayTasks
 from orchestrator.planning.capacity import worker_count
-from orchestrator.records import PackReady
+from orchestrator.records import (
+    Decision,
+    PackReady,
+    PackStanding,
+    Progress,
+    Standing,
+    TrialDone,
+)
 from orchestrator.sweep.run_store import RunStore
 from tests.contract.test_executor import spec
 from tests.integration.conftest import Command, program, write_config
@@ -96,6 +105,62 @@ def test_a_pack_spans_nodes_where_none_has_room_for_all_its_workers(
 
 def test_sharding_uses_all_nodes(three_nodes: LocalCluster) -> None:
     assert len(set(RayTasks(sum(SIZES))(node_here, range(9)))) == 2
+
+
+def test_prometheus_reads_every_metric_of_a_sweep(three_nodes: LocalCluster) -> None:
+    watch = ray_metrics("sums")
+    pack = PackStanding(7, num_slots=4, trials=(0, 1), expected_memory_bytes=2**30)
+    done = TrialDone(
+        trial=1,
+        attempt=1,
+        time=0.0,
+        eval_loss=1.0,
+        baseline_eval_loss=2.0,
+        train_loss=1.0,
+        steps=9,
+        tokens=900,
+        tokens_per_s=1.0,
+        train_s=1.0,
+        peak_memory_bytes=2**29,
+        model_memory_bytes=1,
+        num_adapter_params=1,
+        adapter_bytes=1,
+        adapter_dir="",
+        adapter_digest="",
+    )
+    for notice in (
+        Standing(5, 2, 1, (pack,)),
+        Progress(0, 1, 0.0, 1, 100, 1.0, 1e-3, 1.0, 250.0),
+        Decision(0.0, "retry_trial", "trial 1", "its pack is lost"),
+        done,
+    ):
+        watch(notice)
+    expected = {
+        "ray_orchestrator_trials waiting": 5,
+        "ray_orchestrator_trials training": 2,
+        "ray_orchestrator_trials finished": 2,
+        "ray_orchestrator_trials failed": 1,
+        "ray_orchestrator_slots": 4,
+        "ray_orchestrator_slots_used": 2,
+        "ray_orchestrator_tokens_total": 1000,
+        "ray_orchestrator_tokens_per_s": 250,
+        "ray_orchestrator_memory_predicted_bytes 7": 2**30,
+        "ray_orchestrator_memory_peak_bytes 7": 2**29,
+        "ray_orchestrator_decisions_total retry_trial": 1,
+    }
+    assert {name.split()[0] for name in expected} == {m.exported_name for m in METRICS}
+    wait_until(lambda: of_sweep(three_nodes.exported_metrics(), "sums") == expected, "metrics")
+
+
+def of_sweep(page: str, sweep: str) -> dict[str, float]:
+    """The sweep's series, each with the one label of ours that it may have."""
+    values = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.labels.get("sweep") == sweep:
+                own = [sample.labels[k] for k in ("state", "pack", "action") if k in sample.labels]
+                values[" ".join([sample.name, *own])] = sample.value
+    return values
 
 
 class RunningSweep:
