@@ -6,6 +6,7 @@ words. Ray itself is not imported: the cluster's version need not be this machin
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,7 @@ def _checked(answer: Answer) -> Any:
             raise NeverStarted(
                 f"what answers is no Ray dashboard: {answer.text.strip()[:80]!r}: check the address"
             ) from error
-    words = _last_line(answer.text)
+    words = _error(answer.text)
     if answer.code in (401, 403):
         raise NeverStarted(
             f"the Ray cluster refuses the token ({answer.code}): {words}: set RAY_AUTH_TOKEN, or "
@@ -145,5 +146,8 @@ def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else ""
 
 
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1][:300] if text.strip() else ""
+def _error(text: str) -> str:
+    """What a traceback of the dashboard, of its agent within, or a plain text says."""
+    found = re.findall(r"^\w*(?:Error|Exception): (.+)$", text, re.MULTILINE)
+    lines = found or text.strip().splitlines() or [""]
+    return str(lines[-1])[:300]

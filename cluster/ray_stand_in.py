@@ -58,7 +58,9 @@ class RayStandIn:
             case "GET", [job]:
                 return _json(self.jobs[job])
             case "GET", [job, "logs"]:
-                return _json({"logs": self.logs.get(job, "")})
+                entrypoint = self.jobs[job].get("entrypoint", "")
+                first = f"Running entrypoint for job {job}: {entrypoint}\n"
+                return _json({"logs": first + self.logs.get(job, "")})
             case "POST", [job, "stop"]:
                 stopped = self.jobs[job]["status"] not in OVER
                 if stopped:
@@ -69,14 +71,18 @@ class RayStandIn:
                 self.logs.pop(job, None)
                 return _json({"deleted": True})
             case "DELETE", [job]:
-                return Answer(400, f"Attempted to delete job '{job}', but it is in a running state")
+                return Answer(
+                    400,
+                    f"RuntimeError: Attempted to delete job '{job}', but it is in a non-terminal "
+                    f"state {self.jobs[job]['status']}.",
+                )
         return Answer(405, f"Method {method} is not allowed")
 
     def _submit(self, body: dict[str, Any]) -> Answer:
         job = body["submission_id"]
         if job in self.jobs:
-            words = f"Job with submission_id {job} already exists. Please use another."
-            return Answer(400, words)
+            words = f"ValueError: Job with submission_id {job} already exists. Please use another."
+            return Answer(500, f"Traceback (most recent call last):\n{words}\n.")
         self.jobs[job] = {**body, "status": "PENDING", "message": "Job has not started yet."}
         self.jobs[job] |= {"start_time": 1_700_000_000_000, "driver_exit_code": None}
         return _json({"submission_id": job})

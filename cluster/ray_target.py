@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 from cluster.ray_jobs import DIGEST, RUN_DIR, SWEEP, RayJobs, job_view
-from cluster.submission import OVER, Action, JobView, Line, Story, plan_submission
+from cluster.submission import OVER, Action, JobView, Line, Story, driver_output, plan_submission
 from cluster.target import Plan
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ClusterError, ConfigError, NeverStarted
@@ -75,7 +75,7 @@ class RayTarget:
 
     def log(self, name: str) -> str | None:
         try:
-            return self._jobs.log(name)
+            return driver_output(self._jobs.log(name))
         except ClusterError:  # its driver has no log yet
             return None
 

@@ -158,6 +158,14 @@ def config_digest(config: SweepConfig) -> str:
     return record_digest(config.model_dump(mode="json", exclude=set(RESUMABLE_FIELDS)))
 
 
+def driver_output(log: str) -> str:
+    """A driver's log without the whole entrypoint, which Ray prints first."""
+    _, end, rest = log.partition(f"\n{END_OF_SWEEP}\n")
+    if end:
+        return rest.lstrip("\n")
+    return "" if f"<<'{END_OF_SWEEP}'" in log else log
+
+
 def exit_code(view: JobView) -> int:
     """0 succeeded, 1 the work failed, 2 the input is wrong, 3 cancelled, 4 never started."""
     if view.state == "succeeded":

@@ -18,7 +18,7 @@ from cluster.kubernetes.rayjob import QUEUE_LABEL, SWEEP_LABEL, pods, render_ray
 from cluster.kubernetes.story import Observed, tell
 from cluster.kubernetes.translation import job_view
 from cluster.ray_jobs import Answer, RayJobs
-from cluster.submission import OVER, Action, JobView, Story
+from cluster.submission import OVER, Action, JobView, Story, driver_output
 from cluster.target import Plan
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ClusterError, NeverStarted
@@ -94,7 +94,7 @@ class KubernetesTarget:
         if not job_id:
             return None
         try:
-            return self._ray(name).log(job_id)
+            return driver_output(self._ray(name).log(job_id))
         except NeverStarted:  # a refusal, which the user can do something about
             raise
         except ClusterError:  # no head yet, or none any more

@@ -15,6 +15,7 @@ from cluster.submission import (
     JobView,
     config_digest,
     decide_submission,
+    driver_output,
     exit_code,
     job_name,
 )
@@ -227,3 +228,11 @@ def test_a_sweep_on_more_gpus_is_the_same_sweep() -> None:
 )
 def test_the_command_ends_as_the_sweep_did(found: JobView, code: int) -> None:
     assert exit_code(found) == code
+
+
+def test_a_drivers_log_is_shown_without_its_entrypoint() -> None:
+    entrypoint = rendered().submission.entrypoint
+    first = f"2026-01-01 INFO setting up\nRunning entrypoint for job test: {entrypoint}\n"
+    assert driver_output(first + "trial 0\n") == "trial 0\n"
+    assert driver_output(first[: first.index("<<") + 40]) == ""
+    assert driver_output("Running entrypoint for job x: true\nhello\n").endswith("hello\n")

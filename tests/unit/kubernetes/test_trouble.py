@@ -164,7 +164,7 @@ QUOTA = 'pods "w" is forbidden: exceeded quota: gpus, requested: requests.nvidia
         (event_of_pod("FailedScheduling", NO_NODE), f"no node fits: {NO_NODE}"),
         (
             event_of_pod("NotTriggerScaleUp", "pod didn't trigger scale-up"),
-            "no node fits, and none can be added",
+            "no node fits, and none can be added: pod didn't trigger scale-up",
         ),
         (refused_pod(QUOTA), f"quota: {QUOTA}"),
         (event_of_pod("FailedMount", "timed out"), "a volume cannot be mounted: timed out"),
