@@ -189,11 +189,17 @@ def schema(
 
 
 @app.command()
-def doctor() -> int:
-    """Say what this machine can do, and what to fix."""
-    from jobs.doctor import examine
+def doctor(
+    target: Annotated[
+        str | None, typer.Option(help="`kubernetes`, or a Ray dashboard's http:// address.")
+    ] = None,
+    namespace: Annotated[str | None, typer.Option(help="Default: the kubeconfig's.")] = None,
+    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig.")] = None,
+) -> int:
+    """Say what this machine can do, or a cluster, and what to fix."""
+    from jobs.doctor import examine, examine_target
 
-    return examine()
+    return examine_target(target, namespace, context) if target else examine()
 
 
 @data_app.command("stdlib-docs")

@@ -350,3 +350,13 @@ class Standing:
 
 Notice = Event | Decision | Standing
 """What whoever watches a sweep is told."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an examination of a machine or a cluster found."""
+
+    subject: str
+    state: Literal["ok", "note", "broken"]
+    text: str
+    """With the remedy, if there is something to do."""

@@ -32,9 +32,12 @@ KINDS: dict[str, tuple[str, str]] = {
     "Node": ("/api/v1", "nodes"),
     "Deployment": ("/apis/apps/v1", "deployments"),
     "StorageClass": ("/apis/storage.k8s.io/v1", "storageclasses"),
+    "SelfSubjectAccessReview": ("/apis/authorization.k8s.io/v1", "selfsubjectaccessreviews"),
     "CustomResourceDefinition": ("/apis/apiextensions.k8s.io/v1", "customresourcedefinitions"),
 }
-CLUSTER_WIDE = frozenset({"Namespace", "Node", "StorageClass", "CustomResourceDefinition"})
+CLUSTER_WIDE = frozenset(
+    {"Namespace", "Node", "StorageClass", "CustomResourceDefinition", "SelfSubjectAccessReview"}
+)
 REMEDIES = {
     "ray.io": "install KubeRay 1.7 or newer, see k8s/README.md",
     "kueue.x-k8s.io": "install Kueue, or leave --queue out",
@@ -90,12 +93,15 @@ class KubernetesApi:
             return None
         return self._object(answer, f"read {kind} {name}")
 
-    def list(self, kind: str, labels: str = "", fields: str = "") -> "list[Object]":
+    def list(
+        self, kind: str, labels: str = "", fields: str = "", everywhere: bool = False
+    ) -> "list[Object]":
         """Taken from the API server's cache: cheap for it, and seconds old at most."""
         params = {"resourceVersion": "0"}
         params |= {"labelSelector": labels} if labels else {}
         params |= {"fieldSelector": fields} if fields else {}
-        answer = self._send("GET", self._path(kind), params=params)
+        path = self._path(kind, everywhere=everywhere)
+        answer = self._send("GET", path, params=params)
         items: list[Object] = self._object(answer, f"list {kind}s")["items"]
         return items
 
@@ -135,9 +141,23 @@ class KubernetesApi:
             raise self._refusal(answer, f"reach services/proxy of {service}")
         return answer
 
-    def _path(self, kind: str, name: str | None = None) -> str:
+    def may(self, verb: str, group: str, resource: str) -> bool:
+        """Whether this user has a right in the namespace."""
+        main, _, sub = resource.partition("/")
+        asked = {"namespace": self.namespace, "verb": verb, "group": group}
+        asked |= {"resource": main, "subresource": sub}
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "metadata": {"name": ""},
+            "spec": {"resourceAttributes": asked},
+        }
+        return bool(self.create(review)["status"]["allowed"])
+
+    def _path(self, kind: str, name: str | None = None, everywhere: bool = False) -> str:
         api, plural = KINDS[kind]
-        place = "" if kind in CLUSTER_WIDE else f"/namespaces/{self.namespace}"
+        wide = everywhere or kind in CLUSTER_WIDE
+        place = "" if wide else f"/namespaces/{self.namespace}"
         return f"{api}{place}/{plural}" + (f"/{name}" if name else "")
 
     def _send(

@@ -117,6 +117,9 @@ class StandIn:
         params = {
             name: values[-1] for name, values in parse_qs(str(request.url.query, "ascii")).items()
         }
+        if verb == "list":
+            items = self._matching(kind, namespace, params)
+            return _json(200, {"kind": f"{kind}List", "items": items})
         key = kind, namespace or "default", route["name"] or ""
         return self._answer(verb, key, params, request)
 
@@ -124,10 +127,6 @@ class StandIn:
         self, verb: str, key: Key, params: dict[str, str], request: "httpx2.Request"
     ) -> "httpx2.Response":
         kind, namespace, name = key
-        if verb == "list":
-            return _json(
-                200, {"kind": f"{kind}List", "items": self._matching(kind, namespace, params)}
-            )
         if verb == "create":
             return self._create(kind, namespace, json.loads(request.content), params)
         stored = self._objects.get(key)
@@ -145,6 +144,8 @@ class StandIn:
     def _create(
         self, kind: str, namespace: str, resource: Object, params: dict[str, str]
     ) -> "httpx2.Response":
+        if kind == "SelfSubjectAccessReview":
+            return _json(201, {**resource, "status": {"allowed": self._may(resource["spec"])}})
         name = resource["metadata"]["name"]
         plural = KINDS[kind][1]
         if (kind, namespace, name) in self._objects:
@@ -168,7 +169,9 @@ class StandIn:
         return _json(201, stored)
 
     def _matching(self, kind: str, namespace: str, params: dict[str, str]) -> list[Object]:
-        items = [o for (k, n, _), o in self._objects.items() if (k, n) == (kind, namespace)]
+        places = self._objects.items()
+        # A request without a namespace asks for those of all.
+        items = [o for (k, n, _), o in places if k == kind and namespace in (n, "")]
         for term in filter(None, params.get("labelSelector", "").split(",")):
             name, equals, value = term.partition("=")
             labels = [item["metadata"].get("labels", {}) for item in items]
@@ -195,6 +198,11 @@ class StandIn:
         metadata["uid"] = before.get("uid") or metadata.get("uid") or f"uid-{number}"
         created = before.get("creationTimestamp") or metadata.get("creationTimestamp")
         metadata["creationTimestamp"] = created or now()
+
+    def _may(self, spec: Object) -> bool:
+        asked = spec["resourceAttributes"]
+        resource = "/".join(filter(None, (asked["resource"], asked["subresource"])))
+        return (asked["verb"], resource) not in self.forbidden
 
     def _is_missing(self, api: str) -> bool:
         return any(group in api for group in self.missing_groups)

@@ -115,7 +115,8 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
 ) -> None:
     # One short trial and one long, so that there is a middle to be cancelled in.
     changes = {"search__space": {"steps": [4, 250]}, "evaluation__every_steps": None}
-    config = write_config(tmp_path, tiny_base, **changes, tracking__uri=uri)
+    changes |= {"resources__num_workers": 2, "tracking__uri": uri}
+    config = write_config(tmp_path, tiny_base, **changes)
     sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
     detached = orchestrator(*sent, "--detach", cwd=tmp_path)
     assert detached.returncode == 0, detached.stdout + detached.stderr
@@ -171,6 +172,16 @@ def test_a_sweep_that_cannot_work_ends_as_its_driver_did(
     assert failed.returncode == 2, failed.stdout + failed.stderr
     assert "error: " in failed.stdout
     assert "/nowhere/rows.jsonl" in failed.stdout
+
+
+def test_a_cluster_that_does_not_grow_to_all_workers_is_told(
+    tmp_path: Path, tiny_base: Path, cluster: Cluster, orchestrator: Command
+) -> None:
+    config = write_config(tmp_path, tiny_base, name="wide", resources__num_workers=64)
+    sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
+    failed = orchestrator(*sent, "--max-wait", "1s", cwd=tmp_path)
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert "the cluster has room for 2 of 64 workers of {'CPU': 1}" in failed.stdout
 
 
 def test_ctrl_c_leaves_a_followed_sweep_alone(
