@@ -4,11 +4,16 @@ import functools
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from cluster.kubernetes.options import KubernetesOptions
+from cluster.kubernetes.rayjob import render_rayjob
+from tests.sweeps import sweep_config
 
 ROOT = Path(__file__).parents[3]
 K8S = ROOT / "k8s"
@@ -22,12 +27,24 @@ RAY_LABELS = {
 }
 
 
-def rendered(overlay: str) -> list[Manifest]:
-    """What `kubectl apply -k` would send, and the RayJob that sweeps start from."""
-    return [*yaml.safe_load_all(_build(overlay)), *yaml.safe_load_all(_template())]
+# What k8s/README.md tells to submit with in each.
+OPTIONS = {
+    "local": KubernetesOptions(),
+    "gpu": KubernetesOptions(gpus=8, queue="sweeps", priority="orchestrator-normal"),
+    "gpu-spot": KubernetesOptions(gpus=8, queue="sweeps", capacity="spot"),
+    "multi-node-zero": KubernetesOptions(gpus=16, gpus_per_node=8, queue="sweeps"),
+}
 
 
 @functools.cache
+def rendered(overlay: str) -> list[Manifest]:
+    """What `kubectl apply -k` would send, and a sweep that is submitted there. Not to be changed:
+    it is made once."""
+    options = replace(OPTIONS[overlay], namespace="orchestrator")
+    sweep = sweep_config(base_model__source="org/base", data__train="org/rows")
+    return [*yaml.safe_load_all(_build(overlay)), render_rayjob(sweep, options, "sweep").rayjob]
+
+
 def _build(overlay: str) -> str:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
@@ -42,11 +59,6 @@ def _build(overlay: str) -> str:
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "kustomize warns"
     return done.stdout
-
-
-@functools.cache
-def _template() -> str:
-    return (K8S / "base" / "rayjob.yaml").read_text()
 
 
 def pods(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:

@@ -7,6 +7,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
+from tests.manifests import NO_CRDS, definitions
 from tests.unit.kubernetes.networks import matches
 from tests.unit.kubernetes.overlays import (
     K8S,
@@ -48,6 +49,19 @@ def test_an_unknown_field_is_found() -> None:
     broken["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(broken, KUBERNETES_VERSION, strict=True)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_custom_resource_is_valid(overlay: str) -> None:
+    known = definitions()
+    if known is None:
+        pytest.skip(NO_CRDS)
+    custom = [m for m in rendered(overlay) if known.knows(m)]
+    assert {m["kind"] for m in rendered(overlay) if not is_core(m)} - {"PodMonitor"} == {
+        m["kind"] for m in custom
+    }
+    for manifest in custom:
+        assert known.problems(manifest) == [], manifest["metadata"]["name"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -181,6 +195,18 @@ def test_queues_lead_to_flavors_and_topologies_that_are_there(overlay: str) -> N
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_sweep_waits_in_a_queue_and_a_class_that_are_there(overlay: str) -> None:
+    manifests = rendered(overlay)
+    labels = one(manifests, "RayJob", "sweep")["metadata"]["labels"]
+    queue = labels.get("kueue.x-k8s.io/queue-name")
+    assert (queue is None) == (overlay == "local")
+    if queue is not None:
+        one(manifests, "LocalQueue", queue)
+    if priority := labels.get("kueue.x-k8s.io/priority-class"):
+        one(manifests, "WorkloadPriorityClass", priority)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_a_queue_has_quota_for_everything_that_a_sweep_asks_for(overlay: str) -> None:
     manifests = rendered(overlay)
     asked = {
@@ -206,8 +232,7 @@ def test_the_server_has_the_replicas_and_the_budget_that_go_together(overlay: st
 
 def server_arguments() -> list[str]:
     spec = one(rendered("local"), "Deployment", "mlflow")["spec"]["template"]["spec"]
-    arguments: list[str] = spec["containers"][0]["args"]
-    return arguments
+    return list(spec["containers"][0]["args"])
 
 
 def test_mlflow_knows_the_arguments_of_its_server() -> None:
