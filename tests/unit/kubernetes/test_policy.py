@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.unit.kubernetes.overlays import OVERLAYS, Manifest, one, rendered
+from cluster.kubernetes.api import KINDS
+from cluster.kubernetes.checks import RIGHTS
+from tests.unit.kubernetes.overlays import OVERLAYS, Manifest, is_ray, one, pods, rendered
 from tests.unit.kubernetes.policies import (
     POLICIES,
     Policy,
@@ -245,3 +247,49 @@ def test_the_policy_finds_a_broken_manifest(policy: Policy, break_it: Break) -> 
 
 def test_every_policy_is_shown_to_find_something() -> None:
     assert {policy for policy, _, _ in BROKEN} == set(POLICIES)
+
+
+# What every user may ask, and what doctor says that it may not look at.
+NOT_GRANTED = {"selfsubjectaccessreviews", "deployments"}
+
+
+def rules_of_a_submitter() -> list[Manifest]:
+    manifests = rendered("local")
+    role = one(manifests, "Role", "sweep-submitter")
+    return [*role["rules"], *one(manifests, "ClusterRole", "orchestrator-doctor")["rules"]]
+
+
+def test_a_submitter_may_do_what_submitting_and_following_take() -> None:
+    for verb, group, resource in RIGHTS:
+        assert any(
+            verb in rule["verbs"] and group in rule["apiGroups"] and resource in rule["resources"]
+            for rule in rules_of_a_submitter()
+        ), (verb, group, resource)
+
+
+def test_a_submitter_may_read_every_kind_that_the_client_reads_and_no_other() -> None:
+    granted = {
+        resource
+        for rule in rules_of_a_submitter()
+        for resource in rule["resources"]
+        if "get" in rule["verbs"]
+    }
+    read = {plural for _, plural in KINDS.values()}
+    assert read - granted == NOT_GRANTED
+    for_people = {"pods/log", "services/proxy", "priorityclasses", "clusterqueues"}
+    for_people |= {"resourceflavors", "workloadpriorityclasses"}
+    assert granted - read == for_people
+
+
+def test_the_secrets_that_a_submitter_may_read_are_those_of_a_sweep() -> None:
+    (rule,) = [rule for rule in rules_of_a_submitter() if "secrets" in rule["resources"]]
+    named = {
+        variable["valueFrom"]["secretKeyRef"]["name"]
+        for _, pod in pods(rendered("local"))
+        for container in pod["spec"]["containers"]
+        if is_ray(pod)
+        for variable in container.get("env", [])
+        if "secretKeyRef" in variable.get("valueFrom", {})
+    }
+    token = one(rendered("local"), "RayJob", "sweep")["spec"]["rayClusterSpec"]["authOptions"]
+    assert set(rule["resourceNames"]) == named | {token["secretName"]}
