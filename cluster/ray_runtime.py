@@ -9,8 +9,10 @@ asked by a task that takes neither.
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import ClusterError
@@ -22,15 +24,28 @@ LOCAL_OBJECT_STORE_BYTES = 80 * 2**20
 # A node's first task starts a process and imports Ray there: some seconds, more on a busy node.
 MEMORY_TIMEOUT_S = 60.0
 
+ROOM_POLL_S = 1.0
+
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """Workers that a cluster which grows by itself must have room for before the work begins."""
+
+    num_workers: int
+    cpus: int
+    gpus: int
+    """Of one worker."""
+    timeout_s: float
+
+
 @contextmanager
-def ray_cluster(address: str | None) -> Iterator[list[Node]]:
+def ray_cluster(address: str | None, awaited: Awaited | None = None) -> Iterator[list[Node]]:
     """Attach to `address` (or RAY_ADDRESS; `auto` finds a running one), else start a local Ray.
 
     Raises:
-        ClusterError: Ray cannot be reached or started.
+        ClusterError: Ray cannot be reached or started, or has no room for what is awaited.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # Ray 2.60 warns on every start about a future default for actors without GPUs.
@@ -64,9 +79,38 @@ def ray_cluster(address: str | None) -> Iterator[list[Node]]:
         )
         raise ClusterError(f"cannot use {place}: {error}: {remedy}") from error
     try:
+        if awaited is not None:
+            _await_room(awaited)
         yield _nodes(asks=bool(address))
     finally:
         ray.shutdown()
+
+
+def release_room() -> None:
+    """Let the autoscaler take nodes that nothing runs on."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[])
+
+
+def _await_room(awaited: Awaited) -> None:
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    worker = {"CPU": awaited.cpus} | ({"GPU": awaited.gpus} if awaited.gpus else {})
+    request_resources(bundles=[worker] * awaited.num_workers)
+    deadline = time.monotonic() + awaited.timeout_s
+    while True:
+        totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(min(int(has.get(k, 0) // n) for k, n in worker.items()) for has in totals)
+        if room >= awaited.num_workers:
+            return
+        if time.monotonic() >= deadline:
+            raise ClusterError(
+                f"the cluster has room for {room} of {awaited.num_workers} workers of {worker} "
+                f"after {awaited.timeout_s:.0f} s: ask for fewer, or see why no node is added"
+            )
+        time.sleep(ROOM_POLL_S)
 
 
 def _nodes(asks: bool) -> list[Node]:

@@ -1,7 +1,8 @@
 """The command line: `orchestrator VERB`. Parses, calls one function, turns errors into exit codes.
 
-Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted. Imports nothing heavy:
-`orchestrator --help` answers in well under half a second.
+Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted; of a sweep on a
+cluster also 3 cancelled, 4 never started, 5 no contact. Imports nothing heavy: `--help` answers in
+well under half a second.
 """
 
 import os
@@ -12,16 +13,26 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from jobs.cluster_cli import jobs_app, submit
 from orchestrator.errors import (
     BaseModelError,
     ConfigError,
+    ContactLost,
     DataError,
+    NeverStarted,
     OrchestratorError,
     RunFolderError,
     is_disk_full,
 )
 
-INPUT_ERRORS = (ConfigError, DataError, BaseModelError, RunFolderError)
+EXIT_CODES: dict[type[OrchestratorError], int] = {
+    ConfigError: 2,
+    DataError: 2,
+    BaseModelError: 2,
+    RunFolderError: 2,
+    NeverStarted: 4,
+    ContactLost: 5,
+}
 
 app = typer.Typer(
     name="orchestrator",
@@ -33,8 +44,10 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.command()(submit)
+app.add_typer(jobs_app, name="jobs")
 
-ConfigPath = Annotated[Path, typer.Argument(help="The sweep's YAML file.")]
+ConfigPath = Annotated[Path, typer.Argument(help="The sweep's YAML file; - is standard input.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as trial.steps=50."),
@@ -60,16 +73,28 @@ def sweep(
     run_dir: RunDirOption = None,
     ray_address: RayAddress = None,
     dry_run: Annotated[bool, typer.Option(help="Show what would run; start nothing.")] = False,
+    or_resume: Annotated[
+        bool, typer.Option(help="Go on with the sweep if the run folder holds it.")
+    ] = False,
+    await_workers: Annotated[
+        int, typer.Option(min=0, metavar="SECONDS", help="For a cluster to grow to all workers.")
+    ] = 0,
+    log_file: Annotated[Path | None, typer.Option(help="Keep what is printed there, too.")] = None,
 ) -> int:
     """Run all trials on Ray, register the winner."""
+    if log_file is not None:
+        from jobs.driver_log import keep_log
+
+        keep_log(log_file)
     if dry_run:
         from jobs.dry_run import show_plan
         from orchestrator.planning.machine import this_machine
 
         return show_plan(config, overrides or [], run_dir, ray_address, this_machine())
-    from jobs.sweep import start_sweep
+    from jobs.sweep import Start, start_sweep
 
-    return start_sweep(config, overrides or [], run_dir, ray_address)
+    start = Start(run_dir, ray_address, or_resume, await_workers)
+    return start_sweep(config, overrides or [], start)
 
 
 @app.command()
@@ -164,11 +189,17 @@ def schema(
 
 
 @app.command()
-def doctor() -> int:
-    """Say what this machine can do, and what to fix."""
-    from jobs.doctor import examine
+def doctor(
+    target: Annotated[
+        str | None, typer.Option(help="`kubernetes`, or a Ray dashboard's http:// address.")
+    ] = None,
+    namespace: Annotated[str | None, typer.Option(help="Default: the kubeconfig's.")] = None,
+    context: Annotated[str | None, typer.Option(help="Context of the kubeconfig.")] = None,
+) -> int:
+    """Say what this machine can do, or a cluster, and what to fix."""
+    from jobs.doctor import examine, examine_target
 
-    return examine()
+    return examine_target(target, namespace, context) if target else examine()
 
 
 @data_app.command("prepare")
@@ -238,7 +269,7 @@ def run(arguments: list[str]) -> int:
         return 2
     except OrchestratorError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, INPUT_ERRORS) else 1
+        return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
     except OSError as error:
         if not is_disk_full(error):
             raise

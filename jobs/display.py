@@ -17,7 +17,7 @@ from rich.table import Table
 
 from orchestrator.records import (
     Evaluated,
-    Event,
+    Notice,
     PackLost,
     PackReady,
     Progress,
@@ -76,7 +76,7 @@ class SweepDisplay:
     def say(self, line: str | Table) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: Notice) -> None:
         number = getattr(event, "trial", None)
         if isinstance(event, PackReady) or (number is not None and number not in self._rows):
             self._refresh_rows()
@@ -93,7 +93,7 @@ class SweepDisplay:
             row.state, row.step, row.eval_loss = result.state, result.steps, result.eval_loss
 
     @staticmethod
-    def _update(row: _Row, event: Event) -> None:
+    def _update(row: _Row, event: Notice) -> None:
         match event:
             case TrialOpened():
                 row.state, row.step = "training", event.step
@@ -140,7 +140,7 @@ class SweepDisplay:
             )
         return table
 
-    def _print(self, event: Event) -> None:
+    def _print(self, event: Notice) -> None:
         match event:
             case PackReady():
                 self.say(

@@ -1,11 +1,13 @@
-"""`orchestrator doctor`: what this machine can do and what to fix. Exits 1 if it cannot train."""
+"""`orchestrator doctor`: what this machine, or a cluster, can do and what to fix.
+
+In: nothing, or a cluster's address. Out: a table; the exit code is 1 if sweeps cannot run there.
+"""
 
 import importlib.util
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -13,7 +15,9 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from jobs.submit import KUBERNETES, connect
 from orchestrator.files import cache_dir
+from orchestrator.records import Finding
 
 PACKAGES = (
     "torch transformers peft bitsandbytes deepspeed ray mlflow optuna datasets safetensors"
@@ -21,15 +25,22 @@ PACKAGES = (
 MIN_FREE_GIB = 5.0
 
 
-@dataclass(frozen=True)
-class Finding:
-    subject: str
-    state: Literal["ok", "note", "broken"]
-    text: str
-
-
 def examine() -> int:
-    findings = [finding for check in CHECKS for finding in check()]
+    return _shown([finding for check in CHECKS for finding in check()])
+
+
+def examine_target(target: str, namespace: str | None, context: str | None) -> int:
+    """Of a cluster that sweeps are submitted to."""
+    if target == KUBERNETES:
+        from cluster.kubernetes.api import KubernetesApi
+        from cluster.kubernetes.checks import examine_cluster
+
+        return _shown(list(examine_cluster(KubernetesApi.connect(context, namespace))))
+    jobs = connect(target).list()
+    return _shown([Finding("Ray job API", "ok", f"{target} answers; {len(jobs)} sweeps")])
+
+
+def _shown(findings: list[Finding]) -> int:
     table = Table(show_header=False)
     signs = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "broken": "[red]broken[/]"}
     for finding in findings:

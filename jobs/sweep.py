@@ -28,11 +28,12 @@ from orchestrator.errors import ConfigError, RegistryError, RunFolderError, Trac
 from orchestrator.loading import load_config, override_config
 from orchestrator.planning.capacity import worker_count, worker_memory_bytes
 from orchestrator.planning.machine import this_machine
+from orchestrator.records import Notice
 from orchestrator.search.space import check_space
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
 from orchestrator.sweep.flow import Services, auto_compute_dtype, run_sweep
-from orchestrator.sweep.run_store import RunStore, SweepRecord, new_run_id
+from orchestrator.sweep.run_store import RunStore, SweepRecord, holds_sweep, new_run_id
 from orchestrator.tracking.follower import TrackingFollower
 from orchestrator.tracking.mlflow_view import MlflowView
 from orchestrator.tracking.registry import Registration, Registry
@@ -49,6 +50,8 @@ RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "ml
 INTERRUPTED = 130
 # A tracking server that hangs must not keep an interrupted command.
 CONNECT_TIMEOUT_S = 30.0
+# A driver whose node was taken away holds the run folder until it is ended.
+PREDECESSOR_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,41 @@ class Backend:
     num_workers: int
     device: str
     worker_memory_bytes: int
+    before_training: Callable[[], None] = lambda: None
+    watch: Callable[[Notice], None] = lambda notice: None
+    """Makes metrics of what the controller tells."""
 
 
-def start_sweep(
-    path: Path, overrides: list[str], run_dir: Path | None, ray_address: str | None
-) -> int:
+@dataclass(frozen=True)
+class Start:
+    """How a sweep is started, beside its configuration."""
+
+    run_dir: Path | None = None
+    ray_address: str | None = None
+    or_resume: bool = False
+    """Go on with the sweep if the run folder holds it: a driver may be started twice."""
+    await_workers_s: float = 0
+    """Time for a cluster that grows by itself to have room for all workers."""
+
+
+def start_sweep(path: Path, overrides: list[str], start: Start) -> int:
     config = settled(load_config(path, overrides))
     check_inputs(config)
-    folder = _free_folder(config, run_dir)
-    with _ray_backend(config, ray_address) as backend:
+    if start.or_resume and start.run_dir is not None and holds_sweep(start.run_dir):
+        return _go_on(RunStore.open(start.run_dir), config, start)
+    folder = _free_folder(config, start.run_dir)
+    with _ray_backend(config, start.ray_address, start.await_workers_s) as backend:
         return _run(_create(config, folder, backend), backend)
+
+
+def _go_on(store: RunStore, config: SweepConfig, start: Start) -> int:
+    store.change_config(config)
+    if store.read("done"):
+        print(f"{store.folder} is complete: nothing is left to do")
+        return 0
+    print(f"going on with {store.folder}")
+    with _ray_backend(config, start.ray_address, start.await_workers_s) as backend:
+        return _run(store, backend, lock_wait_s=PREDECESSOR_S)
 
 
 def resume_sweep(run_dir: Path, ray_address: str | None, overrides: list[str]) -> int:
@@ -146,13 +174,22 @@ def check_sources(data: DataConfig) -> None:
 
 
 @contextmanager
-def _ray_backend(config: SweepConfig, address: str | None) -> Iterator[Backend]:
+def _ray_backend(
+    config: SweepConfig, address: str | None, await_workers_s: float = 0
+) -> Iterator[Backend]:
     print("starting Ray" if not address else f"attaching to Ray at {address}")
+    from cluster.metrics import ray_metrics
     from cluster.ray_executor import RayExecutor
-    from cluster.ray_runtime import ray_cluster
+    from cluster.ray_runtime import Awaited, ray_cluster, release_room
     from cluster.sharding import RayTasks
 
-    with ray_cluster(address) as nodes:
+    awaited = None
+    if await_workers_s and config.resources.num_workers:
+        print(f"waiting for room for {config.resources.num_workers} workers")
+        gpus = 0 if config.resources.device == "cpu" else 1
+        cpus = config.resources.cpus_per_worker
+        awaited = Awaited(config.resources.num_workers, cpus, gpus, await_workers_s)
+    with ray_cluster(address, awaited) as nodes:
         device = _device(config, "cuda" if any(node.num_gpus >= 1 for node in nodes) else "cpu")
         num_workers = worker_count(config.resources, device, nodes)
         num_cpus = int(sum(node.num_cpus for node in nodes))
@@ -164,6 +201,9 @@ def _ray_backend(config: SweepConfig, address: str | None) -> Iterator[Backend]:
             num_workers,
             device,
             memory_bytes,
+            # From here on what packs reserve is what the cluster keeps.
+            release_room if awaited else lambda: None,
+            ray_metrics(config.name),
         )
 
 
@@ -226,18 +266,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _run(store: RunStore, backend: Backend) -> int:
+def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
     view = MlflowView(store, resolve_tracking_uri(store.sweep.config))
     follower = TrackingFollower(view)
     display = SweepDisplay(store)
     interrupts = Interrupts(display.say)
     status = "FAILED"
-    with store.locked(), interrupts.caught(), ThreadPoolExecutor(1) as background:
+    with store.locked(lock_wait_s), interrupts.caught(), ThreadPoolExecutor(1) as background:
         # A new SQLite store takes some seconds to set up; loading the base model does, too.
         connecting = background.submit(view.connect)
 
         def before_training(controller: Controller) -> None:
             connecting.result()
+            backend.before_training()
             follower.start()
             interrupts.reach(controller)
 
@@ -247,6 +288,7 @@ def _run(store: RunStore, backend: Backend) -> int:
             backend.num_workers,
             display,
             before_training,
+            backend.watch,
             backend.worker_memory_bytes,
         )
         try:

@@ -7,7 +7,9 @@ OrchestratorError
 ├── RunFolderError     the run folder belongs to another sweep, is in use, or is damaged
 ├── DiskFull           a disk, a quota or a file-size limit is reached; carries the path
 ├── TrialFailed        reason: not_valid | loss_not_finite | out_of_memory | worker_lost | raised
-├── ClusterError       Ray said no; carries its words
+├── ClusterError       Ray or Kubernetes said no; carries its words
+│   ├── NeverStarted   a submitted sweep did not start, and will not by itself
+│   └── ContactLost    the cluster does not answer; what was submitted goes on without us
 ├── TrackingError      the MLflow tracking server cannot be used
 └── RegistryError      the model registry said no
 
@@ -58,6 +60,14 @@ class TrialFailed(OrchestratorError):
 
 class ClusterError(OrchestratorError):
     """Ray could not be started, reached, or give the resources asked for."""
+
+
+class NeverStarted(ClusterError):
+    """The cluster refuses the sweep, or cannot start it."""
+
+
+class ContactLost(ClusterError):
+    """The cluster cannot be reached, or does not answer any more."""
 
 
 class TrackingError(OrchestratorError):

@@ -9,6 +9,7 @@ would be a string, `off` a boolean, `1:30` the number 90; and a key given twice 
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -22,12 +23,17 @@ from orchestrator.errors import ConfigError
 
 FieldPath = tuple[str | int, ...]
 COMMAND_LINE = "--set"
+STDIN = "-"
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Raises ConfigError with one line per mistake."""
+    """From a file, or from standard input for `-`.
+
+    Raises:
+        ConfigError: with one line per mistake.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(path) == STDIN else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
     return parse_config(text, str(path), overrides)

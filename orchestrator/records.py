@@ -324,3 +324,39 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class PackStanding:
+    """A pack as the controller knows it."""
+
+    pack: int
+    num_slots: int
+    trials: tuple[int, ...]
+    """Those in its slots."""
+    expected_memory_bytes: int
+    """That the planner expects each of its workers to need; 0: unknown."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far the sweep is; the controller tells it whenever it has changed."""
+
+    num_waiting: int
+    num_finished: int
+    num_failed: int
+    packs: tuple[PackStanding, ...]
+
+
+Notice = Event | Decision | Standing
+"""What whoever watches a sweep is told."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What an examination of a machine or a cluster found."""
+
+    subject: str
+    state: Literal["ok", "note", "broken"]
+    text: str
+    """With the remedy, if there is something to do."""

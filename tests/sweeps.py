@@ -11,7 +11,7 @@ from orchestrator.planning.fit import Fit
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan, pack_key
 from orchestrator.planning.shape import BaseShape, Linear, UnknownShape
-from orchestrator.records import BaseModel, Device, Event, PackSpec, TrialResult, TrialSpec
+from orchestrator.records import BaseModel, Device, Notice, PackSpec, TrialResult, TrialSpec
 from orchestrator.search.space import ask, num_trials
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor
@@ -54,7 +54,7 @@ def make_controller(
     store: RunStore,
     executor: Executor,
     num_workers: int = 2,
-    observe: Callable[[Event], None] = lambda event: None,
+    observe: Callable[[Notice], None] = lambda notice: None,
     workers_per_pack: int = 1,
     given: Premises | None = None,
 ) -> Controller:

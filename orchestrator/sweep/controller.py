@@ -22,12 +22,15 @@ from orchestrator.records import (
     Evaluated,
     Event,
     Leave,
+    Notice,
     PackLeft,
     PackLost,
     PackReady,
     PackSpec,
+    PackStanding,
     Progress,
     SlotTask,
+    Standing,
     TrialDone,
     TrialOpened,
     TrialResult,
@@ -55,7 +58,7 @@ log = logging.getLogger(__name__)
 
 AskTrial = Callable[[list[TrialSpec], list[TrialResult]], TrialSpec | None]
 BuildPack = Callable[[int, PackPlan], PackSpec]
-Observer = Callable[[Event], None]
+Observer = Callable[[Notice], None]
 
 
 @dataclass
@@ -77,7 +80,7 @@ class Controller:
         build_pack: BuildPack,
         num_workers: int,
         premises: Premises,
-        observe: Observer = lambda event: None,
+        observe: Observer = lambda notice: None,
     ) -> None:
         self._store = store
         self._executor = executor
@@ -96,6 +99,7 @@ class Controller:
         self._packs: dict[int, _Pack] = {}
         self._next_pack = 0
         self._stop_at: float | None = None
+        self._told: Standing | None = None
 
     def request_stop(self) -> None:
         """Save all slots at their next report and end; callable from a signal handler."""
@@ -118,6 +122,7 @@ class Controller:
             for action in decide(self._view()):
                 self._carry_out(action)
             self._let_packs_go_on()
+            self._tell_standing()
             if not self._packs:
                 break
             for pack, events in self._executor.poll(POLL_S):
@@ -214,6 +219,25 @@ class Controller:
             if pack.idle:
                 directives, pack.directives, pack.idle = pack.directives, [], False
                 self._executor.advance(number, directives)
+
+    def _tell_standing(self) -> None:
+        packs = tuple(
+            PackStanding(
+                number,
+                pack.plan.num_slots,
+                tuple(pack.attempts),
+                pack.plan.fit.memory.total_bytes if pack.plan.fit.memory else 0,
+            )
+            for number, pack in self._packs.items()
+        )
+        finished = sum(result.state == "finished" for result in self._results.values())
+        failed = len(self._results) - finished
+        taken = sum(len(pack.trials) for pack in packs)
+        waiting = len(self._trials) - len(self._results) - taken
+        standing = Standing(waiting, finished, failed, packs)
+        if standing != self._told:
+            self._told = standing
+            self._observe(standing)
 
     def _take(self, number: int, events: list[Event]) -> None:
         if number not in self._packs:
@@ -316,7 +340,9 @@ class Controller:
 
     def _decided(self, action: str, subject: str, reason: str) -> None:
         log.info("%s: %s: %s", subject, action, reason)
-        self._store.add_decision(Decision(time.time(), action, subject, reason))
+        decision = Decision(time.time(), action, subject, reason)
+        self._store.add_decision(decision)
+        self._observe(decision)
 
 
 def _failed(trial: int, attempt: int, reason: str, message: str) -> TrialResult:

@@ -26,7 +26,7 @@ from orchestrator.records import (
     ComputeDtype,
     Decision,
     Device,
-    Event,
+    Notice,
     PackSpec,
     TrialResult,
     TrialSpec,
@@ -47,7 +47,7 @@ class Display(Protocol):
 
     def say(self, line: str) -> None: ...
 
-    def observe(self, event: Event) -> None: ...
+    def observe(self, notice: Notice) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Services:
     display: Display
     on_controller: Callable[[Controller], None] = field(default=lambda controller: None)
     """Is given the controller before it runs, so that signals can reach it."""
+    watch: Callable[[Notice], None] = field(default=lambda notice: None)
+    """Is told everything that the display is told."""
     worker_memory_bytes: int = 0
     """Of the worker that has least; 0: unknown."""
 
@@ -135,6 +137,10 @@ def _train(
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(store, base, data, number, plan)
 
+    def observe(notice: Notice) -> None:
+        services.display.observe(notice)
+        services.watch(notice)
+
     from orchestrator.training.model_source import local_folder
 
     with closing(services.executor) as executor:
@@ -152,7 +158,7 @@ def _train(
                 read_shape(Path(local_folder(base))),
                 services.worker_memory_bytes,
             ),
-            services.display.observe,
+            observe,
         )
         services.on_controller(controller)
         return controller.run()

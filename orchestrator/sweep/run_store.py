@@ -114,11 +114,11 @@ class RunStore:
         write_json(self._path("sweep.json"), replace(self.sweep, config=config).to_json())
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait_s: float = 0) -> Iterator[None]:
         """Own the folder. The lock is the operating system's: it ends with the process."""
         lock = FileLock(self._path("lock"))
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=wait_s)
         except Timeout as error:
             raise RunFolderError(
                 f"{self.folder} is in use by another process: wait for it, or end it first"
@@ -207,6 +207,10 @@ class RunStore:
     def results(self) -> list[TrialResult]:
         paths = sorted(self._path("trials").glob("*/result.json"))
         return [TrialResult.from_json(read_json(path)) for path in paths]
+
+
+def holds_sweep(folder: Path) -> bool:
+    return (folder / "sweep.json").exists()
 
 
 def new_run_id(name: str, now: float) -> str:

@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from cluster.ray_runtime import ray_cluster
+from cluster.sharding import RayTasks
 from orchestrator.data.manifest import ROLES, manifest_name
 from orchestrator.data.prepare import RunTasks, prepare, run_in_process
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import ClusterError, DataError
+from tests.nodes import LocalCluster, local_cluster
 from tests.tiny import make_tokenizer, question_rows
 
 Pool = Callable[[int], AbstractContextManager[RunTasks]]
@@ -21,22 +23,10 @@ NUM_CPUS = 2
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster() -> Iterator[LocalCluster]:
     """A head without cores, so that every actor is on a node that a test may take away."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
-    )
-    try:
-        nodes.add_node(num_cpus=NUM_CPUS, object_store_memory=80 << 20)
-        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    with local_cluster(NUM_CPUS) as nodes, ray_cluster(nodes.address):
         yield nodes
-        ray.shutdown()
-    finally:
-        nodes.shutdown()
 
 
 @pytest.fixture(params=["in_process", "ray"])
@@ -44,8 +34,6 @@ def pool(request: pytest.FixtureRequest) -> Pool:
     if request.param == "in_process":
         return lambda num_actors: nullcontext(run_in_process)
     request.getfixturevalue("cluster")
-    from cluster.sharding import RayTasks
-
     return RayTasks
 
 
@@ -72,9 +60,9 @@ def test_the_projects_errors_arrive_as_they_are(pool: Pool) -> None:
         assert list(run(refuse, [2, 3])) == [2, 3]
 
 
-def test_a_task_goes_to_an_actor_only_when_that_is_idle(cluster: Any, tmp_path: Path) -> None:
-    from cluster.sharding import RayTasks
-
+def test_a_task_goes_to_an_actor_only_when_that_is_idle(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
     folder = str(tmp_path)
 
     def note(number: int) -> int:
@@ -87,9 +75,7 @@ def test_a_task_goes_to_an_actor_only_when_that_is_idle(cluster: Any, tmp_path: 
     assert all(count <= number + 3 for number, count in enumerate(begun))
 
 
-def test_the_task_of_a_killed_actor_runs_again(cluster: Any, tmp_path: Path) -> None:
-    from cluster.sharding import RayTasks
-
+def test_the_task_of_a_killed_actor_runs_again(cluster: LocalCluster, tmp_path: Path) -> None:
     sign = str(tmp_path / "died")
 
     def die_once(number: int) -> int:
@@ -103,9 +89,9 @@ def test_the_task_of_a_killed_actor_runs_again(cluster: Any, tmp_path: Path) -> 
     assert os.path.exists(sign)
 
 
-def test_a_task_that_always_ends_its_actor_is_given_up_with_the_remedy(cluster: Any) -> None:
-    from cluster.sharding import RayTasks
-
+def test_a_task_that_always_ends_its_actor_is_given_up_with_the_remedy(
+    cluster: LocalCluster,
+) -> None:
     def die(number: int) -> int:
         os.kill(os.getpid(), 9)
         return number
@@ -114,44 +100,21 @@ def test_a_task_that_always_ends_its_actor_is_given_up_with_the_remedy(cluster: 
         list(run(die, [0]))
 
 
-def test_the_tasks_of_a_lost_node_run_on_those_that_are_left(cluster: Any, tmp_path: Path) -> None:
-    """Two of four actors go for good, since the nodes that are left have no core for them."""
-    from cluster.sharding import RayTasks
-
-    node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
-    folder = str(tmp_path)
-
-    def note(number: int) -> int:
-        with open(f"{folder}/{number}", "a") as file:
-            file.write("x")
-        time.sleep(0.3)
-        return number
-
-    with RayTasks(4) as run:
-        results = run(note, range(16))
-        assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
-        cluster.remove_node(node, allow_graceful=False)
-        assert list(results) == list(range(4, 16))
-    again = [len((tmp_path / str(number)).read_text()) for number in range(16)]
-    assert again[:4] == [1, 1, 1, 1]
-    assert sum(again) <= 16 + 2
-
-
-def test_a_preparation_survives_the_loss_of_a_node(cluster: Any, tmp_path: Path) -> None:
-    """The same manifests, and no shard that was finished is made again."""
-    from cluster.sharding import RayTasks
-
+def test_a_preparation_survives_the_loss_of_a_node(cluster: LocalCluster, tmp_path: Path) -> None:
+    """The same manifests, and no shard that was finished is made again. Two of four actors go for
+    good, since the nodes that are left have no core for them."""
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in question_rows(2000)))
     config = DataConfig(train=str(rows), block_length=64, slice_bytes=2000)
-    node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
+    cluster.add(num_cpus=2)
+    node = cluster.node_ids()[-1]
     finished: dict[Path, int] = {}
 
     def lose_the_node(line: str) -> None:
         if " of " in line and not finished:
             finished.update((path, path.stat().st_mtime_ns) for path in _shards(tmp_path / "ray"))
-            cluster.remove_node(node, allow_graceful=False)
+            cluster.kill(node)
 
     with RayTasks(4) as run:
         prepared = prepare(config, tokenizer, tmp_path / "ray", run, lose_the_node)

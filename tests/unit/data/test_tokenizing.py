@@ -1,3 +1,4 @@
+import gc
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -65,6 +66,12 @@ def test_too_long_example_is_an_error_that_names_the_choices(tokenizer: Tokenize
         "data.jsonl:7: example has 9 tokens, more than data.block_length=8: "
         "raise block_length, or set data.overlong: truncate, split or drop"
     )
+
+
+def test_garbage_is_collected_again_after_an_error(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError):
+        _tokenize(tokenizer, _example(("123456789", True)))
+    assert gc.isenabled()
 
 
 def test_too_long_example_is_truncated_or_dropped_and_counted(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,153 @@
+"""Ray's job API: a few verbs over HTTP, the same for any cluster, however it is reached.
+
+In: a `Send`, which carries a request to a Ray dashboard. Out: Ray's own records, or an error in our
+words. Ray itself is not imported: the cluster's version need not be this machine's.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.submission import JobState, JobView
+from orchestrator.errors import ClusterError, ContactLost, NeverStarted
+
+TIMEOUT_S = 30.0
+SWEEP = "qlora_orchestrator_sweep"
+DIGEST = "qlora_orchestrator_config_digest"
+RUN_DIR = "qlora_orchestrator_run_dir"
+# Ray's words -> ours.
+STATES: dict[str, JobState] = {
+    "PENDING": "starting",
+    "RUNNING": "running",
+    "SUCCEEDED": "succeeded",
+    "FAILED": "failed",
+    "STOPPED": "stopped",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    text: str
+
+    @property
+    def content(self) -> Any:
+        return json.loads(self.text)
+
+
+Send = Callable[[str, str, Any], Answer]
+"""Method, path and JSON body -> answer. Raises ContactLost."""
+
+
+class RayJobs:
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    def submit(self, job: str, entrypoint: str, metadata: Mapping[str, str]) -> None:
+        body = {"submission_id": job, "entrypoint": entrypoint, "metadata": dict(metadata)}
+        self._ask("POST", "/api/jobs/", body)
+
+    def info(self, job: str) -> dict[str, Any] | None:
+        answer = self._send("GET", f"/api/jobs/{job}", None)
+        if answer.code == 404:
+            return None
+        content: dict[str, Any] = _checked(answer)
+        return content
+
+    def list(self) -> "list[dict[str, Any]]":
+        jobs: list[dict[str, Any]] = self._ask("GET", "/api/jobs/")
+        return jobs
+
+    def log(self, job: str) -> str:
+        """All that the driver has printed."""
+        return str(self._ask("GET", f"/api/jobs/{job}/logs")["logs"])
+
+    def stop(self, job: str) -> None:
+        """Its driver gets SIGTERM, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S of the cluster."""
+        self._ask("POST", f"/api/jobs/{job}/stop")
+
+    def delete(self, job: str) -> None:
+        """Only a job that is over; its id is free then."""
+        self._ask("DELETE", f"/api/jobs/{job}")
+
+    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+        return _checked(self._send(method, path, body))
+
+
+def job_view(info: Mapping[str, Any]) -> JobView:
+    metadata = info.get("metadata") or {}
+    state = STATES[info["status"]]
+    ended_without_driver = state == "failed" and info.get("driver_exit_code") is None
+    return JobView(
+        name=info["submission_id"],
+        sweep=metadata.get(SWEEP, ""),
+        digest=metadata.get(DIGEST, ""),
+        state=state,
+        message=_first_line(info.get("message") or ""),
+        run_dir=metadata.get(RUN_DIR, ""),
+        created=(info.get("start_time") or 0) / 1000 or None,
+        exit_code=info.get("driver_exit_code"),
+        never_ran=ended_without_driver and info.get("driver_agent_http_address") is None,
+    )
+
+
+def dashboard(address: str) -> Send:
+    """Requests to a dashboard at `http://HOST:PORT`, with the token that Ray's own client takes."""
+    import httpx2
+
+    headers = {"X-Ray-Authorization": f"Bearer {token}"} if (token := _token()) else {}
+    http = httpx2.Client(base_url=address.rstrip("/"), headers=headers, timeout=TIMEOUT_S)
+
+    def send(method: str, path: str, body: Any) -> Answer:
+        try:
+            response = http.request(method, path, json=body)
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            words = str(error) or type(error).__name__
+            raise ContactLost(
+                f"the Ray cluster at {address} does not answer: {words}: check the address of its "
+                "dashboard, usually port 8265"
+            ) from error
+        return Answer(response.status_code, response.text)
+
+    return send
+
+
+def _token() -> str:
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def _checked(answer: Answer) -> Any:
+    if answer.code < 300:
+        try:
+            return answer.content if answer.text else None
+        except json.JSONDecodeError as error:
+            raise NeverStarted(
+                f"what answers is no Ray dashboard: {answer.text.strip()[:80]!r}: check the address"
+            ) from error
+    words = _error(answer.text)
+    if answer.code in (401, 403):
+        raise NeverStarted(
+            f"the Ray cluster refuses the token ({answer.code}): {words}: set RAY_AUTH_TOKEN, or "
+            "the secret of the cluster's authOptions"
+        )
+    if answer.code in (502, 503, 504):
+        raise ContactLost(f"the Ray dashboard does not answer ({answer.code}): {words}")
+    raise ClusterError(f"the Ray cluster refuses ({answer.code}): {words}")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0] if text.strip() else ""
+
+
+def _error(text: str) -> str:
+    """What a traceback of the dashboard, of its agent within, or a plain text says."""
+    found = re.findall(r"^\w*(?:Error|Exception): (.+)$", text, re.MULTILINE)
+    lines = found or text.strip().splitlines() or [""]
+    return str(lines[-1])[:300]

@@ -1,0 +1,106 @@
+"""Sweeps as jobs of a running Ray cluster, through its job API.
+
+A Target (cluster/target.py). The cluster is there already and stays: nothing is scaled, queued or
+paused here.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import PurePosixPath
+
+from cluster.ray_jobs import DIGEST, RUN_DIR, SWEEP, RayJobs, job_view
+from cluster.submission import OVER, Action, JobView, Line, Story, driver_output, plan_submission
+from cluster.target import Plan
+from orchestrator.config import SweepConfig
+from orchestrator.errors import ClusterError, ConfigError, NeverStarted
+
+STOP_TIMEOUT_S = 60.0
+POLL_S = 0.5
+
+
+def plan_ray_job(
+    storage: str | None, max_wait_s: int, config: SweepConfig, name: str | None
+) -> Plan:
+    """`storage` is a folder that all nodes share; None: the one that holds the runs_dir."""
+    storage = storage or str(PurePosixPath(config.runs_dir).parent)
+    if not PurePosixPath(storage).is_absolute():
+        raise ConfigError(
+            f"runs_dir: {config.runs_dir} is no place that every node of the cluster knows: name a "
+            "shared folder with --storage"
+        )
+    given = SweepConfig.model_validate({**config.model_dump(), "runs_dir": f"{storage}/runs"})
+    submission = plan_submission(given, storage, max_wait_s, name)
+    metadata = {SWEEP: submission.sweep, DIGEST: submission.digest, RUN_DIR: submission.run_dir}
+    request = {
+        "submission_id": submission.name,
+        "entrypoint": submission.entrypoint,
+        "metadata": metadata,
+    }
+    return Plan(submission, request)
+
+
+class RayTarget:
+    def __init__(self, jobs: RayJobs, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._jobs = jobs
+        self._sleep = sleep
+
+    def try_out(self, plan: Plan) -> None:
+        self._jobs.list()
+
+    def find(self, name: str) -> JobView | None:
+        info = self._jobs.info(name)
+        return job_view(info) if info is not None else None
+
+    def list(self) -> "list[JobView]":
+        infos = [info for info in self._jobs.list() if SWEEP in (info.get("metadata") or {})]
+        views = [job_view(info) for info in infos]
+        return sorted(views, key=lambda view: view.created or 0.0, reverse=True)
+
+    def send(self, plan: Plan, action: Action) -> None:
+        if action.kind == "replace":
+            self._jobs.delete(plan.submission.name)
+        request = plan.request
+        self._jobs.submit(request["submission_id"], request["entrypoint"], request["metadata"])
+
+    def story(self, name: str) -> Story | None:
+        view = self.find(name)
+        if view is None:
+            return None
+        text = {"starting": "waits for its driver", "running": "the driver runs"}.get(
+            view.state, ""
+        )
+        words = f"{text}: {view.message}" if view.state == "starting" and view.message else text
+        lines = (Line(view.state, time.time(), words),) if words else ()
+        return Story(view, lines, view.message if view.state == "starting" else "")
+
+    def log(self, name: str) -> str | None:
+        try:
+            return driver_output(self._jobs.log(name))
+        except ClusterError:  # its driver has no log yet
+            return None
+
+    def cancel(self, name: str) -> None:
+        if self._existing(name).state not in OVER:
+            self._jobs.stop(name)
+
+    def pause(self, name: str) -> None:
+        """The driver stops; what it held is the cluster's again."""
+        self.cancel(name)
+
+    def resume(self, name: str) -> None:
+        waited = 0.0
+        while self._existing(name).state not in OVER:
+            if waited >= STOP_TIMEOUT_S:
+                raise NeverStarted(f"{name} runs: there is nothing to resume")
+            self._sleep(POLL_S)
+            waited += POLL_S
+        info = self._jobs.info(name)
+        assert info is not None
+        self._jobs.delete(name)
+        self._jobs.submit(name, info["entrypoint"], info["metadata"])
+
+    def _existing(self, name: str) -> JobView:
+        view = self.find(name)
+        if view is None or not view.digest:
+            raise NeverStarted(f"there is no sweep {name} on this cluster: see `jobs list`")
+        return view

@@ -1,0 +1,174 @@
+"""The verbs of the command line that talk to a cluster: `submit` and `jobs`. Parses, calls one
+function. Imports nothing heavy."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from orchestrator.errors import ConfigError
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+jobs_app = typer.Typer(help="Sweeps that were submitted to a cluster.", no_args_is_help=True)
+
+
+def seconds(option: str, text: str) -> int:
+    found = re.fullmatch(r"(\d+)([smhd]?)", text)
+    if found is None or not int(found[1]):
+        raise ConfigError(f"{option} must be a time such as 90s, 30m, 24h or 7d, but got {text}")
+    return int(found[1]) * UNITS[found[2] or "s"]
+
+
+TargetOption = Annotated[
+    str, typer.Option(help="`kubernetes`, or the http:// address of a Ray cluster's dashboard.")
+]
+Namespace = Annotated[str | None, typer.Option(help="Default: the kubeconfig's.")]
+Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
+JobName = Annotated[str, typer.Argument(help="The job's name, as `jobs list` shows it.")]
+
+
+def submit(
+    config: Annotated[Path, typer.Argument(help="The sweep's YAML file.")],
+    target: TargetOption = "kubernetes",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the sweep."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The job's name; default: the sweep's.")] = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    gpus: Annotated[int, typer.Option(min=0, help="In all; 0 trains on CPUs.")] = 0,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of one pod.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Pods of a sweep without GPUs.")] = 1,
+    cpus_per_node: Annotated[int, typer.Option(min=0, help="Default: 8 per GPU, else 4.")] = 0,
+    memory_per_node: Annotated[int, typer.Option(min=0, help="GiB; default: 64 per GPU.")] = 0,
+    gpu_type: Annotated[
+        str | None, typer.Option(help="Such as h100, a product label's value, or LABEL=VALUE.")
+    ] = None,
+    capacity: Annotated[
+        Literal["on-demand", "spot", "spot-first"], typer.Option(help="Kind of nodes.")
+    ] = "on-demand",
+    queue: Annotated[str | None, typer.Option(help="Kueue's LocalQueue.")] = None,
+    priority: Annotated[str | None, typer.Option(help="Kueue's priority class.")] = None,
+    image: Annotated[str | None, typer.Option(help="NAME:TAG or NAME@sha256:DIGEST.")] = None,
+    image_pull_policy: Annotated[
+        Literal["IfNotPresent", "Always", "Never"] | None, typer.Option()
+    ] = None,
+    max_runtime: Annotated[str, typer.Option(metavar="TIME", help="Such as 90s, 30m, 7d.")] = "24h",
+    max_wait: Annotated[
+        str, typer.Option(metavar="TIME", help="For pods to start, once out of the queue.")
+    ] = "30m",
+    retries: Annotated[int, typer.Option(min=0, max=1, help="New clusters after a failure.")] = 0,
+    template: Annotated[
+        Path | None, typer.Option(help="A RayJob to start from; default: k8s/base/rayjob.yaml.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Shared folder of a Ray cluster, for run folders.")
+    ] = None,
+    dry_run: Annotated[
+        Literal["client", "server"] | None, typer.Option(help="Print what would be sent.")
+    ] = None,
+    crds: Annotated[
+        Path | None, typer.Option(help="Validate with the definitions in this folder, too.")
+    ] = None,
+    render_to: Annotated[Path | None, typer.Option(help="Write it there; send nothing.")] = None,
+    detach: Annotated[bool, typer.Option(help="Send it and end; do not follow it.")] = False,
+) -> int:
+    """Send a sweep to a cluster, follow it to its end, and end as it did."""
+    from cluster.kubernetes.options import KubernetesOptions
+    from jobs.submit import Sending, connect, planner, submit_sweep, terminal
+
+    options = KubernetesOptions(
+        namespace=namespace,
+        gpus=gpus,
+        gpus_per_node=gpus_per_node,
+        nodes=nodes,
+        cpus_per_node=cpus_per_node,
+        memory_gib_per_node=memory_per_node,
+        gpu_type=gpu_type,
+        capacity=capacity,
+        queue=queue,
+        priority=priority,
+        image=image,
+        image_pull_policy=image_pull_policy,
+        max_runtime_s=seconds("--max-runtime", max_runtime),
+        max_wait_s=seconds("--max-wait", max_wait),
+        retries=retries,
+        template=template,
+    )
+    sending = Sending(name, dry_run, render_to, crds, detach)
+    return submit_sweep(
+        config,
+        overrides or [],
+        planner(target, options, storage),
+        lambda: connect(target, namespace, context),
+        sending,
+        terminal(),
+    )
+
+
+@jobs_app.command("list")
+def list_(
+    target: TargetOption = "kubernetes", namespace: Namespace = None, context: Context = None
+) -> int:
+    """The sweeps that were submitted, the newest first."""
+    from jobs.submit import connect, list_jobs, terminal
+
+    return list_jobs(connect(target, namespace, context), terminal())
+
+
+@jobs_app.command()
+def status(
+    name: JobName,
+    target: TargetOption = "kubernetes",
+    namespace: Namespace = None,
+    context: Context = None,
+) -> int:
+    """What has happened to a sweep so far, and why it does not start, if it does not."""
+    from jobs.submit import connect, show_status, terminal
+
+    return show_status(connect(target, namespace, context), name, terminal())
+
+
+@jobs_app.command()
+def logs(
+    name: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="To the sweep's end.")] = False,
+    target: TargetOption = "kubernetes",
+    namespace: Namespace = None,
+    context: Context = None,
+) -> int:
+    """What the sweep's driver has printed."""
+    from jobs.submit import connect, show_log, terminal
+
+    return show_log(connect(target, namespace, context), name, follow, terminal())
+
+
+@jobs_app.command()
+def cancel(
+    name: JobName,
+    pause: Annotated[bool, typer.Option(help="Give back what it holds; keep its place.")] = False,
+    target: TargetOption = "kubernetes",
+    namespace: Namespace = None,
+    context: Context = None,
+) -> int:
+    """Ask a sweep to save and stop."""
+    from jobs.submit import cancel_job, connect, terminal
+
+    return cancel_job(connect(target, namespace, context), name, pause, terminal())
+
+
+@jobs_app.command()
+def resume(
+    name: JobName,
+    detach: Annotated[bool, typer.Option(help="Do not follow it.")] = False,
+    target: TargetOption = "kubernetes",
+    namespace: Namespace = None,
+    context: Context = None,
+) -> int:
+    """Go on with a sweep that failed or was stopped, from its run folder."""
+    from jobs.submit import connect, resume_job, terminal
+
+    return resume_job(connect(target, namespace, context), name, detach, terminal())

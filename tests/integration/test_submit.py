@@ -1,0 +1,207 @@
+"""`orchestrator submit` and `jobs` against a real Ray cluster on this machine, by its job API."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.ray_jobs import RayJobs, dashboard
+from cluster.ray_stand_in import RayStandIn
+from orchestrator.errors import ClusterError
+from orchestrator.sweep.run_store import RunStore
+from tests.integration.conftest import Command, program, write_config
+
+ROOT = Path(__file__).parents[2]
+START_TIMEOUT_S = 120
+RAY = "import ray, sys; c = ray.init(address='local', num_cpus=2, include_dashboard=True, "
+RAY += "dashboard_port=0, object_store_memory=80 * 2**20, _temp_dir=sys.argv[1]); "
+RAY += "print('dashboard', c.dashboard_url, flush=True); sys.stdin.read()"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    storage: Path
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, environment: Mapping[str, str]
+) -> Iterator[Cluster]:
+    """A Ray with a dashboard, in a process of its own, where `orchestrator` is a command."""
+    folder = tmp_path_factory.mktemp("cluster")
+    scripts = folder / "bin"
+    scripts.mkdir()
+    command = scripts / "orchestrator"
+    command.write_text(f"#!{sys.executable}\nfrom jobs.cli import main\nmain()\n")
+    command.chmod(0o755)
+    given = dict(environment) | {
+        "PATH": f"{scripts}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
+    }
+    # Ray's sockets need a short path.
+    temporary = Path("/tmp") / f"ray-{os.getpid()}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", RAY, str(temporary)],
+        env=given,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    found = None
+    for line in process.stdout:
+        if found := re.match(r"dashboard (\S+)", line):
+            break
+    assert found is not None, "Ray did not start"
+    yield Cluster(f"http://{found[1]}", folder / "storage")
+    process.communicate(timeout=START_TIMEOUT_S)
+
+
+@pytest.fixture(params=["stand-in", "real"])
+def jobs(request: pytest.FixtureRequest) -> RayJobs:
+    if request.param == "stand-in":
+        stand_in = RayStandIn()
+        return RayJobs(stand_in.send)
+    return RayJobs(dashboard(request.getfixturevalue("cluster").address))
+
+
+def test_a_job_is_there_until_it_is_deleted(jobs: RayJobs) -> None:
+    jobs.submit("contract", "sleep 60", {"a": "b"})
+    info = jobs.info("contract")
+    assert info is not None
+    assert info["entrypoint"] == "sleep 60"
+    assert info["metadata"]["a"] == "b"
+    assert "contract" in [job["submission_id"] for job in jobs.list()]
+    with pytest.raises(ClusterError, match="already exists"):
+        jobs.submit("contract", "true", {})
+    with pytest.raises(ClusterError, match="in a non-terminal state"):
+        jobs.delete("contract")
+    jobs.stop("contract")
+    wait_for(lambda: (jobs.info("contract") or {})["status"] == "STOPPED")
+    assert "Running entrypoint for job contract: sleep 60" in jobs.log("contract")
+    jobs.delete("contract")
+    assert jobs.info("contract") is None
+    with pytest.raises(ClusterError, match="404"):
+        jobs.log("contract")
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come to pass in time"
+        time.sleep(0.2)
+
+
+def arguments(cluster: Cluster) -> list[str]:
+    return ["--target", cluster.address]
+
+
+def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
+    tmp_path: Path,
+    tiny_base: Path,
+    cluster: Cluster,
+    orchestrator: Command,
+    environment: Mapping[str, str],
+    uri: str,
+) -> None:
+    # One short trial and one long, so that there is a middle to be cancelled in.
+    changes = {"search__space": {"steps": [4, 250]}, "evaluation__every_steps": None}
+    changes |= {"resources__num_workers": 2, "tracking__uri": uri}
+    config = write_config(tmp_path, tiny_base, **changes)
+    sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
+    detached = orchestrator(*sent, "--detach", cwd=tmp_path)
+    assert detached.returncode == 0, detached.stdout + detached.stderr
+    (run_dir,) = re.findall(r"run folder (\S+)", detached.stdout)
+    checkpoints = Path(run_dir, "trials")
+    wait_for(lambda: any(checkpoints.glob("*/attempts/*/*/checkpoint.json")))
+
+    cancelled = orchestrator("jobs", "cancel", "sums", *arguments(cluster), cwd=tmp_path)
+    assert cancelled.returncode == 0, cancelled.stdout + cancelled.stderr
+    status = orchestrator("jobs", "status", "sums", *arguments(cluster), cwd=tmp_path)
+    assert status.returncode == 3
+    assert "sums is stopped" in status.stdout
+    assert "interrupted" in Path(run_dir, "driver.log").read_text()  # it saved its trials
+    before = len(RunStore.open(Path(run_dir)).results)
+    assert before < 2
+
+    resumed = orchestrator("jobs", "resume", "sums", "--detach", *arguments(cluster), cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    attached = subprocess.Popen(
+        [*program(), *sent],
+        cwd=tmp_path,
+        env=dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output, _ = attached.communicate(timeout=START_TIMEOUT_S)
+    assert attached.returncode == 0, output
+    assert re.search(r"sums is already (starting|running)", output)
+    assert "going on with" in output
+    assert "winner: trial" in output
+    assert "sums succeeded" in output
+    store = RunStore.open(Path(run_dir))
+    assert [result.state for result in store.results] == ["finished"] * 2
+    assert [d for d in store.decisions if d["action"] == "resume_trial"]
+
+    listed = orchestrator("jobs", "list", *arguments(cluster), cwd=tmp_path)
+    assert "sums" in listed.stdout
+    assert "succeeded" in listed.stdout
+    logs = orchestrator("jobs", "logs", "sums", *arguments(cluster), cwd=tmp_path)
+    assert "winner: trial" in logs.stdout
+    again = orchestrator(*sent, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "sums is done" in again.stdout
+
+
+def test_a_sweep_that_cannot_work_ends_as_its_driver_did(
+    tmp_path: Path, tiny_base: Path, cluster: Cluster, orchestrator: Command
+) -> None:
+    config = write_config(tmp_path, tiny_base, name="broken", data__train="/nowhere/rows.jsonl")
+    sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
+    failed = orchestrator(*sent, cwd=tmp_path)
+    assert failed.returncode == 2, failed.stdout + failed.stderr
+    assert "error: " in failed.stdout
+    assert "/nowhere/rows.jsonl" in failed.stdout
+
+
+def test_a_cluster_that_does_not_grow_to_all_workers_is_told(
+    tmp_path: Path, tiny_base: Path, cluster: Cluster, orchestrator: Command
+) -> None:
+    config = write_config(tmp_path, tiny_base, name="wide", resources__num_workers=64)
+    sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
+    failed = orchestrator(*sent, "--max-wait", "1s", cwd=tmp_path)
+    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert "the cluster has room for 2 of 64 workers of {'CPU': 1}" in failed.stdout
+
+
+def test_ctrl_c_leaves_a_followed_sweep_alone(
+    tmp_path: Path, tiny_base: Path, cluster: Cluster, environment: Mapping[str, str]
+) -> None:
+    config = write_config(tmp_path, tiny_base, name="left", data__train="/nowhere/rows.jsonl")
+    sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
+    process = subprocess.Popen(
+        [*program(), *sent],
+        cwd=tmp_path,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    jobs = RayJobs(dashboard(cluster.address))
+    wait_for(lambda: jobs.info("left") is not None)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=START_TIMEOUT_S)
+    assert process.returncode == 130, output
+    assert "come back with `orchestrator jobs logs left --follow`" in output
+    assert "Traceback" not in output
