@@ -1,6 +1,7 @@
 """Run folders for tests, made through RunStore as a sweep would make them."""
 
 import math
+import random
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,8 @@ def add_adapter(
     weights.write_bytes(f"weights of {store.sweep.run_id} {trial.number}".encode())
     write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4})
     write_adapter_record(folder, trial, base)
+    assert result.eval_loss is not None
+    write_evaluation(folder.parent, trial.number, result.eval_loss)
     return replace(
         result,
         adapter_dir=str(folder.relative_to(store.folder)),
@@ -168,16 +171,44 @@ def add_adapter(
     )
 
 
-def write_adapter_record(folder: Path, trial: TrialSpec, base: BaseModel) -> None:
+def write_adapter_record(
+    folder: Path, trial: TrialSpec, base: BaseModel, template: str = "plain"
+) -> None:
     write_json(
         folder / "orchestrator.json",
         {
             "base_model": asdict(base),
             "quant": trial.config.quant.model_dump(mode="json"),
             "compute_dtype": "float32",
-            "template": "plain",
+            "template": template,
             "train_manifest": "t" * 64,
             "held_out_manifest": "h" * 64,
+            "files": {
+                name: file_digest(folder / name)
+                for name in ("adapter_config.json", "adapter_model.safetensors")
+            },
+        },
+    )
+
+
+def write_evaluation(
+    folder: Path, seed: int, loss: float, examples: str = "e", count: int = 40
+) -> None:
+    """Losses of `count` examples whose mean is `loss`, each a little off it in its own way."""
+    numbers = random.Random(seed)
+    labels = [5 + 7 * index % 50 for index in range(count)]
+    noise = [numbers.gauss(0, 0.05) for _ in labels]
+    mean = sum(n * x for n, x in zip(labels, noise, strict=True)) / sum(labels)
+    write_json(
+        folder / "evaluation.json",
+        {
+            "manifest": examples * 64,
+            "examples_digest": examples * 64,
+            "eval_loss": loss,
+            "examples": [f"{index:064x}" for index in range(count)],
+            "nll": [n * (loss + x - mean) for n, x in zip(labels, noise, strict=True)],
+            "labels": labels,
+            "step": STEPS,
         },
     )
 
@@ -187,6 +218,7 @@ def make_base_model(folder: Path) -> BaseModel:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from orchestrator.tracking.adapter_model import base_digest
     from tests.tiny import make_tokenizer
 
     make_tokenizer(folder)
@@ -201,7 +233,7 @@ def make_base_model(folder: Path) -> BaseModel:
         initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    return BaseModel(str(folder), None, str(folder), "b" * 64)
+    return BaseModel(str(folder), None, str(folder), base_digest(folder))
 
 
 def make_peft_adapter(folder: Path, base: BaseModel) -> None:

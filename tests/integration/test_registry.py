@@ -14,8 +14,9 @@ from orchestrator.files import file_digest
 from orchestrator.records import BaseModel
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.adapter_model import generate, load
+from orchestrator.tracking.entry import read_entry
 from orchestrator.tracking.model_files import download_adapter
-from orchestrator.tracking.registry import Registration, Registry, _entry
+from orchestrator.tracking.registry import Registration, Registry
 from tests import runs as samples
 from tests.integration.mlflow_runs import MakeRun, aliases, connected
 
@@ -44,7 +45,7 @@ def test_a_crash_between_version_and_alias_is_made_good(
     store = make_run()
     view = connected(store, uri)
     view.sync()
-    made = Registry(uri).ensure_version(_entry(store), view)  # and the process dies here
+    made = Registry(uri).ensure_version(read_entry(store), view)  # and the process dies here
     assert made.aliases == []
     registration = Registry(uri).register_winner(store, view)
     (version,) = client.search_model_versions(f"name = '{registration.model_name}'")
@@ -68,7 +69,7 @@ def test_the_gate_keeps_a_better_champion(
     worse = register(make_run(gain=0.8), uri)
     better = register(make_run(gain=1.4), uri)
     assert (good.champion, worse.champion, better.champion) == (True, False, True)
-    assert "is not below version 1's" in worse.reason
+    assert "worse than version 1: token_loss differs by +" in worse.reason
     assert aliases(client, good.model_name) == {"candidate": 3, "champion": 3}
 
 
@@ -92,7 +93,7 @@ def test_registering_leaves_mlflows_global_state_alone(
 
 def test_a_damaged_adapter_is_not_registered(make_run: MakeRun, uri: str) -> None:
     store = make_run()
-    entry = _entry(store)
+    entry = read_entry(store)
     (entry.folder / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(RegistryError, match="is damaged"):
         register(store, uri)
@@ -150,10 +151,9 @@ def test_a_registered_adapter_generates_what_peft_generates(
 ) -> None:
     base = samples.make_base_model(tmp_path / "base")
     store = make_run(params=({"quant.bit_width": bit_width},), base=base)
-    entry = _entry(store)
+    entry = read_entry(store)
     samples.make_peft_adapter(entry.folder, base)
-    record = json.loads((entry.folder / "orchestrator.json").read_text())
-    (entry.folder / "orchestrator.json").write_text(json.dumps(record | {"template": template}))
+    samples.write_adapter_record(entry.folder, entry.trial, base, template)
     digest = file_digest(entry.folder / "adapter_model.safetensors")
     (store.trial_dir(0) / "result.json").unlink()
     store.finish_trial(replace(entry.result, adapter_digest=digest))
@@ -173,4 +173,4 @@ def test_a_registered_adapter_generates_what_peft_generates(
 def test_a_missing_base_model_is_named(tmp_path: Path) -> None:
     store = samples.make_run(tmp_path / "run", base=BaseModel("org/x", None, "/nowhere", "d" * 64))
     with pytest.raises(FileNotFoundError, match="/nowhere .* ORCHESTRATOR_BASE_MODEL"):
-        load(_entry(store).folder)
+        load(read_entry(store).folder)
