@@ -195,7 +195,7 @@ def write_evaluation(
     folder: Path, seed: int, loss: float, examples: str = "e", count: int = 40
 ) -> None:
     """Losses of `count` examples whose mean is `loss`, each a little off it in its own way."""
-    numbers = random.Random(seed)
+    numbers = random.Random(f"{seed} {loss}")
     labels = [5 + 7 * index % 50 for index in range(count)]
     noise = [numbers.gauss(0, 0.05) for _ in labels]
     mean = sum(n * x for n, x in zip(labels, noise, strict=True)) / sum(labels)

@@ -26,7 +26,7 @@ from orchestrator.tracking.alias_history import (
     read_events,
 )
 from orchestrator.tracking.example_losses import ExampleLosses
-from orchestrator.tracking.lease import Lease, lease
+from orchestrator.tracking.lease import Lease, Timing, lease
 from orchestrator.tracking.model_files import download_adapter, read_evaluation
 from orchestrator.tracking.promotion import Promotion, Standing, decide_promotion
 
@@ -47,9 +47,16 @@ Evaluate = Callable[[Path, Path], tuple[dict[str, Any], dict[str, Any]]]
 
 
 class Gate:
-    def __init__(self, api: "MlflowClient", uri: str, evaluate: Evaluate | None = None) -> None:
+    def __init__(
+        self,
+        api: "MlflowClient",
+        uri: str,
+        evaluate: Evaluate | None = None,
+        timing: Timing | None = None,
+    ) -> None:
         self._api = api
         self._uri = uri
+        self._timing = timing or Timing()
         self._evaluate = evaluate or _evaluate_adapter
 
     def promote(
@@ -60,7 +67,7 @@ class Gate:
         for _ in range(MAX_ROUNDS):
             holder = self.champion(name)
             promotion = self.judge(name, number, holder, rules, held_out)
-            with lease(self._api, name) as held:
+            with lease(self._api, name, self._timing) as held:
                 if self.champion(name) == holder:
                     self._carry_out(held, number, holder, promotion)
                     return promotion
@@ -70,7 +77,7 @@ class Gate:
 
     def force(self, name: str, number: int, reason: str) -> Promotion:
         """Make a version champion whatever the gate would say."""
-        with lease(self._api, name) as held:
+        with lease(self._api, name, self._timing) as held:
             holder = self.champion(name)
             promotion = Promotion(True, "forced", f"forced: {reason}")
             self._carry_out(held, number, holder, promotion)
@@ -82,7 +89,7 @@ class Gate:
         Raises:
             RegistryError: there is no earlier champion that still exists.
         """
-        with lease(self._api, name) as held:
+        with lease(self._api, name, self._timing) as held:
             holder = self.champion(name)
             events = [event for _, event in self._events(name)]
             known = {int(v.version) for v in self._api.search_model_versions(f"name = '{name}'")}

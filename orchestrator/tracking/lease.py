@@ -5,10 +5,11 @@ has no transactions across calls, and a lock file is seen by one machine only, s
 on the model, taken as in Fischer's algorithm (Lamport, "A Fast Mutual Exclusion Algorithm", 1987):
 see it free, write, wait longer than a write takes, and go on if it is still one's own.
 
-A holder that dies leaves its tag. Who waits takes it over once it has not changed for STALE_S by
+A holder that dies leaves its tag. Who waits takes it over once it has not changed for stale_s by
 the waiter's own clock, so that clocks of several machines need not agree.
 """
 
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -22,11 +23,17 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 LEASE_TAG = "orchestrator.lease"
-SETTLE_S = 0.5
-POLL_S = 0.2
-# A holder makes some ten calls of well under a second.
-STALE_S = 30.0
-WAIT_S = 180.0
+RACE = re.compile(r"IntegrityError|StaleDataError|expected to update 1 row")
+
+
+@dataclass(frozen=True)
+class Timing:
+    settle_s: float = 0.5
+    """Longer than it takes another process from seeing the lease free to its write being there."""
+    stale_s: float = 30.0
+    """Longer than anybody holds the lease: some ten calls of well under a second."""
+    poll_s: float = 0.2
+    wait_s: float = 180.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,10 @@ class Lease:
 
 
 @contextmanager
-def lease(
-    api: "MlflowClient", model_name: str, settle_s: float = SETTLE_S, stale_s: float = STALE_S
-) -> Iterator[Lease]:
-    """Raises RegistryError if others hold it for WAIT_S on end."""
+def lease(api: "MlflowClient", model_name: str, timing: Timing) -> Iterator[Lease]:
+    """Raises RegistryError if others hold it for `wait_s` on end."""
     taken = Lease(api, model_name, secrets.token_hex(8))
-    _take(taken, settle_s, stale_s)
+    _take(taken, timing)
     try:
         yield taken
     finally:
@@ -62,21 +67,36 @@ def holder(api: "MlflowClient", model_name: str) -> str:
     return str(api.get_registered_model(model_name).tags.get(LEASE_TAG, ""))
 
 
-def _take(wanted: Lease, settle_s: float, stale_s: float) -> None:
+def _take(wanted: Lease, timing: Timing) -> None:
     began = seen_at = time.monotonic()
     seen = ""
-    while time.monotonic() - began < WAIT_S:
+    while time.monotonic() - began < timing.wait_s:
         present = holder(wanted.api, wanted.model_name)
         if present != seen:
             seen, seen_at = present, time.monotonic()
-        if present and time.monotonic() - seen_at < stale_s:
-            time.sleep(POLL_S)
+        if present and time.monotonic() - seen_at < timing.stale_s:
+            time.sleep(timing.poll_s)
             continue
-        wanted.api.set_registered_model_tag(wanted.model_name, LEASE_TAG, wanted.token)
-        time.sleep(settle_s)
+        if not _write(wanted):
+            continue
+        time.sleep(timing.settle_s)
         if holder(wanted.api, wanted.model_name) == wanted.token:
             return
     raise RegistryError(
-        f"other processes have been at the aliases of {wanted.model_name} for {WAIT_S:.0f} s: "
-        "run again later"
+        f"other processes have been at the aliases of {wanted.model_name} for "
+        f"{timing.wait_s:.0f} s: run again later"
     )
+
+
+def _write(wanted: Lease) -> bool:
+    """False if another process wrote or removed the tag in the same moment."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        wanted.api.set_registered_model_tag(wanted.model_name, LEASE_TAG, wanted.token)
+    except MlflowException as error:
+        # MLflow looks for the tag's row, then inserts or updates it (3.17, sqlalchemy_store.py).
+        if not RACE.search(str(error)):
+            raise
+        return False
+    return True

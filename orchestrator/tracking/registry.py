@@ -16,6 +16,7 @@ from orchestrator.errors import RegistryError
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.entry import Entry, read_entry
 from orchestrator.tracking.gate import Evaluate, Gate
+from orchestrator.tracking.lease import Timing
 from orchestrator.tracking.mlflow_view import MlflowView
 from orchestrator.tracking.model_files import log_adapter_model
 from orchestrator.tracking.promotion import Promotion
@@ -43,12 +44,16 @@ class Registration:
 
 class Registry:
     def __init__(
-        self, uri: str, api: "MlflowClient | None" = None, evaluate: Evaluate | None = None
+        self,
+        uri: str,
+        api: "MlflowClient | None" = None,
+        evaluate: Evaluate | None = None,
+        timing: Timing | None = None,
     ) -> None:
         """`evaluate`: how a champion is measured on other examples, see gate.py."""
         self.uri = uri
         self._api = api or client(uri)
-        self.gate = Gate(self._api, uri, evaluate)
+        self.gate = Gate(self._api, uri, evaluate, timing)
 
     def register_winner(self, store: RunStore, view: MlflowView) -> Registration:
         """Register once; a second call returns what the first did.
