@@ -134,11 +134,14 @@ def report(
 def sync(
     run_dir: Annotated[Path | None, typer.Argument(help="Default: the newest run.")] = None,
     runs_dir: RunsDir = Path("runs"),
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="Any MLflow server; default: the one of the run.")
+    ] = None,
 ) -> int:
-    """Bring MLflow up to date with a run folder."""
+    """Bring MLflow up to date with a run folder; a server that knows nothing of it gets all."""
     from jobs.views import sync_run
 
-    return sync_run(run_dir, runs_dir)
+    return sync_run(run_dir, runs_dir, tracking_uri)
 
 
 @app.command()

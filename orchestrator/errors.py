@@ -9,6 +9,7 @@ OrchestratorError
 ├── TrialFailed        reason: not_valid | loss_not_finite | out_of_memory | worker_lost | raised
 ├── ClusterError       Ray said no; carries its words
 ├── TrackingError      the MLflow tracking server cannot be used
+│   └── TrackingUnreachable   it does not answer, but may later
 └── RegistryError      the model registry said no
 
 Instances hold plain strings only, so that they survive pickling on their way through Ray.
@@ -62,6 +63,10 @@ class ClusterError(OrchestratorError):
 
 class TrackingError(OrchestratorError):
     """The tracking server cannot be reached or refused a call."""
+
+
+class TrackingUnreachable(TrackingError):
+    """The tracking server does not answer now. Training goes on without it."""
 
 
 class RegistryError(OrchestratorError):

@@ -22,6 +22,7 @@ from orchestrator.records import (
     BaseModel,
     Decision,
     Evaluated,
+    PackEvent,
     Progress,
     TrialResult,
     TrialSpec,
@@ -73,6 +74,10 @@ def make_run(
     )
     store.write("base_model", asdict(base))
     store.write("data", {role: str(_manifest(folder, role)) for role in ROLES})
+    store.write("datasets", {
+        "train": {"digest": "t" * 64, "rows": 128}, "held_out": {"digest": "h" * 64, "rows": 12},
+    })  # fmt: skip
+    store.write("environment", {"git_commit": "c" * 40})
     store.write("plan", {"packs": [{"title": "4-bit nf4", "slots": 2}]})
     for number, fields in enumerate(params):
         trial = TrialSpec(number, fields, trial_with(config.trial, fields))
@@ -80,6 +85,7 @@ def make_run(
         store.add_decision(
             Decision(BEGAN + number, "assign", f"trial {number}", "a slot of pack 0 is free")
         )
+        add_place(store, trial, number not in unfinished)
         add_curve(store, trial, STEPS if number not in unfinished else STEPS // 2, gain)
         if number not in unfinished:
             add_result(store, trial, failed=number in failed, gain=gain, base=base)
@@ -89,6 +95,30 @@ def make_run(
             Decision(BEGAN + 900, "select_winner", f"trial {best.trial}", best.reason)
         )
     return store
+
+
+def add_place(store: RunStore, trial: TrialSpec, over: bool) -> None:
+    """Two packs side by side, of two slots each, on two nodes."""
+    pack, slot = divmod(trial.number, 2)
+    bits = trial.config.quant.bit_width
+    if slot == 0:
+        plan = PackEvent(
+            BEGAN + 2, "start", pack, f"{bits}-bit", 2, 1, expected_bytes=(bits * 64) << 20
+        )
+        store.add_pack_event(plan)
+        store.add_pack_event(PackEvent(BEGAN + 8, "ready", pack))
+    began, node = BEGAN + 10 + trial.number, "ab"[pack % 2]
+    opened = PackEvent(
+        began, "opened", pack, trial=trial.number, attempt=1, slot=slot, node=f"node-{node}"
+    )
+    store.add_pack_event(opened)
+    if over:
+        end = BEGAN + 100 + trial.number
+        peak_bytes = (bits * 60 + trial.config.adapter.rank * 4) << 20
+        closed = PackEvent(
+            end, "closed", pack, trial=trial.number, attempt=1, peak_bytes=peak_bytes
+        )
+        store.add_pack_event(closed)
 
 
 def _manifest(folder: Path, role: Role) -> Path:

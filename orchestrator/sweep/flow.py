@@ -8,7 +8,7 @@ resumed sweep runs the same function. What differs between Ray and one process c
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -125,6 +125,13 @@ def _data(
         for manifest in (data.train, data.held_out)
     }
     store.write("data", paths)
+    store.write(
+        "datasets",
+        {
+            manifest.role: {"digest": manifest.digest, **asdict(manifest.totals)}
+            for manifest in (data.train, data.held_out)
+        },
+    )
     return data
 
 
