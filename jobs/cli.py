@@ -12,6 +12,8 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from jobs.options import AdapterOption, RunsDir, TrackingUri, chosen_store
+from jobs.registry_cli import registry_app
 from orchestrator.errors import (
     BaseModelError,
     ConfigError,
@@ -33,6 +35,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(registry_app, name="registry")
 
 ConfigPath = Annotated[Path, typer.Argument(help="The sweep's YAML file.")]
 Overrides = Annotated[
@@ -104,19 +107,57 @@ def train(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
-    model: Annotated[
-        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an adapter's folder.")
-    ],
+    model: AdapterOption,
+    prompt: Annotated[str | None, typer.Option(help="What to answer or continue.")] = None,
+    chat: Annotated[bool, typer.Option(help="Talk with it, line by line.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     tracking_uri: TrackingUri = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> int:
-    """Generate with a registered adapter on its base model."""
-    from jobs.generate import generate_text
+    """Generate with an adapter on its base model: one prompt, or a conversation."""
+    from jobs import generate as job
 
-    return generate_text(prompt, model, max_new_tokens, temperature, tracking_uri, runs_dir)
+    if chat == (prompt is not None):
+        raise ConfigError("generate needs --prompt or --chat, and not both")
+    uri = chosen_store(tracking_uri, runs_dir)
+    if prompt is None:
+        return job.chat(model, max_new_tokens, temperature, uri)
+    return job.generate_text(prompt, model, max_new_tokens, temperature, uri)
+
+
+@app.command()
+def evaluate(
+    model: AdapterOption,
+    data: Annotated[
+        str | None, typer.Option(help="Examples, given like data.train; all rows are used.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="How to read the examples, such as format=chat."
+        ),
+    ] = None,
+    exact_match: Annotated[
+        bool, typer.Option(help="Generate each answer, and compare it with the example's.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="For --exact-match.")] = 64,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="A task of the lm-eval package.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use at most so many examples of a task.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all of it.")] = None,
+    tracking_uri: TrackingUri = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> int:
+    """Measure an adapter on a file: loss, perplexity, exact match; or on tasks of lm-eval."""
+    from jobs.evaluate import evaluate_model
+
+    uri = chosen_store(tracking_uri, runs_dir)
+    answers = max_new_tokens if exact_match else None
+    return evaluate_model(model, data, overrides or [], answers, tasks or [], limit, out, uri)
 
 
 @app.command()

@@ -85,6 +85,24 @@ def prepare(
     return PreparedData(*manifests)
 
 
+def prepare_examples(config: DataConfig, tokenizer_dir: Path, cache: Path) -> Manifest:
+    """The held-out role alone, for an evaluation; in this process.
+
+    Raises:
+        DataError: as `prepare`.
+    """
+    recipe = build_recipe(config, tokenizer_dir)
+    folder = (cache / "shards" / recipe.digest[:FOLDER_DIGITS]).absolute()
+    if found := _load_whole(manifest_path(folder, "held_out")):
+        return found
+    tasks = _plan_tasks(config, "held_out", tokenizer_dir, folder, run_in_process)
+    shards = tuple(run_in_process(prepare_shard, tasks))
+    _check_not_empty(config, "held_out", shards)
+    manifest = Manifest(folder, "held_out", config.block_length, recipe, shards)
+    save_manifest(manifest)
+    return manifest
+
+
 def build_recipe(config: DataConfig, tokenizer_dir: Path) -> Recipe:
     unused = {"train", "held_out"} | ({"held_out_fraction"} if config.held_out else set())
     held_out_files = source_files(config.held_out) if config.held_out else []

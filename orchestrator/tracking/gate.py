@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import GateConfig
+from orchestrator.data.manifest import load_manifest
 from orchestrator.errors import OrchestratorError, RegistryError
 from orchestrator.files import cache_dir, read_json
 from orchestrator.tracking.alias_history import (
@@ -235,4 +236,4 @@ def _cached_examples(evaluation: dict[str, Any]) -> Path:
 def _evaluate_adapter(adapter_dir: Path, manifest: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from orchestrator.training.adapter_evaluation import evaluate_adapter
 
-    return evaluate_adapter(adapter_dir, manifest)
+    return evaluate_adapter(adapter_dir, load_manifest(manifest))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.config import QuantConfig, StrategyConfig
-from orchestrator.data.manifest import Manifest, load_manifest
+from orchestrator.data.manifest import Manifest
 from orchestrator.data.reader import BlockReader
 from orchestrator.data.tokenizing import tokenizer_digest
 from orchestrator.errors import BaseModelError, DataError
@@ -30,7 +30,7 @@ BATCH_SIZE = 8
 
 
 def evaluate_adapter(
-    adapter_dir: Path, manifest_path: Path, batch_size: int = BATCH_SIZE
+    adapter_dir: Path, manifest: Manifest, batch_size: int = BATCH_SIZE
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Evaluations of the adapter and of its base alone.
 
@@ -46,7 +46,6 @@ def evaluate_adapter(
         folder = base_source(record["base_model"])
     except (OSError, ValueError) as error:
         raise BaseModelError(str(error)) from error
-    manifest = load_manifest(manifest_path)
     _check_examples(manifest, record["template"], folder)
     reader = BlockReader(manifest)
     quant = QuantConfig.model_validate(record["quant"] | {"compute_dtype": record["compute_dtype"]})
