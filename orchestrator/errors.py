@@ -10,6 +10,7 @@ OrchestratorError
 ├── ClusterError       Ray said no; carries its words
 ├── TrackingError      the MLflow tracking server cannot be used
 │   └── TrackingUnreachable   it does not answer, but may later
+├── ExportRefused      the exported model would differ too much from the adapter, or has no place
 └── RegistryError      the model registry said no
 
 Instances hold plain strings only, so that they survive pickling on their way through Ray.
@@ -67,6 +68,10 @@ class TrackingError(OrchestratorError):
 
 class TrackingUnreachable(TrackingError):
     """The tracking server does not answer now. Training goes on without it."""
+
+
+class ExportRefused(OrchestratorError):
+    """An export that the user's bounds do not allow, or that would overwrite something."""
 
 
 class RegistryError(OrchestratorError):
