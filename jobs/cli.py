@@ -49,11 +49,6 @@ RayAddress = Annotated[
     str | None,
     typer.Option(help="A running Ray cluster; `auto` finds one. Default: start a local Ray."),
 ]
-RunsDir = Annotated[Path, typer.Option(help="Folder of the runs and the local MLflow store.")]
-TrackingUri = Annotated[
-    str | None,
-    typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI, then the local store."),
-]
 
 
 @app.command()
@@ -161,14 +156,47 @@ def evaluate(
 
 
 @app.command()
+def export(
+    model: AdapterOption,
+    to: Annotated[Path, typer.Option("--out", help="The model folder to write.")],
+    form: Annotated[
+        str, typer.Option(help="merged: 16-bit weights; nf4 or int8: these quantised again.")
+    ] = "merged",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Examples to compare on; default: those that its sweep held out."),
+    ] = None,
+    max_loss_increase: Annotated[
+        float, typer.Option(help="Nats of held-out loss that it may lose; more is refused.")
+    ] = 0.02,
+    min_agreement: Annotated[
+        float, typer.Option(help="Fraction of places where it must say the same token.")
+    ] = 0.9,
+    tracking_uri: TrackingUri = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> int:
+    """Merge an adapter into its base model for transformers or vLLM, if that loses little."""
+    from jobs.export import export_model
+
+    uri = chosen_store(tracking_uri, runs_dir)
+    return export_model(model, to, form, dtype, data, max_loss_increase, min_agreement, uri)
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path | None, typer.Argument(help="Default: the newest run.")] = None,
     runs_dir: RunsDir = Path("runs"),
+    png: Annotated[bool, typer.Option(help="Write its plots as PNG files too.")] = False,
+    cost_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Price of a worker's hour; default: resources.cost_per_hour."),
+    ] = None,
 ) -> int:
     """Write the HTML report of a run anew, and say where it is."""
     from jobs.views import rewrite_report
 
-    return rewrite_report(run_dir, runs_dir)
+    return rewrite_report(run_dir, runs_dir, png, cost_per_hour)
 
 
 @app.command()

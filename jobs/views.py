@@ -19,10 +19,17 @@ def open_run(run_dir: Path | None, runs_dir: Path) -> RunStore:
     return RunStore.open(max(folders, key=lambda folder: RunStore.open(folder).sweep.created))
 
 
-def rewrite_report(run_dir: Path | None, runs_dir: Path) -> int:
+def rewrite_report(
+    run_dir: Path | None, runs_dir: Path, png: bool, cost_per_hour: float | None
+) -> int:
+    from orchestrator.tracking.figures import write_pngs
     from orchestrator.tracking.report import write_report
 
-    print(write_report(open_run(run_dir, runs_dir)))
+    store = open_run(run_dir, runs_dir)
+    print(write_report(store, cost_per_hour))
+    if png:
+        for path in write_pngs(store):
+            print(path)
     return 0
 
 

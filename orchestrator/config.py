@@ -317,6 +317,10 @@ class ResourcesConfig(Strict):
     """Keep the 4-bit base's values in memory as the arithmetic needs them, instead of making them
     again at every use: the same numbers, sooner. null: where the memory allows."""
 
+    cost_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """Price of one worker, a GPU or its share of CPU cores, for an hour, in any currency. With it
+    the report says what each trial cost."""
+
     step_program: Literal["auto", "eager", "compiled", "graph"] = "auto"
     """How a training step runs. compiled: the base's blocks through torch.compile. graph: these
     recorded in a CUDA graph as well. auto: graph on GPUs, eager on CPUs."""

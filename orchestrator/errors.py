@@ -10,6 +10,7 @@ OrchestratorError
 ├── ClusterError       Ray said no; carries its words
 ├── TrackingError      the MLflow tracking server cannot be used
 │   └── TrackingUnreachable   it does not answer, but may later
+├── ReportError        the report's pictures cannot be drawn
 ├── ExportRefused      the exported model would differ too much from the adapter, or has no place
 └── RegistryError      the model registry said no
 
@@ -68,6 +69,10 @@ class TrackingError(OrchestratorError):
 
 class TrackingUnreachable(TrackingError):
     """The tracking server does not answer now. Training goes on without it."""
+
+
+class ReportError(OrchestratorError):
+    """What the report's pictures need is not installed."""
 
 
 class ExportRefused(OrchestratorError):

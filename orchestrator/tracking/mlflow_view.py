@@ -16,6 +16,7 @@ import yaml
 from orchestrator.records import TrialSpec
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.description import describe_sweep
+from orchestrator.tracking.figures import PLOTS
 from orchestrator.tracking.orphans import close_orphans
 from orchestrator.tracking.provenance import Provenance, read_provenance
 from orchestrator.tracking.runs import (
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 ARTIFACTS = ("plan.json", "decisions.jsonl", "packs.jsonl", "environment.json", "report.html")
-PLOTS = "plots"
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class MlflowView:
             for trial_run in self._trial_runs.values():
                 trial_run.kill()
             self._log_winner()
-            note = describe_sweep(self._store)
+            note = describe_sweep(self._store, self._run_id)
             self._client.set_tag(self._run_id, "mlflow.note.content", note)
             self._upload_artifacts()
             end(self._client, self._run_id, status)
