@@ -359,9 +359,10 @@ class GateConfig(Strict):
     """Of the two-sided interval around the difference, which must lie below -margin. A candidate
     that is not better by `margin` is to pass in at most 1 - confidence of the cases."""
 
-    method: Literal["percentile", "bca"] = "percentile"
-    """How the bootstrap makes its interval. percentile keeps its level better where single examples
-    differ much."""
+    method: Literal["widest", "percentile", "bca"] = "widest"
+    """How the bootstrap makes its interval. Of the two known ways percentile keeps its level better
+    where single examples differ much, bca where differences lean to one side; widest takes the
+    more cautious end of both."""
 
     resamples: Annotated[int, Field(strict=True, ge=1000)] = 10_000
     """Times that the held-out examples are drawn anew."""

@@ -14,8 +14,8 @@ from orchestrator.files import file_digest
 from orchestrator.records import BaseModel
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.adapter_model import generate, load
-from orchestrator.tracking.entry import read_entry
-from orchestrator.tracking.model_files import download_adapter
+from orchestrator.tracking.entry import find_license, read_entry
+from orchestrator.tracking.model_files import download_adapter, read_evaluation
 from orchestrator.tracking.registry import Registration, Registry
 from tests import runs as samples
 from tests.integration.mlflow_runs import MakeRun, aliases, connected
@@ -160,7 +160,8 @@ def test_a_registered_adapter_generates_what_peft_generates(
     name = register(store, uri).model_name
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    model = mlflow.pyfunc.load_model(f"models:/{name}@champion")
+    model_uri = f"models:/{name}@champion"
+    model = mlflow.pyfunc.load_model(model_uri)
     prompts = ["What is a list?", "abc"]
     params = {"max_new_tokens": 12}
     texts = model.predict(prompts, params=params)
@@ -168,6 +169,62 @@ def test_a_registered_adapter_generates_what_peft_generates(
     assert texts == generate(*load(entry.folder), prompts, max_new_tokens=12)
     assert texts == samples.generate_with_peft(entry.folder, base, bit_width, template, prompts, 12)
     assert len(set(texts)) == 2
+
+    version = MlflowClient(uri, uri).get_model_version_by_alias(name, "champion")
+    location = MlflowClient(uri, uri).get_model_version_download_uri(name, version.version)
+    files = Path(location.removeprefix("file://"))
+    (weights,) = files.rglob("adapter_model.safetensors")
+    assert not [path for path in files.rglob("*") if path.suffix in (".pkl", ".bin", ".pt")]
+    assert sum(path.stat().st_size for path in files.rglob("*")) < 200_000, "no base weights"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="is damaged: its digest"):
+        mlflow.pyfunc.load_model(model_uri)
+
+
+def test_a_version_carries_what_it_was_made_of(
+    make_run: MakeRun, uri: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    base = BaseModel("org/x", "main", str(tmp_path), "d" * 64)
+    (tmp_path / "README.md").write_text("---\nlicense: llama3\nlanguage: en\n---\n# A model\n")
+    store = make_run(base=base)
+    name = register(store, uri).model_name
+    version = client.get_model_version(name, "1")
+    expected = {
+        "base_model": "org/x",
+        "base_revision": "main",
+        "base_digest": "d" * 64,
+        "base_license": "llama3",
+        "train_digest": "t" * 64,
+        "held_out_digest": "h" * 64,
+        "gate.rule": "first",
+    }
+    assert {tag: version.tags[tag] for tag in expected} == expected
+    assert json.loads(version.tags["quant"])["bit_width"] == 16
+    assert "licence: llama3" in version.description
+    location = client.get_model_version_download_uri(name, "1").removeprefix("file://")
+    model = mlflow.models.Model.load(location)
+    assert model.signature is not None
+    assert model.saved_input_example_info is not None
+    evaluation = read_evaluation(uri, version)
+    assert len(evaluation["nll"]) == 40
+    assert sorted(evaluation["rivals"]) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "license_name"),
+    [
+        ("README.md", "---\nlicense: other\nlicense_name: gemma\n---\n", "gemma"),
+        ("README.md", "# no facts\n", ""),
+        ("README.md", "---\n: [\n---\n", ""),
+        ("LICENSE", "\n  Apache License\nVersion 2.0\n", "Apache License"),
+        ("NOTICE", "x", ""),
+    ],
+)
+def test_the_bases_licence_is_found_where_it_stands(
+    tmp_path: Path, name: str, text: str, license_name: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert find_license(tmp_path) == license_name
 
 
 def test_a_missing_base_model_is_named(tmp_path: Path) -> None:

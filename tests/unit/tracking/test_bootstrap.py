@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from orchestrator.tracking.bootstrap import Method, paired_interval
 
-METHODS: tuple[Method, ...] = ("percentile", "bca")
+METHODS: tuple[Method, ...] = ("widest", "percentile", "bca")
 rng = np.random.default_rng(0)
 WEIGHTS = rng.integers(5, 60, 80).astype(float)
 DIFFERENCES = (rng.normal(-0.05, 0.2, 80) * WEIGHTS)[:, None]
