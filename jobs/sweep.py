@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from jobs.display import SweepDisplay, command_name, results_table, shown_path
+from jobs.environment import describe_environment
 from jobs.interrupts import Interrupts
 from orchestrator import __version__
 from orchestrator.config import SweepConfig, has_password
@@ -206,6 +207,7 @@ def _create(config: SweepConfig, folder: Path | None, backend: Backend) -> RunSt
         store = RunStore.create(folder, record)
     except PermissionError as error:
         raise RunFolderError(f"{folder} cannot be written: {error}: choose another") from error
+    store.write("environment", describe_environment(Path.cwd()))
     print(f"run folder: {shown_path(folder)}")
     return store
 

@@ -27,6 +27,7 @@ from orchestrator.tracking.runs import (
     find_runs,
     log,
     log_datasets,
+    log_model_metrics,
     milliseconds,
     own_tags,
 )
@@ -35,6 +36,9 @@ from orchestrator.tracking.system_run import SystemMetrics
 from orchestrator.tracking.tail import JsonLinesTail
 from orchestrator.tracking.translation import (
     cut,
+    final_evaluation,
+    point_metrics,
+    result_metrics,
     short_name,
     trial_name,
 )
@@ -137,6 +141,7 @@ class MlflowView:
             for trial_run in self._trial_runs.values():
                 trial_run.kill()
             self._log_winner()
+            self._link_model()
             note = describe_sweep(self._store, self._run_id)
             self._client.set_tag(self._run_id, "mlflow.note.content", note)
             self._upload_artifacts()
@@ -233,6 +238,27 @@ class MlflowView:
             metrics=[(result.time, 0, {"best_eval_loss": result.eval_loss})],
             tags={"orchestrator.winner": trial_name(trial.number, trial.params)},
         )
+
+    def _link_model(self) -> None:
+        """The winner's metrics on its logged model too, with the data that they were taken on."""
+        winner = self._store.read("winner")
+        if winner is None:
+            return
+        trial, run_id = winner["trial"], self.trial_run_id(winner["trial"])
+        models = self._client.search_logged_models(
+            [self._experiment_id], f"source_run_id = '{run_id}'"
+        )
+        result = self._store.result(trial)
+        assert result is not None
+        points = [(result.time, result.steps, result_metrics(result))]
+        reported = (row for row in self._store.points(trial) if row["step"] == result.steps)
+        last = next((row for row in reported if row["kind"] == "evaluated"), None)
+        if (row := last or final_evaluation(result)) is not None:
+            points += point_metrics(row)
+        datasets = self._known_provenance().datasets
+        held_out = next((data for data in datasets if data.context == "evaluation"), None)
+        for model in models:
+            log_model_metrics(self._client, run_id, str(model.model_id), points, held_out)
 
     def _upload_artifacts(self) -> None:
         for name in ARTIFACTS:

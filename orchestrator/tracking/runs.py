@@ -107,6 +107,28 @@ def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[Dataset
         client.log_inputs(run_id, inputs)
 
 
+def log_model_metrics(
+    client: "MlflowClient",
+    run_id: str,
+    model_id: str,
+    metrics: Iterable[tuple[float, int, Values]],
+    data: DatasetRecord | None,
+) -> None:
+    """Of the run and of its logged model; what the run has already stays as it is."""
+    from mlflow.entities import Metric
+
+    name_of_data = data.name if data is not None else None
+    digest = data.digest[:MAX_DIGEST_CHARS] if data is not None else None
+    client.log_batch(
+        run_id,
+        [
+            Metric(name, value, milliseconds(at), step, model_id, name_of_data, digest, run_id)
+            for at, step, values in metrics
+            for name, value in values.items()
+        ],
+    )
+
+
 def end(client: "MlflowClient", run_id: str, status: str, at: float | None = None) -> None:
     """Terminate a run, without the links that MLflow would print."""
     end_time = milliseconds(at) if at is not None else None

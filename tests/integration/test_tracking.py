@@ -17,6 +17,7 @@ from orchestrator.sweep.machine_use import recorded_use
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.follower import TrackingFollower
 from orchestrator.tracking.mlflow_view import MlflowView
+from orchestrator.tracking.registry import Registry
 from orchestrator.tracking.stores import check_reachable, default_store
 from orchestrator.tracking.system_run import PROBE
 from tests import runs as samples
@@ -300,6 +301,23 @@ def test_system_metrics_are_shown_by_node_and_once(
     view.sync()
     (point,) = client.get_metric_history(view.run_id, "system/node-a/cpu_utilization_percentage")
     assert (point.step, point.value) == (0, 12.5)
+
+
+def test_the_winners_model_carries_its_metrics(
+    make_run: MakeRun, uri: str, client: MlflowClient
+) -> None:
+    store = make_run()
+    view = connected(store, uri)
+    view.sync()
+    Registry(uri).register_winner(store, view)
+    view.finish("FINISHED")
+    (model,) = client.search_logged_models([view.experiment_id])
+    metrics = {metric.key: metric for metric in model.metrics or ()}
+    assert metrics["eval_loss"].value == pytest.approx(store.read("winner")["eval_loss"])
+    assert metrics["eval_loss"].dataset_digest == "h" * 36
+    assert metrics["adapter_mib"].run_id == view.trial_run_id(3)
+    history = client.get_metric_history(view.trial_run_id(3), "eval_loss")
+    assert len(history) == len({point.step for point in history}) == 4
 
 
 def test_runs_of_a_dead_sweep_are_closed_and_those_of_a_living_one_are_not(
