@@ -46,8 +46,10 @@ GGUF_ERRORS = (
 )
 # A conversion takes minutes; one on another machine that shares the cache has no process here.
 STALE_AFTER_S = 3600
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
-HUB_FILES += ("README.md", "LICENSE*")
+HUB_FILES = (
+    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"),
+    *("README.md", "LICENSE*"),
+)
 
 
 def find_source(config: BaseModelConfig) -> Path | None:
