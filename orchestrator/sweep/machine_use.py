@@ -44,7 +44,11 @@ def recorded_use(
             for node, values in sample_nodes().items():
                 step = first[node] = first.get(node, -1) + 1
                 row = {"time": time.time(), "step": step, "values": values}
-                append_json_line(folder / "system" / f"{node}.jsonl", row)
+                try:
+                    append_json_line(folder / "system" / f"{node}.jsonl", row)
+                except OSError as error:  # such as a full disk, of which others tell
+                    log.warning("the machines' use is no longer recorded: %s", error)
+                    return
             if stopped.wait(every_s):
                 return
 
