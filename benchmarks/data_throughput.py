@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m benchmarks.data_throughput --gsm8k FILE
 
 SmolLM2's tokenizer; documents of English text, and prompts with completions. The best of some
-rounds counts, in which the sides take turns. On two cores it takes about a quarter of an hour, most
-of it for the gigabyte that one actor prepares while its memory is watched. MB are 10^6 bytes of
+rounds counts, in which the sides take turns. On two cores it takes about twenty minutes, a third
+of them for the gigabyte that one actor prepares while its memory is watched. MB are 10^6 bytes of
 UTF-8.
 """
 

@@ -95,9 +95,7 @@ def _train(params: dict[str, Any], config: SweepConfig, shards: str) -> None:
         disable_tqdm=True,
         prediction_loss_only=True,
     )
-    train, held_out = (
-        _Blocks(load_manifest(shards, role)) for role in ("train", "held_out")
-    )
+    train, held_out = (_Blocks(load_manifest(shards, role)) for role in ("train", "held_out"))
     trainer = Trainer(model=model, args=arguments, train_dataset=train, eval_dataset=held_out)
     trainer.train()
     eval_loss = trainer.evaluate()["eval_loss"]

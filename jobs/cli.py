@@ -14,6 +14,8 @@ import typer
 from typer.exceptions import TyperException
 
 from jobs.cluster_cli import jobs_app, submit
+from jobs.options import AdapterOption, RunsDir, TrackingUri, chosen_store
+from jobs.registry_cli import registry_app
 from orchestrator.errors import (
     BaseModelError,
     ConfigError,
@@ -46,6 +48,7 @@ data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(submit)
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(registry_app, name="registry")
 
 ConfigPath = Annotated[Path, typer.Argument(help="The sweep's YAML file; - is standard input.")]
 Overrides = Annotated[
@@ -58,11 +61,6 @@ RunDirOption = Annotated[
 RayAddress = Annotated[
     str | None,
     typer.Option(help="A running Ray cluster; `auto` finds one. Default: start a local Ray."),
-]
-RunsDir = Annotated[Path, typer.Option(help="Folder of the runs and the local MLflow store.")]
-TrackingUri = Annotated[
-    str | None,
-    typer.Option(help="MLflow server; default: MLFLOW_TRACKING_URI, then the local store."),
 ]
 
 
@@ -129,41 +127,115 @@ def train(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to answer or continue.")],
-    model: Annotated[
-        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an adapter's folder.")
-    ],
+    model: AdapterOption,
+    prompt: Annotated[str | None, typer.Option(help="What to answer or continue.")] = None,
+    chat: Annotated[bool, typer.Option(help="Talk with it, line by line.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     tracking_uri: TrackingUri = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> int:
-    """Generate with a registered adapter on its base model."""
-    from jobs.generate import generate_text
+    """Generate with an adapter on its base model: one prompt, or a conversation."""
+    from jobs import generate as job
 
-    return generate_text(prompt, model, max_new_tokens, temperature, tracking_uri, runs_dir)
+    if chat == (prompt is not None):
+        raise ConfigError("generate needs --prompt or --chat, and not both")
+    uri = chosen_store(tracking_uri, runs_dir)
+    if prompt is None:
+        return job.chat(model, max_new_tokens, temperature, uri)
+    return job.generate_text(prompt, model, max_new_tokens, temperature, uri)
+
+
+@app.command()
+def evaluate(
+    model: AdapterOption,
+    data: Annotated[
+        str | None, typer.Option(help="Examples, given like data.train; all rows are used.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="How to read the examples, such as format=chat."
+        ),
+    ] = None,
+    exact_match: Annotated[
+        bool, typer.Option(help="Generate each answer, and compare it with the example's.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="For --exact-match.")] = 64,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="A task of the lm-eval package.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use at most so many examples of a task.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all of it.")] = None,
+    tracking_uri: TrackingUri = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> int:
+    """Measure an adapter on a file: loss, perplexity, exact match; or on tasks of lm-eval."""
+    from jobs.evaluate import evaluate_model
+
+    uri = chosen_store(tracking_uri, runs_dir)
+    answers = max_new_tokens if exact_match else None
+    return evaluate_model(model, data, overrides or [], answers, tasks or [], limit, out, uri)
+
+
+@app.command()
+def export(
+    model: AdapterOption,
+    to: Annotated[Path, typer.Option("--out", help="The model folder to write.")],
+    form: Annotated[
+        str, typer.Option(help="merged: 16-bit weights; nf4 or int8: these quantised again.")
+    ] = "merged",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Examples to compare on; default: those that its sweep held out."),
+    ] = None,
+    max_loss_increase: Annotated[
+        float, typer.Option(help="Nats of held-out loss that it may lose; more is refused.")
+    ] = 0.02,
+    min_agreement: Annotated[
+        float, typer.Option(help="Fraction of places where it must say the same token.")
+    ] = 0.9,
+    tracking_uri: TrackingUri = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> int:
+    """Merge an adapter into its base model for transformers or vLLM, if that loses little."""
+    from jobs.export import export_model
+
+    uri = chosen_store(tracking_uri, runs_dir)
+    return export_model(model, to, form, dtype, data, max_loss_increase, min_agreement, uri)
 
 
 @app.command()
 def report(
     run_dir: Annotated[Path | None, typer.Argument(help="Default: the newest run.")] = None,
     runs_dir: RunsDir = Path("runs"),
+    png: Annotated[bool, typer.Option(help="Write its plots as PNG files too.")] = False,
+    cost_per_hour: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Price of a worker's hour; default: resources.cost_per_hour."),
+    ] = None,
 ) -> int:
     """Write the HTML report of a run anew, and say where it is."""
     from jobs.views import rewrite_report
 
-    return rewrite_report(run_dir, runs_dir)
+    return rewrite_report(run_dir, runs_dir, png, cost_per_hour)
 
 
 @app.command()
 def sync(
     run_dir: Annotated[Path | None, typer.Argument(help="Default: the newest run.")] = None,
     runs_dir: RunsDir = Path("runs"),
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="Any MLflow server; default: the one of the run.")
+    ] = None,
 ) -> int:
-    """Bring MLflow up to date with a run folder."""
+    """Bring MLflow up to date with a run folder; a server that knows nothing of it gets all."""
     from jobs.views import sync_run
 
-    return sync_run(run_dir, runs_dir)
+    return sync_run(run_dir, runs_dir, tracking_uri)
 
 
 @app.command()

@@ -1,38 +1,29 @@
-"""`orchestrator generate`: a prompt through a registered adapter on the base it was trained on."""
+"""`orchestrator generate`: a prompt, or a conversation, with an adapter on its base model.
 
-import os
+In: prompts, or lines as a person types them. Out: the answers on stdout, as they come.
+"""
+
+import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from jobs.adapters import open_adapter
 from orchestrator.errors import BaseModelError, ConfigError
-from orchestrator.files import read_json
-from orchestrator.tracking.model_files import ADAPTER_WEIGHTS, download_adapter
-from orchestrator.tracking.stores import default_store
 from orchestrator.training.quiet import quiet_libraries
 
-ADAPTER_FILES = ("adapter_config.json", "orchestrator.json", ADAPTER_WEIGHTS)
+CHAT_HELP = "a line is a message; /new begins anew, /exit or Ctrl-D ends"
+Settings = dict[str, Any]
 
 
 def generate_text(
-    prompt: str,
-    model: str,
-    max_new_tokens: int,
-    temperature: float,
-    tracking_uri: str | None,
-    runs_dir: Path,
+    prompt: str, model: str, max_new_tokens: int, temperature: float, uri: str
 ) -> int:
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_store(runs_dir)
     with tempfile.TemporaryDirectory() as temporary, quiet_libraries():
-        folder = Path(model)
-        if model.startswith("models:/"):
-            folder = download_adapter(uri, model, Path(temporary))
-        _check_adapter(folder)
-        from orchestrator.tracking.adapter_model import generate, load
+        loaded, tokenizer = _load(open_adapter(model, uri, Path(temporary)))
+        from orchestrator.tracking.adapter_model import generate
 
-        try:
-            loaded, tokenizer = load(folder)
-        except (OSError, ValueError) as error:  # of the base model: the adapter was looked at
-            raise BaseModelError(str(error)) from error
         generate(
             loaded,
             tokenizer,
@@ -44,15 +35,59 @@ def generate_text(
     return 0
 
 
-def _check_adapter(folder: Path) -> None:
-    remedy = "choose models:/NAME@ALIAS, models:/NAME/VERSION, or a folder that holds an adapter"
-    if not folder.is_dir():
-        raise ConfigError(f"--model: there is no folder {folder}: {remedy}")
-    missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
-    if missing:
-        raise ConfigError(f"--model: {folder} has no {', '.join(missing)}: {remedy}")
-    for name in ADAPTER_FILES[:2]:
+def chat(
+    model: str,
+    max_new_tokens: int,
+    temperature: float,
+    uri: str,
+    lines: Iterable[str] | None = None,
+) -> int:
+    """`lines`: what the user says; None: what is typed."""
+    with tempfile.TemporaryDirectory() as temporary, quiet_libraries():
+        loaded, tokenizer = _load(open_adapter(model, uri, Path(temporary)))
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "--chat: the adapter was trained without a chat template (data.template: plain): "
+                "use --prompt, or train with data.template: chat"
+            )
+        print(CHAT_HELP, file=sys.stderr)
+        _converse(
+            loaded,
+            tokenizer,
+            lines if lines is not None else _typed(),
+            {"max_new_tokens": max_new_tokens, "temperature": temperature, "stream": True},
+        )
+    return 0
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    from orchestrator.tracking.adapter_model import load
+
+    try:
+        return load(folder)
+    except (OSError, ValueError) as error:  # of the base model: the adapter was looked at
+        raise BaseModelError(str(error)) from error
+
+
+def _converse(model: Any, tokenizer: Any, lines: Iterable[str], settings: Settings) -> None:
+    from orchestrator.tracking.adapter_model import reply
+
+    messages: list[dict[str, str]] = []
+    for line in lines:
+        said = line.strip()
+        if said == "/exit":
+            return
+        if said == "/new":
+            messages = []
+        elif said:
+            messages.append({"role": "user", "content": said})
+            answer = reply(model, tokenizer, messages, **settings)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _typed() -> Iterable[str]:
+    while True:
         try:
-            read_json(folder / name)
-        except ValueError as error:
-            raise ConfigError(f"--model: {folder / name} is damaged: {error}: {remedy}") from error
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return

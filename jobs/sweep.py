@@ -8,7 +8,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from glob import glob
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.display import SweepDisplay, command_name, results_table, shown_path
+from jobs.environment import describe_environment
 from jobs.interrupts import Interrupts
 from orchestrator import __version__
 from orchestrator.config import SweepConfig, has_password
@@ -24,7 +24,13 @@ from orchestrator.data.prepare import RunTasks, run_in_process
 from orchestrator.data.sources import estimate_slices
 from orchestrator.data.streams import is_remote
 from orchestrator.data_config import DataConfig
-from orchestrator.errors import ConfigError, RegistryError, RunFolderError, TrackingError
+from orchestrator.errors import (
+    ConfigError,
+    RegistryError,
+    RunFolderError,
+    TrackingError,
+    TrackingUnreachable,
+)
 from orchestrator.loading import load_config, override_config
 from orchestrator.planning.capacity import worker_count, worker_memory_bytes
 from orchestrator.planning.machine import this_machine
@@ -33,14 +39,21 @@ from orchestrator.search.space import check_space
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
 from orchestrator.sweep.flow import Services, auto_compute_dtype, run_sweep
+from orchestrator.sweep.machine_use import SampleNodes, recorded_use, sample_this_node
 from orchestrator.sweep.run_store import RunStore, SweepRecord, holds_sweep, new_run_id
-from orchestrator.tracking.follower import TrackingFollower
+from orchestrator.tracking.follower import (
+    CPU_FRACTION,
+    CPU_FRACTION_BESIDE_TRAINING,
+    TrackingFollower,
+)
 from orchestrator.tracking.mlflow_view import MlflowView
 from orchestrator.tracking.registry import Registration, Registry
 from orchestrator.tracking.report import write_report
 from orchestrator.tracking.stores import (
+    FORWARDING_ENVIRONMENT,
     check_reachable,
     default_store,
+    environment,
     resolve_tracking_uri,
     without_password,
 )
@@ -48,8 +61,8 @@ from orchestrator.training.model_source import find_source
 
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "mlflow", "optuna")
 INTERRUPTED = 130
-# A tracking server that hangs must not keep an interrupted command.
-CONNECT_TIMEOUT_S = 30.0
+# Training waits no longer for a tracking server; a new SQLite store takes 8 s to set up.
+CONNECT_TIMEOUT_S = 20.0
 # A driver whose node was taken away holds the run folder until it is ended.
 PREDECESSOR_S = 60.0
 
@@ -67,6 +80,7 @@ class Backend:
     before_training: Callable[[], None] = lambda: None
     watch: Callable[[Notice], None] = lambda notice: None
     """Makes metrics of what the controller tells."""
+    sample_nodes: SampleNodes = sample_this_node
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,7 @@ def resume_sweep(run_dir: Path, ray_address: str | None, overrides: list[str]) -
     if overrides:
         store.change_config(settled(override_config(store.sweep.config, overrides)))
     config = store.sweep.config
-    check_reachable(resolve_tracking_uri(config))
+    check_tracking(config)
     if store.sweep.backend == "in_process":
         return _run(store, _in_process_backend(config))
     with _ray_backend(config, ray_address) as backend:
@@ -164,7 +178,15 @@ def check_inputs(config: SweepConfig) -> None:
     check_space(config)
     find_source(config.base_model)
     check_sources(config.data)
-    check_reachable(resolve_tracking_uri(config))
+    check_tracking(config)
+
+
+def check_tracking(config: SweepConfig) -> None:
+    """A server that is down may come back while trials train; anything else is refused now."""
+    try:
+        check_reachable(resolve_tracking_uri(config))
+    except TrackingUnreachable as error:
+        print(f"warning: {error}; training does not wait for it: the run folder keeps everything")
 
 
 def check_sources(data: DataConfig) -> None:
@@ -179,6 +201,7 @@ def _ray_backend(
 ) -> Iterator[Backend]:
     print("starting Ray" if not address else f"attaching to Ray at {address}")
     from cluster.metrics import ray_metrics
+    from cluster.node_use import node_sampler
     from cluster.ray_executor import RayExecutor
     from cluster.ray_runtime import Awaited, ray_cluster, release_room
     from cluster.sharding import RayTasks
@@ -204,6 +227,7 @@ def _ray_backend(
             # From here on what packs reserve is what the cluster keeps.
             release_room if awaited else lambda: None,
             ray_metrics(config.name),
+            node_sampler(),
         )
 
 
@@ -255,6 +279,7 @@ def _create(config: SweepConfig, folder: Path | None, backend: Backend) -> RunSt
         store = RunStore.create(folder, record)
     except PermissionError as error:
         raise RunFolderError(f"{folder} cannot be written: {error}: choose another") from error
+    store.write("environment", describe_environment(Path.cwd()))
     print(f"run folder: {shown_path(folder)}")
     return store
 
@@ -268,39 +293,41 @@ def _version(package: str) -> str:
 
 def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
     view = MlflowView(store, resolve_tracking_uri(store.sweep.config))
-    follower = TrackingFollower(view)
+    beside_training = backend.name == "in_process"
+    cpu_fraction = CPU_FRACTION_BESIDE_TRAINING if beside_training else CPU_FRACTION
+    follower = TrackingFollower(view, cpu_fraction=cpu_fraction)
     display = SweepDisplay(store)
     interrupts = Interrupts(display.say)
     status = "FAILED"
-    with store.locked(lock_wait_s), interrupts.caught(), ThreadPoolExecutor(1) as background:
-        # A new SQLite store takes some seconds to set up; loading the base model does, too.
-        connecting = background.submit(view.connect)
 
-        def before_training(controller: Controller) -> None:
-            connecting.result()
-            backend.before_training()
+    def before_training(controller: Controller) -> None:
+        follower.await_connection(CONNECT_TIMEOUT_S)
+        backend.before_training()
+        interrupts.reach(controller)
+
+    services = Services(
+        backend.executor,
+        backend.task_pool,
+        backend.num_workers,
+        display,
+        before_training,
+        backend.watch,
+        backend.worker_memory_bytes,
+    )
+    with store.locked(lock_wait_s), interrupts.caught():
+        with environment(FORWARDING_ENVIRONMENT):
+            # A new SQLite store takes some seconds to set up; loading the base model does, too.
             follower.start()
-            interrupts.reach(controller)
-
-        services = Services(
-            backend.executor,
-            backend.task_pool,
-            backend.num_workers,
-            display,
-            before_training,
-            backend.watch,
-            backend.worker_memory_bytes,
-        )
-        try:
-            with display.shown():
-                outcome = run_sweep(store, services)
-            interrupts.release()
-            status = "FINISHED" if outcome.finished else "KILLED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-        finally:
-            if status != "FINISHED":
-                _close_tracking(connecting, follower, view, status)
+            try:
+                with recorded_use(store.folder, backend.sample_nodes), display.shown():
+                    outcome = run_sweep(store, services)
+                interrupts.release()
+                status = "FINISHED" if outcome.finished else "KILLED"
+            except KeyboardInterrupt:
+                status = "KILLED"
+            finally:
+                if status != "FINISHED":
+                    _close_tracking(follower, view, status)
         if status == "KILLED":
             return _say_interrupted(store)
         return _conclude(store, follower, view, display)
@@ -313,7 +340,8 @@ def _conclude(
     write_report(store)
     registration = None
     try:
-        follower.stop()
+        with environment(FORWARDING_ENVIRONMENT):
+            follower.stop()
         if store.sweep.config.registry.register_winner:
             display.say("registering the winner")
             registration = Registry(view.uri).register_winner(store, view)
@@ -330,15 +358,12 @@ def _conclude(
     return 0
 
 
-def _close_tracking(
-    connecting: Future[None], follower: TrackingFollower, view: MlflowView, status: str
-) -> None:
+def _close_tracking(follower: TrackingFollower, view: MlflowView, status: str) -> None:
     """At the end of a run that did not finish: tracking must not hide why."""
     try:
-        connecting.result(CONNECT_TIMEOUT_S)
         follower.stop()
         view.finish(status)
-    except (TrackingError, TimeoutError) as error:
+    except TrackingError as error:
         print(f"warning: {error}; `orchestrator sync` brings MLflow up to date later")
 
 

@@ -19,26 +19,35 @@ def open_run(run_dir: Path | None, runs_dir: Path) -> RunStore:
     return RunStore.open(max(folders, key=lambda folder: RunStore.open(folder).sweep.created))
 
 
-def rewrite_report(run_dir: Path | None, runs_dir: Path) -> int:
+def rewrite_report(
+    run_dir: Path | None, runs_dir: Path, png: bool, cost_per_hour: float | None
+) -> int:
+    from orchestrator.tracking.figures import write_pngs
     from orchestrator.tracking.report import write_report
 
-    print(write_report(open_run(run_dir, runs_dir)))
+    store = open_run(run_dir, runs_dir)
+    print(write_report(store, cost_per_hour))
+    if png:
+        for path in write_pngs(store):
+            print(path)
     return 0
 
 
-def sync_run(run_dir: Path | None, runs_dir: Path) -> int:
+def sync_run(run_dir: Path | None, runs_dir: Path, tracking_uri: str | None) -> int:
     from orchestrator.tracking.mlflow_view import MlflowView
-    from orchestrator.tracking.stores import check_reachable, resolve_tracking_uri
+    from orchestrator.tracking.stores import check_reachable, resolve_tracking_uri, without_password
 
     store = open_run(run_dir, runs_dir)
-    uri = resolve_tracking_uri(store.sweep.config)
+    uri = tracking_uri or resolve_tracking_uri(store.sweep.config)
     check_reachable(uri)
     with store.locked():
         view = MlflowView(store, uri)
         view.connect()
-        view.sync()
+        dead = view.close_orphans()
         view.finish("FINISHED" if store.read("winner") else "KILLED")
-    print(f"{uri} shows {len(store.trials)} trials of {store.folder.name}")
+    for run_id in dead:
+        print(f"{run_id} is dead: its runs are closed")
+    print(f"{without_password(uri)} shows {len(store.trials)} trials of {store.folder.name}")
     return 0
 
 

@@ -243,6 +243,10 @@ class ResourcesConfig(Strict):
     """Keep the 4-bit base's values in memory as the arithmetic needs them, instead of making them
     again at every use: the same numbers, sooner. null: where the memory allows."""
 
+    cost_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """Price of one worker, a GPU or its share of CPU cores, for an hour, in any currency. With it
+    the report says what each trial cost."""
+
     step_program: Literal["auto", "eager", "compiled", "graph"] = "auto"
     """How a training step runs. compiled: the base's blocks through torch.compile. graph: these
     recorded in a CUDA graph as well. auto: graph on GPUs, eager on CPUs."""
@@ -267,12 +271,54 @@ class TrackingConfig(Strict):
         return uri
 
 
+class GateConfig(Strict):
+    """What a candidate must show to become champion."""
+
+    metric: Literal["token_loss", "example_loss"] = "token_loss"
+    """What is compared with the champion's: token_loss is the mean loss of a token, so that long
+    examples count more; example_loss the mean over the examples of each one's own mean loss."""
+
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """Nats that the candidate must be better by at least."""
+
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
+    """Of the two-sided interval around the difference, which must lie below -margin. A candidate
+    that is not better by `margin` is to pass in at most 1 - confidence of the cases."""
+
+    method: Literal["widest", "percentile", "bca"] = "widest"
+    """How the bootstrap makes its interval. Of the two known ways percentile keeps its level better
+    where single examples differ much, bca where differences lean to one side; widest takes the
+    more cautious end of both."""
+
+    resamples: Annotated[int, Field(strict=True, ge=1000)] = 10_000
+    """Times that the held-out examples are drawn anew."""
+
+    min_pairs: Annotated[int, Field(strict=True, ge=2)] = 20
+    """Held-out examples that a comparison needs at least."""
+
+    seed: NonNegativeInt = 0
+    """The same seed and losses give the same interval."""
+
+    other_examples: Literal["reevaluate", "refuse", "promote"] = "reevaluate"
+    """What happens when the champion was measured on other held-out examples. reevaluate: measure
+    it on the candidate's, where the base model and the examples are at hand and tokenizer and
+    template are the same; else refuse. promote: without a comparison."""
+
+    max_adapter_bytes: PositiveInt | None = None
+    """A larger adapter does not become champion."""
+
+    max_peak_memory_bytes: PositiveInt | None = None
+    """An adapter whose training took more memory does not become champion."""
+
+
 class RegistryConfig(Strict):
     register_winner: Switch = True
     """Register the winner's adapter in the MLflow model registry."""
 
     model_name: str | None = Field(default=None, pattern=r"^[^/:]+$")
     """Registered model; null: the sweep's name."""
+
+    gate: GateConfig = GateConfig()
 
 
 class SweepConfig(Strict):

@@ -11,6 +11,9 @@ OrchestratorError
 │   ├── NeverStarted   a submitted sweep did not start, and will not by itself
 │   └── ContactLost    the cluster does not answer; what was submitted goes on without us
 ├── TrackingError      the MLflow tracking server cannot be used
+│   └── TrackingUnreachable   it does not answer, but may later
+├── ReportError        the report's pictures cannot be drawn
+├── ExportRefused      the exported model would differ too much from the adapter, or has no place
 └── RegistryError      the model registry said no
 
 Instances hold plain strings only, so that they survive pickling on their way through Ray.
@@ -72,6 +75,18 @@ class ContactLost(ClusterError):
 
 class TrackingError(OrchestratorError):
     """The tracking server cannot be reached or refused a call."""
+
+
+class TrackingUnreachable(TrackingError):
+    """The tracking server does not answer now. Training goes on without it."""
+
+
+class ReportError(OrchestratorError):
+    """What the report's pictures need is not installed."""
+
+
+class ExportRefused(OrchestratorError):
+    """An export that the user's bounds do not allow, or that would overwrite something."""
 
 
 class RegistryError(OrchestratorError):

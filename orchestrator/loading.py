@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import RangeConfig, SweepConfig, TrialConfig
+from orchestrator.data_config import DataConfig
 from orchestrator.errors import ConfigError
 
 FieldPath = tuple[str | int, ...]
@@ -68,6 +69,16 @@ def trial_with(trial: TrialConfig, params: dict[str, Any]) -> TrialConfig:
         return TrialConfig.model_validate(content)
     except ValidationError as error:
         raise ConfigError("; ".join(_describe(error, TrialConfig, content, {}, ""))) from error
+
+
+def data_config(content: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
+    """A DataConfig from its fields and FIELD=VALUE changes. Raises ConfigError."""
+    for override in overrides:
+        _set_override(content, override)
+    try:
+        return DataConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(error, DataConfig, content, {}, ""))) from error
 
 
 def trial_fields(model: type[BaseModel] = TrialConfig, prefix: str = "") -> list[str]:

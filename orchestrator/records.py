@@ -159,6 +159,10 @@ class TrialOpened:
     """Why checkpoints that reached further could not be used."""
     note: str = ""
     """What else the user should know about how it goes on."""
+    slot: int = 0
+    """Its place in the pack."""
+    node: str = ""
+    """Name of the machine."""
 
 
 @dataclass(frozen=True)
@@ -360,3 +364,26 @@ class Finding:
     state: Literal["ok", "note", "broken"]
     text: str
     """With the remedy, if there is something to do."""
+
+
+@dataclass(frozen=True)
+class PackEvent:
+    """What a pack or one of its slots did; one line of packs.jsonl."""
+
+    time: float
+    what: str
+    """start | ready | opened | closed | ended."""
+    pack: int
+    base: str | None = None
+    """start: title of the base at its bit-width."""
+    num_slots: int | None = None
+    world_size: int | None = None
+    expected_bytes: int | None = None
+    """start: peak memory of one worker as planned; absent where it was not estimated."""
+    trial: int | None = None
+    """opened, closed."""
+    attempt: int | None = None
+    slot: int | None = None
+    node: str | None = None
+    peak_bytes: int | None = None
+    """closed: of the worker up to then, as measured."""

@@ -1,6 +1,7 @@
 """Run folders for tests, made through RunStore as a sweep would make them."""
 
 import math
+import random
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from orchestrator.records import (
     BaseModel,
     Decision,
     Evaluated,
+    PackEvent,
     Progress,
     TrialResult,
     TrialSpec,
@@ -72,6 +74,7 @@ def make_run(
     )
     store.write("base_model", asdict(base))
     store.write("data", PreparedData("shards", *map(_manifest, ROLES)).to_json())
+    store.write("environment", {"git_commit": "c" * 40})
     store.write("plan", {"packs": [{"title": "4-bit nf4", "slots": 2}]})
     for number, fields in enumerate(params):
         trial = TrialSpec(number, fields, trial_with(config.trial, fields))
@@ -79,6 +82,7 @@ def make_run(
         store.add_decision(
             Decision(BEGAN + number, "assign", f"trial {number}", "a slot of pack 0 is free")
         )
+        add_place(store, trial, number not in unfinished)
         add_curve(store, trial, STEPS if number not in unfinished else STEPS // 2, gain)
         if number not in unfinished:
             add_result(store, trial, failed=number in failed, gain=gain, base=base)
@@ -88,6 +92,30 @@ def make_run(
             Decision(BEGAN + 900, "select_winner", f"trial {best.trial}", best.reason)
         )
     return store
+
+
+def add_place(store: RunStore, trial: TrialSpec, over: bool) -> None:
+    """Two packs side by side, of two slots each, on two nodes."""
+    pack, slot = divmod(trial.number, 2)
+    bits = trial.config.quant.bit_width
+    if slot == 0:
+        plan = PackEvent(
+            BEGAN + 2, "start", pack, f"{bits}-bit", 2, 1, expected_bytes=(bits * 64) << 20
+        )
+        store.add_pack_event(plan)
+        store.add_pack_event(PackEvent(BEGAN + 8, "ready", pack))
+    began, node = BEGAN + 10 + trial.number, "ab"[pack % 2]
+    opened = PackEvent(
+        began, "opened", pack, trial=trial.number, attempt=1, slot=slot, node=f"node-{node}"
+    )
+    store.add_pack_event(opened)
+    if over:
+        end = BEGAN + 100 + trial.number
+        peak_bytes = (bits * 60 + trial.config.adapter.rank * 4) << 20
+        closed = PackEvent(
+            end, "closed", pack, trial=trial.number, attempt=1, peak_bytes=peak_bytes
+        )
+        store.add_pack_event(closed)
 
 
 def _manifest(role: Role) -> Manifest:
@@ -160,6 +188,8 @@ def add_adapter(
     weights.write_bytes(f"weights of {store.sweep.run_id} {trial.number}".encode())
     write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4})
     write_adapter_record(folder, trial, base)
+    assert result.eval_loss is not None
+    write_evaluation(folder.parent, trial.number, result.eval_loss)
     return replace(
         result,
         adapter_dir=str(folder.relative_to(store.folder)),
@@ -167,16 +197,44 @@ def add_adapter(
     )
 
 
-def write_adapter_record(folder: Path, trial: TrialSpec, base: BaseModel) -> None:
+def write_adapter_record(
+    folder: Path, trial: TrialSpec, base: BaseModel, template: str = "plain"
+) -> None:
     write_json(
         folder / "orchestrator.json",
         {
             "base_model": asdict(base),
             "quant": trial.config.quant.model_dump(mode="json"),
             "compute_dtype": "float32",
-            "template": "plain",
+            "template": template,
             "train_manifest": "t" * 64,
             "held_out_manifest": "h" * 64,
+            "files": {
+                name: file_digest(folder / name)
+                for name in ("adapter_config.json", "adapter_model.safetensors")
+            },
+        },
+    )
+
+
+def write_evaluation(
+    folder: Path, seed: int, loss: float, examples: str = "e", count: int = 40
+) -> None:
+    """Losses of `count` examples whose mean is `loss`, each a little off it in its own way."""
+    numbers = random.Random(f"{seed} {loss}")
+    labels = [5 + 7 * index % 50 for index in range(count)]
+    noise = [numbers.gauss(0, 0.05) for _ in labels]
+    mean = sum(n * x for n, x in zip(labels, noise, strict=True)) / sum(labels)
+    write_json(
+        folder / "evaluation.json",
+        {
+            "manifest": examples * 64,
+            "examples_digest": examples * 64,
+            "eval_loss": loss,
+            "examples": [f"{index:064x}" for index in range(count)],
+            "nll": [n * (loss + x - mean) for n, x in zip(labels, noise, strict=True)],
+            "labels": labels,
+            "step": STEPS,
         },
     )
 
@@ -186,6 +244,7 @@ def make_base_model(folder: Path) -> BaseModel:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from orchestrator.tracking.adapter_model import base_digest
     from tests.tiny import make_tokenizer
 
     make_tokenizer(folder)
@@ -200,7 +259,7 @@ def make_base_model(folder: Path) -> BaseModel:
         initializer_range=0.3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    return BaseModel(str(folder), None, str(folder), "b" * 64)
+    return BaseModel(str(folder), None, str(folder), base_digest(folder))
 
 
 def make_peft_adapter(folder: Path, base: BaseModel) -> None:

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from orchestrator.data.formats import row_format
 from orchestrator.data.keys import KeyOrders
 from orchestrator.data.manifest import (
@@ -21,6 +23,7 @@ from orchestrator.data.manifest import (
     Repeats,
     Role,
     ShardRecord,
+    load_manifest,
     read_manifest,
     save_manifest,
     total_counts,
@@ -142,6 +145,38 @@ def find_prepared(place: str) -> PreparedData | None:
     return PreparedData(place, train, held_out) if train and held_out else None
 
 
+def prepare_examples(config: DataConfig, tokenizer_dir: Path, cache: Path) -> Manifest:
+    """The held-out role alone, for an evaluation; in this process.
+
+    Raises:
+        DataError: as `prepare`.
+    """
+    recipe = build_recipe(config, tokenizer_dir)
+    place = place_of(config, recipe, cache)
+    store = open_store(place)
+    if found := _read_whole(store, "held_out"):
+        return found
+    work = Work(config, str(tokenizer_dir.absolute()), place, run_in_process, lambda line: None)
+    portions = _choose_held_out(work, _weighed_slices(work, config.held_out_sources))[0]
+    tasks = _shard_tasks(work, "held_out", portions)
+    shards = tuple(run_in_process(prepare_shard, tasks))
+    _check_not_empty(config, "held_out", shards)
+    manifest = Manifest(
+        store.folder, "held_out", config.block_length, recipe, shards, Repeats(0, 0)
+    )
+    save_manifest(store, manifest)
+    return manifest
+
+
+def find_examples(cache: Path, digest: str) -> str | None:
+    """The place of the held-out examples of this digest, where this cache still has them."""
+    for path in sorted(cache.glob("shards/*/held_out.json")):
+        place = str(path.parent)
+        if load_manifest(place, "held_out").digest == digest:
+            return place
+    return None
+
+
 def build_recipe(config: DataConfig, tokenizer_dir: Path) -> Recipe:
     unused = {"train", "held_out", "shards_dir"}
     if config.held_out is not None:
@@ -216,17 +251,24 @@ def _choose(work: Work) -> tuple[dict[Role, list[Portion]], Repeats | None]:
         if is_apart
         else [replace(item, weight=1.0) for item in train]
     )
-    if not needs_orders(config, "held_out"):
-        by_range = {"train": train, "held_out": held_out}
-        return {role: select_by_range(config, role, by_range[role]) for role in ROLES}, None
-    held_out_orders = _orders(work, held_out)
-    held_out_portions, chosen = select_held_out(config, held_out, held_out_orders)
+    held_out_portions, held_out_orders, chosen = _choose_held_out(work, held_out)
+    portions: dict[Role, list[Portion]] = {"held_out": held_out_portions}
     if not needs_orders(config, "train"):
-        portions = select_by_range(config, "train", train)
-        return {"train": portions, "held_out": held_out_portions}, None
+        return portions | {"train": select_by_range(config, "train", train)}, None
     orders = _orders(work, train) if is_apart else held_out_orders
-    portions, repeats = select_train(config, train, orders, chosen)
-    return {"train": portions, "held_out": held_out_portions}, repeats
+    train_portions, repeats = select_train(config, train, orders, chosen)
+    return portions | {"train": train_portions}, repeats
+
+
+def _choose_held_out(
+    work: Work, slices: Sequence[WeighedSlice]
+) -> tuple[list[Portion], list[KeyOrders], KeyOrders]:
+    """The portions; the orders of all examples and of those chosen, where choosing needs them."""
+    if not needs_orders(work.config, "held_out"):
+        return select_by_range(work.config, "held_out", slices), [], np.empty(0, np.uint64)
+    orders = _orders(work, slices)
+    portions, chosen = select_held_out(work.config, slices, orders)
+    return portions, orders, chosen
 
 
 def _weighed_slices(work: Work, sources: Sequence[SourceConfig]) -> list[WeighedSlice]:

@@ -4,6 +4,7 @@ In: a manifest and block indices. Out: batches of int64 arrays. Threads may shar
 no torch.
 """
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from orchestrator.data.manifest import Manifest
 from orchestrator.data.packing import Blocks
 from orchestrator.digests import known_file_digest
 from orchestrator.errors import DataError
+from orchestrator.files import record_digest
 
 IGNORED = -100  # PyTorch's cross entropy leaves this label out
 NO_DOCUMENT = -1
@@ -73,6 +75,25 @@ class BlockReader:
     def max_documents(self) -> int:
         """Most documents in one block, padding counted as one."""
         return max((shard.max_documents for shard in self.manifest.shards), default=0) or 1
+
+    @cached_property
+    def examples_digest(self) -> str:
+        """Names the documents as keys, tokens and labels, however they are packed and ordered: with
+        equal digests, losses can be compared document by document. Reads all blocks once."""
+        documents = []
+        for number in range(self.num_blocks):
+            block = self.blocks([number])
+            (ids,) = block.document_ids
+            borders = np.flatnonzero(np.diff(ids)) + 1
+            parts = zip(
+                *(np.split(array[0], borders) for array in (block.input_ids, block.labels)),
+                strict=True,
+            )
+            for document, (tokens, labels) in zip(ids[[0, *borders]], parts, strict=True):
+                if document != NO_DOCUMENT:
+                    content = hashlib.sha256(tokens.tobytes() + labels.tobytes()).hexdigest()
+                    documents.append([self.document_keys[document], content])
+        return record_digest(sorted(documents))
 
     def blocks(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """The blocks in the order asked for.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import ConfigError, DiskFull
 from orchestrator.planning.compatibility import problems
@@ -23,6 +24,7 @@ from orchestrator.records import (
     Event,
     Leave,
     Notice,
+    PackEvent,
     PackLeft,
     PackLost,
     PackReady,
@@ -194,6 +196,7 @@ class Controller:
                 self._next_pack += 1
                 self._decided("start_pack", f"pack {number}", action.reason)
                 self._packs[number] = _Pack(plan)
+                self._happened(number, "start", **_planned(plan))
                 self._executor.start_pack(self._build_pack(number, plan))
             case AssignTrial(pack, trial):
                 self._decided("assign", f"trial {trial}", action.reason)
@@ -203,8 +206,7 @@ class Controller:
                 self._packs[pack].directives = [Leave(save)]
             case AbandonPack(pack):
                 self._decided("release_pack", f"pack {pack}", action.reason)
-                self._executor.stop_pack(pack)
-                del self._packs[pack]
+                self._end_pack(pack)
 
     def _assign(self, pack: _Pack, trial: TrialSpec) -> None:
         checkpoints = tuple(str(path) for path in self._store.checkpoints(trial.number))
@@ -252,26 +254,42 @@ class Controller:
         match event:
             case PackReady():
                 pack.ready = True
+                self._happened(number, "ready")
                 if event.note:
                     runs = f"its step program is {event.step_program}: {event.note}"
                     self._decided("pack_ready", f"pack {number}", runs)
             case TrialOpened():
+                self._happened(
+                    number,
+                    "opened",
+                    trial=event.trial,
+                    attempt=event.attempt,
+                    slot=event.slot,
+                    node=event.node,
+                )
                 self._note_resume(event)
             case Progress() | Evaluated():
                 self._store.add_point(event)
             case TrialDone():
-                del pack.attempts[event.trial]
+                self._close(number, pack, event.trial, event.peak_memory_bytes)
                 self._end(self._finished(event))
             case TrialStopped():
-                del pack.attempts[event.trial]
+                self._close(number, pack, event.trial)
                 self._end(_failed(event.trial, event.attempt, event.reason, event.message))
             case PackLeft():
-                self._executor.stop_pack(number)
-                del self._packs[number]
+                self._end_pack(number)
             case PackLost():
-                self._executor.stop_pack(number)
-                del self._packs[number]
+                self._end_pack(number)
                 self._lost(pack, event)
+
+    def _close(self, number: int, pack: _Pack, trial: int, peak_bytes: int | None = None) -> None:
+        attempt = pack.attempts.pop(trial)
+        self._happened(number, "closed", trial=trial, attempt=attempt, peak_bytes=peak_bytes)
+
+    def _end_pack(self, number: int) -> None:
+        self._executor.stop_pack(number)
+        del self._packs[number]
+        self._happened(number, "ended")
 
     def _lost(self, pack: _Pack, event: PackLost) -> None:
         if event.reason == "disk_full":
@@ -335,14 +353,26 @@ class Controller:
         for number, pack in list(self._packs.items()):
             if not pack.idle:  # one that has answered is about to be told to save and leave
                 log.warning("pack %s did not answer within %s s", number, LEAVE_TIMEOUT_S)
-                self._executor.stop_pack(number)
-                del self._packs[number]
+                self._end_pack(number)
+
+    def _happened(self, pack: int, what: str, **facts: Any) -> None:
+        self._store.add_pack_event(PackEvent(time.time(), what, pack, **facts))
 
     def _decided(self, action: str, subject: str, reason: str) -> None:
         log.info("%s: %s: %s", subject, action, reason)
         decision = Decision(time.time(), action, subject, reason)
         self._store.add_decision(decision)
         self._observe(decision)
+
+
+def _planned(plan: PackPlan) -> dict[str, Any]:
+    memory = plan.fit.memory
+    return {
+        "base": plan.key.title,
+        "num_slots": plan.num_slots,
+        "world_size": plan.world_size,
+        "expected_bytes": memory.total_bytes if memory is not None else None,
+    }
 
 
 def _failed(trial: int, attempt: int, reason: str, message: str) -> TrialResult:

@@ -4,6 +4,9 @@
     base_model.json data.json  what was prepared
     plan.json                  packs, with reasons
     decisions.jsonl            what the controller decided, and why
+    packs.jsonl                what each pack and slot did, when and where
+    environment.json           machine, Python, packages and commit it was started from
+    system/NODE.jsonl          use of a node's CPUs, memory and GPUs while it trained
     trials/007/trial.json      the trial
     trials/007/progress.jsonl  its loss curve
     trials/007/attempts/2/     what attempt 2 wrote: checkpoints, adapter, evaluation.json;
@@ -38,6 +41,7 @@ from orchestrator.records import (
     Arithmetic,
     Decision,
     Evaluated,
+    PackEvent,
     Progress,
     TrialResult,
     TrialSpec,
@@ -143,6 +147,14 @@ class RunStore:
     def decisions(self) -> list[dict[str, Any]]:
         return read_json_lines(self._path("decisions.jsonl"))
 
+    def add_pack_event(self, event: PackEvent) -> None:
+        row = {name: value for name, value in asdict(event).items() if value is not None}
+        append_json_line(self._path("packs.jsonl"), row)
+
+    @property
+    def pack_events(self) -> list[dict[str, Any]]:
+        return read_json_lines(self._path("packs.jsonl"))
+
     def trial_dir(self, number: int) -> Path:
         return self._path("trials", f"{number:03d}")
 
@@ -155,6 +167,14 @@ class RunStore:
     def trials(self) -> list[TrialSpec]:
         paths = sorted(self._path("trials").glob("*/trial.json"))
         return [TrialSpec.from_json(read_json(path)) for path in paths]
+
+    @property
+    def trial_numbers(self) -> list[int]:
+        """Cheaper than the trials, for who looks often."""
+        return sorted(int(path.parent.name) for path in self._path("trials").glob("*/trial.json"))
+
+    def trial(self, number: int) -> TrialSpec:
+        return TrialSpec.from_json(read_json(self.trial_dir(number) / "trial.json"))
 
     def start_attempt(self, number: int, arithmetic: Arithmetic) -> tuple[int, Path]:
         """The number and folder of a new attempt. Earlier attempts' folders stay as they are."""
@@ -202,6 +222,10 @@ class RunStore:
         if path.exists():
             raise RunFolderError(f"trial {result.number} is over and cannot change ({path})")
         write_json(path, result.to_json())
+
+    def result(self, number: int) -> TrialResult | None:
+        path = self.trial_dir(number) / "result.json"
+        return TrialResult.from_json(read_json(path)) if path.exists() else None
 
     @property
     def results(self) -> list[TrialResult]:

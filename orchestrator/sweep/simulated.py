@@ -7,6 +7,7 @@ writes the files that a real worker writes, in the same order, and can be told t
 import errno
 import math
 import os
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,8 +75,13 @@ class SimulatedWorker:
             match directive:
                 case Assign(task):
                     assert len(self._slots) < self._spec.num_slots, "no slot is free"
-                    slot = self._slots[task.trial] = _SimulatedSlot(task, writes)
-                    events.append(TrialOpened(task.trial, task.attempt, slot.step))
+                    taken = {slot.place for slot in self._slots.values()}
+                    place = next(n for n in range(self._spec.num_slots) if n not in taken)
+                    slot = self._slots[task.trial] = _SimulatedSlot(task, writes, place)
+                    node = platform.node()
+                    events.append(
+                        TrialOpened(task.trial, task.attempt, slot.step, slot=place, node=node)
+                    )
                 case Leave(save):
                     saved = [slot.save() for slot in self._slots.values()] if save else []
                     return [*saved, PackLeft(self._spec.pack)]
@@ -121,8 +127,9 @@ class SimulatedWorker:
 
 
 class _SimulatedSlot:
-    def __init__(self, task: SlotTask, writes: bool) -> None:
+    def __init__(self, task: SlotTask, writes: bool, place: int) -> None:
         self.task = task
+        self.place = place
         self._writes = writes
         self.step = 0
         if task.checkpoint_dirs:

@@ -4,9 +4,11 @@ MLflow stores this very file with the model ("models from code"), so nothing is 
 model loads where `orchestrator` is not installed. Therefore it imports mlflow and its pandas only,
 and torch, transformers and peft inside functions. `orchestrator generate` uses it too.
 
-In: a PEFT folder whose orchestrator.json names the base model. Out: texts.
+In: a PEFT folder whose orchestrator.json names the base model. Out: texts. Adapter and base are
+loaded only if they have the digests that orchestrator.json gives them.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,8 +20,14 @@ from mlflow.pyfunc.model import PythonModel
 from pandas import DataFrame
 
 RECORD = "orchestrator.json"
+WEIGHTS = "adapter_model.safetensors"
+BASE_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".py")
 BASE_MODEL_VARIABLE = "ORCHESTRATOR_BASE_MODEL"
 MAX_NEW_TOKENS = 128
+
+
+class DamagedFiles(ValueError):
+    """Files do not have the digests that they were saved or trained with."""
 
 
 class AdapterModel(PythonModel):
@@ -40,15 +48,17 @@ def load(adapter_dir: Path) -> tuple[Any, Any]:
     The tokenizer has a chat template exactly if prompts went through it in training.
 
     Raises:
+        DamagedFiles: the adapter is not the one that was saved, or the base model another one.
         FileNotFoundError: the base model is not on this machine.
     """
+    verify_adapter(adapter_dir)
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     record = json.loads((adapter_dir / RECORD).read_text())
     base = record["base_model"]
-    source = _base_source(base)
+    source = base_source(base)
     trust = base["trust_remote_code"]
     model = AutoModelForCausalLM.from_pretrained(
         source,
@@ -68,6 +78,24 @@ def load(adapter_dir: Path) -> tuple[Any, Any]:
     return PeftModel.from_pretrained(model, str(adapter_dir)).eval(), tokenizer
 
 
+def verify_adapter(adapter_dir: Path) -> None:
+    """Raises DamagedFiles, before anything of the adapter is loaded."""
+    digests: dict[str, str] = json.loads((adapter_dir / RECORD).read_text()).get("files", {})
+    if WEIGHTS not in digests:
+        raise DamagedFiles(
+            f"{adapter_dir / RECORD} has no digest of {WEIGHTS}: train the adapter anew, or take a "
+            "folder that was saved by this version"
+        )
+    for name, digest in digests.items():
+        path = adapter_dir / name
+        found = _file_digest(path) if path.is_file() else "nothing"
+        if found != digest:
+            raise DamagedFiles(
+                f"{path} is damaged: its digest is {found[:12]}, saved was {digest[:12]}: fetch "
+                "the adapter again"
+            )
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -82,36 +110,89 @@ def generate(
 
     `stream` writes the text to standard output as it comes.
     """
+    # One at a time: padding a batch changes bfloat16's last bits, and so greedy texts.
+    return [
+        _continue(
+            model, tokenizer, _encode(tokenizer, prompt), max_new_tokens, temperature, top_p, stream
+        )
+        for prompt in prompts
+    ]
+
+
+def reply(
+    model: Any,
+    tokenizer: Any,
+    messages: Sequence[dict[str, str]],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stream: bool = False,
+) -> str:
+    """The assistant's next turn. The tokenizer must have a chat template."""
+    ids = _encode_messages(tokenizer, messages)
+    return _continue(model, tokenizer, ids, max_new_tokens, temperature, top_p, stream)
+
+
+def base_source(base: dict[str, Any]) -> str:
+    """Folder of the base model, or what the user says stands for it on this machine; verified,
+    where it is a folder that was trained on by its content.
+
+    Raises:
+        DamagedFiles: it holds other files than those that the adapter was trained on.
+        FileNotFoundError: it is not there.
+    """
+    source = os.environ.get(BASE_MODEL_VARIABLE) or _recorded_folder(base)
+    digest = str(base["digest"])
+    # A hub's snapshot is named after its commit, which the hub client has verified.
+    if Path(source).is_dir() and not digest.startswith("commit:"):
+        found = base_digest(Path(source))
+        if found != digest:
+            raise DamagedFiles(
+                f"{source} is not the base model that the adapter was trained on ({base['source']}"
+                f", digest {digest[:12]}): its digest is {found[:12]}: restore it, or set "
+                f"{BASE_MODEL_VARIABLE} to a copy"
+            )
+    return source
+
+
+def base_digest(folder: Path) -> str:
+    """As training takes it: of all files that decide the model."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in BASE_FILES)
+    content = json.dumps([(path.name, _file_digest(path)) for path in files])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    stream: bool,
+) -> str:
     import torch
     from transformers import TextStreamer
 
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-    texts = []
-    for prompt in prompts:
-        # One at a time: padding a batch changes bfloat16's last bits, and so greedy texts.
-        input_ids = torch.tensor([_encode(tokenizer, prompt)], device=model.device)
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=int(max_new_tokens),
-                pad_token_id=tokenizer.eos_token_id,
-                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-                if stream
-                else None,
-                **sampling,
-            )
-        answer = output[0, input_ids.shape[1] :]
-        texts.append(str(tokenizer.decode(answer, skip_special_tokens=True)))
-    return texts
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    input_ids = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=int(max_new_tokens),
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=streamer if stream else None,
+            **sampling,
+        )
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
 
 
-def _base_source(base: dict[str, Any]) -> str:
-    """Folder of the base model, or what the user says stands for it on this machine."""
-    if replacement := os.environ.get(BASE_MODEL_VARIABLE):
-        return replacement
+def _recorded_folder(base: dict[str, Any]) -> str:
     folder = str(base["folder"])
     if not Path(folder).is_dir():
         revision = f" at revision {base['revision']}" if base["revision"] else ""
@@ -142,13 +223,21 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
     """The tokens that a prompt had in training: no end token, the tokenizer's own beginning."""
     beginning: list[int] = []
     if tokenizer.chat_template:
-        message = {"role": "user", "content": prompt}
-        prompt = tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True
-        )
-    elif tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return _encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+    if tokenizer.bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         beginning = [tokenizer.bos_token_id]
     return [*beginning, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+
+
+def _encode_messages(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 set_model(AdapterModel())

@@ -4,15 +4,20 @@ In: a RunStore. Out: text. Imports no mlflow.
 """
 
 from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.figures import PLOTS
 from orchestrator.tracking.summary import SummaryRow, summary_rows
 from orchestrator.tracking.translation import MAX_TAG_CHARS, brief
 
 MAX_ROWS = 20
+MAX_BARS = 10
+MAX_BAR_CHARS = 30
 
 
-def describe_sweep(store: RunStore) -> str:
+def describe_sweep(store: RunStore, run_id: str) -> str:
+    """`run_id`: of the sweep's run in MLflow, whose artifacts the plots are."""
     rows = summary_rows(store)
-    parts = [_headline(store, rows), _winner(store, rows), _table(rows), _commands(store)]
+    parts = [_headline(store, rows), _winner(store, rows), _table(rows), _plots(rows)]
+    parts += [_images(store, run_id), _commands(store)]
     return "\n\n".join(part for part in parts if part)[:MAX_TAG_CHARS]
 
 
@@ -68,6 +73,28 @@ def _table(rows: list[SummaryRow]) -> str:
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     hidden = len(rows) - MAX_ROWS
     return text + (f"\n\n… and {hidden} more trials." if hidden > 0 else "")
+
+
+def _plots(rows: list[SummaryRow]) -> str:
+    """Bars of letters, for an image needs a browser to be drawn: longer is better."""
+    known = [(row, row["eval_loss"]) for row in rows if row["eval_loss"] is not None][:MAX_BARS]
+    if len(known) < 2:
+        return ""
+    losses = [loss for _, loss in known]
+    best, worst = min(losses), max(losses)
+    lines = []
+    for row, loss in known:
+        filled = 1 + round((MAX_BAR_CHARS - 1) * (worst - loss) / ((worst - best) or 1.0))
+        lines.append(f"{number(loss)}  {'█' * filled:<{MAX_BAR_CHARS}}  {row['name']}")
+    return "Held-out loss:\n\n```\n" + "\n".join(lines) + "\n```"
+
+
+def _images(store: RunStore, run_id: str) -> str:
+    """Plots that `orchestrator report --png` wrote; MLflow serves them as the run's artifacts."""
+    return "\n\n".join(
+        f"![{path.stem}](get-artifact?path={PLOTS}/{path.name}&run_uuid={run_id})"
+        for path in sorted((store.folder / PLOTS).glob("*.png"))
+    )
 
 
 def _commands(store: RunStore) -> str:

@@ -1,7 +1,7 @@
 """An adapter folder as an MLflow model's files, and back.
 
-In: a PEFT folder. Out: a logged model that holds it with adapter_model.py; or the folder again,
-its digest verified. Imports mlflow inside functions only.
+In: a PEFT folder and its evaluation. Out: a logged model that holds them with adapter_model.py; or
+the folder or evaluation again, their digests verified. Imports mlflow inside functions only.
 """
 
 import shutil
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from orchestrator.errors import RegistryError
-from orchestrator.files import file_digest, whole_folder
+from orchestrator.files import file_digest, read_json, whole_folder, write_json
 from orchestrator.tracking.runs import RUN_ID_TAG
 from orchestrator.tracking.stores import client, environment, mlflow_calls
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_RECORD = "orchestrator.json"
+EVALUATION = "evaluation.json"
+EVALUATION_TAG = "evaluation_digest"
 MODEL_CODE = Path(__file__).with_name("adapter_model.py")
 EXAMPLE = "What does str.split do?"
 # Given, for MLflow would otherwise load the base model in a subprocess to find them out.
@@ -35,23 +38,75 @@ ENVIRONMENT = {
 
 
 def log_adapter_model(
-    api: "MlflowClient", experiment_id: str, run_id: str, folder: Path, tags: Mapping[str, str]
-) -> str:
-    """Id of the run's logged model with the adapter in it; one that an earlier try made is used."""
+    api: "MlflowClient",
+    experiment_id: str,
+    run_id: str,
+    folder: Path,
+    evaluation: Mapping[str, Any] | None,
+    tags: Mapping[str, str],
+) -> tuple[str, dict[str, str]]:
+    """Id of the run's logged model with the adapter and its evaluation, and the latter's digest as
+    a tag. A model that an earlier try made whole is used, one that it left unfinished removed."""
     from mlflow.entities import LoggedModelOutput
 
-    rule = f"tags.`{RUN_ID_TAG}` = '{tags[RUN_ID_TAG]}'"
-    for found in api.search_logged_models([experiment_id], rule):
-        if found.status == "READY" and found.source_run_id == run_id:
-            return str(found.model_id)
-    params = {name: value for name, value in tags.items() if name != RUN_ID_TAG}
-    model = api.create_logged_model(experiment_id, "adapter", run_id, dict(tags), params, "adapter")
     with TemporaryDirectory() as scratch, environment(ENVIRONMENT):
-        _save_model(Path(scratch) / "model", model.model_id, run_id, folder, tags)
+        artifacts = {"adapter": str(folder)}
+        digests = {}
+        if evaluation is not None:
+            path = Path(scratch) / EVALUATION
+            write_json(path, evaluation)
+            artifacts["evaluation"] = str(path)
+            digests[EVALUATION_TAG] = file_digest(path)
+        tags = {**tags, **digests}
+        rule = f"tags.`{RUN_ID_TAG}` = '{tags[RUN_ID_TAG]}'"
+        for found in api.search_logged_models([experiment_id], rule):
+            if found.source_run_id != run_id:
+                continue
+            if found.status == "READY":
+                return str(found.model_id), digests
+            api.delete_logged_model(found.model_id)
+        params = {name: value for name, value in tags.items() if name != RUN_ID_TAG}
+        model = api.create_logged_model(experiment_id, "adapter", run_id, tags, params, "adapter")
+        _save_model(Path(scratch) / "model", model.model_id, run_id, artifacts, tags)
         api.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
-    api.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
-    api.finalize_logged_model(model.model_id, "READY")
-    return str(model.model_id)
+        api.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+        api.finalize_logged_model(model.model_id, "READY")
+    return str(model.model_id), digests
+
+
+def read_evaluation(uri: str, found: "ModelVersion") -> dict[str, Any]:
+    """The version's evaluation.json, verified.
+
+    Raises:
+        RegistryError: it has none, or it is damaged.
+    """
+    import mlflow
+
+    digest = found.tags.get(EVALUATION_TAG)
+    model_uri = f"models:/{found.name}/{found.version}"
+    if digest is None:
+        raise RegistryError(f"{model_uri} was registered without losses by example")
+    with TemporaryDirectory() as scratch, mlflow_calls(uri, RegistryError):
+        with environment(ENVIRONMENT):
+            location = client(uri).get_model_version_download_uri(found.name, str(found.version))
+            path = mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{location}/artifacts/{EVALUATION}",
+                dst_path=scratch,
+                tracking_uri=uri,
+            )
+        if file_digest(Path(path)) != digest:
+            raise RegistryError(
+                f"{EVALUATION} of {model_uri} is damaged: its digest is not {digest[:12]}, which "
+                "was registered"
+            )
+        record: dict[str, Any] = read_json(Path(path))
+        return record
+
+
+def find_version(uri: str, model_uri: str) -> "ModelVersion":
+    """Of `models:/NAME@ALIAS` or `models:/NAME/VERSION`; RegistryError names those that exist."""
+    with mlflow_calls(uri, RegistryError):
+        return _find_version(client(uri), model_uri)
 
 
 def download_adapter(uri: str, model_uri: str, to: Path) -> Path:
@@ -65,9 +120,8 @@ def download_adapter(uri: str, model_uri: str, to: Path) -> Path:
     with mlflow_calls(uri, RegistryError), environment(ENVIRONMENT):
         found = _find_version(client(uri), model_uri)
         location = client(uri).get_model_version_download_uri(found.name, str(found.version))
-        digest = found.tags.get("adapter_digest", "")
         if to.exists() and any(to.iterdir()):
-            _verify(to, digest, model_uri)
+            _verify(to, found, model_uri)
             return to
         with TemporaryDirectory() as scratch:
             # A folder of its own: from a local store MLflow returns the store's own files else.
@@ -75,7 +129,7 @@ def download_adapter(uri: str, model_uri: str, to: Path) -> Path:
                 artifact_uri=location, dst_path=scratch, tracking_uri=uri
             )
             adapter = Path(files) / _adapter_path(Path(files), model_uri)
-            _verify(adapter, digest, model_uri)
+            _verify(adapter, found, model_uri)
             if to.exists():
                 to.rmdir()
             with whole_folder(to) as temporary:
@@ -84,7 +138,11 @@ def download_adapter(uri: str, model_uri: str, to: Path) -> Path:
 
 
 def _save_model(
-    path: Path, model_id: str, run_id: str, folder: Path, tags: Mapping[str, str]
+    path: Path,
+    model_id: str,
+    run_id: str,
+    artifacts: dict[str, str],
+    tags: Mapping[str, str],
 ) -> None:
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
@@ -105,7 +163,7 @@ def _save_model(
         path=str(path),
         mlflow_model=Model(model_uuid=model_id, model_id=model_id, run_id=run_id),
         python_model=str(MODEL_CODE),
-        artifacts={"adapter": str(folder)},
+        artifacts=artifacts,
         signature=signature,
         input_example=[EXAMPLE],
         pip_requirements=[f"{name}=={_public_version(name)}" for name in REQUIREMENTS],
@@ -157,12 +215,18 @@ def _adapter_path(files: Path, model_uri: str) -> str:
         ) from error
 
 
-def _verify(folder: Path, digest: str, model_uri: str) -> None:
-    weights = folder / ADAPTER_WEIGHTS
-    found = file_digest(weights) if weights.exists() else "nothing"
-    if found != digest:
-        raise RegistryError(
-            f"{weights} is not the adapter of {model_uri}: its digest is {found[:12]}, registered "
-            f"is {digest[:12] or 'nothing'}: remove the folder and try again, or register the "
-            "adapter anew"
-        )
+def _verify(folder: Path, version: "ModelVersion", model_uri: str) -> None:
+    """The weights, and orchestrator.json, which holds the digests of the other files."""
+    registered = {
+        ADAPTER_WEIGHTS: version.tags.get("adapter_digest", ""),
+        ADAPTER_RECORD: version.tags.get("record_digest", ""),
+    }
+    for name, digest in registered.items():
+        path = folder / name
+        found = file_digest(path) if path.exists() else "nothing"
+        if found != digest:
+            raise RegistryError(
+                f"{path} is not the adapter of {model_uri}: its digest is {found[:12]}, registered "
+                f"is {digest[:12] or 'nothing'}: remove the folder and try again, or register the "
+                "adapter anew"
+            )

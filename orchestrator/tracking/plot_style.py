@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 # they vanish on a light or a dark page.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 GREY = "#8c959f"
+WINNER_COLOUR = COLOURS[-1]
 SCALE = "Cividis"  # made for colour-blind readers; reversed: dark is high loss, bright is low
 LOSS = "held-out loss (nats per token)"
 

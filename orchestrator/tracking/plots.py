@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.tracking.plot_style import COLOURS, GREY, LOSS, SCALE, styled
+from orchestrator.tracking.plot_style import COLOURS, GREY, LOSS, SCALE, WINNER_COLOUR, styled
 from orchestrator.tracking.summary import SummaryRow
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ Curves = Mapping[int, Sequence[Mapping[str, Any]]]
 
 MAX_COLOURED = len(COLOURS)
 SMOOTHING = 0.8  # weight of the past in the smoothed training loss
-WINNER_COLOUR = COLOURS[-1]
-MARKER_PX = (10.0, 30.0)
 
 
 def rank_by_bit_width(rows: Sequence[SummaryRow]) -> "Figure":
@@ -107,54 +105,6 @@ def learning_curves(rows: Sequence[SummaryRow], curves: Curves) -> "Figure":
     return styled(figure, height=440, legend_below=True)
 
 
-def quality_by_memory(rows: Sequence[SummaryRow]) -> "Figure":
-    """Held-out loss against memory; the line joins the trials that no other beats in both."""
-    import plotly.graph_objects as go
-
-    known = [row for row in rows if row["eval_loss"] is not None and row["model_memory_gib"] > 0]
-    figure = go.Figure()
-    front = _pareto_front(known)
-    if len(front) > 1:
-        figure.add_scatter(
-            x=[row["model_memory_gib"] for row in front],
-            y=[row["eval_loss"] for row in front],
-            mode="lines",
-            line={"color": GREY, "dash": "dot", "shape": "hv"},
-            name="best trade-offs",
-            hoverinfo="skip",
-        )
-    largest = max((row["adapter_mib"] for row in known), default=0.0) or 1.0
-    for place, width in enumerate(sorted({row["bit_width"] for row in known})):
-        some = [row for row in known if row["bit_width"] == width]
-        figure.add_scatter(
-            x=[row["model_memory_gib"] for row in some],
-            y=[row["eval_loss"] for row in some],
-            mode="markers",
-            name=f"{width}-bit",
-            marker={
-                "color": COLOURS[place % len(COLOURS)],
-                "size": [_marker_px(row["adapter_mib"] / largest) for row in some],
-                "line": {"width": 0},
-            },
-            customdata=[[row["name"], row["adapter_mib"]] for row in some],
-            hovertemplate="%{customdata[0]}<br>held-out loss %{y:.4f}<br>memory %{x:.3f} GiB"
-            "<br>adapter %{customdata[1]:.1f} MiB<extra></extra>",
-        )
-    for row in known:
-        if row["winner"]:
-            figure.add_scatter(
-                x=[row["model_memory_gib"]],
-                y=[row["eval_loss"]],
-                mode="markers",
-                marker={"symbol": "star", "size": 12, "color": WINNER_COLOUR},
-                name="winner",
-                hoverinfo="skip",
-            )
-    figure.update_xaxes(title="base, adapter and optimizer states (GiB)")
-    figure.update_yaxes(title=LOSS)
-    return styled(figure, legend_below=True)
-
-
 def _cell(
     rows: Sequence[SummaryRow], bit_width: int, rank: int
 ) -> tuple[float | None, SummaryRow | None]:
@@ -194,21 +144,3 @@ def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         weight = SMOOTHING * weight + (1 - SMOOTHING)
         smooth.append((step, mean / weight))
     return smooth
-
-
-def _pareto_front(rows: Sequence[SummaryRow]) -> list[SummaryRow]:
-    """By memory, each with less loss than all that need no more memory."""
-    front: list[SummaryRow] = []
-    least = math.inf
-    for row in sorted(rows, key=lambda row: (row["model_memory_gib"], row["eval_loss"] or 0.0)):
-        loss = row["eval_loss"]
-        if loss is not None and loss < least:
-            front.append(row)
-            least = loss
-    return front
-
-
-def _marker_px(fraction: float) -> float:
-    """Area goes with the adapter's size."""
-    low, high = MARKER_PX
-    return low + (high - low) * math.sqrt(fraction)

@@ -1,7 +1,32 @@
-"""Whether a new adapter becomes the champion: a pure function of two standings."""
+"""Whether a candidate becomes the champion: a pure function of two standings and the gate's rules.
+
+In: what is known of candidate and champion. Out: a Promotion, with its rule, its numbers and its
+reason in words. Imports no mlflow.
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from orchestrator.config import GateConfig
+from orchestrator.tracking.bootstrap import paired_interval
+from orchestrator.tracking.example_losses import ExampleLosses, Floats
+
+Rule = Literal[
+    "first",
+    "better",
+    "forced",
+    "not_compared",
+    "not_finite",
+    "constraint",
+    "not_below_base",
+    "not_comparable",
+    "too_few_pairs",
+    "not_better",
+    "worse",
+]
 
 
 @dataclass(frozen=True)
@@ -12,44 +37,172 @@ class Standing:
     eval_loss: float
     baseline_eval_loss: float
     """The untrained base's loss on the same examples. NaN where it is not known."""
-    held_out_digest: str
-    """Of the held-out examples as tokens; empty where it is not known."""
+    losses: ExampleLosses | None = None
+    adapter_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    why_no_losses: str = ""
+    """On the examples that it is to be compared on."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate's metric less the champion's: below zero the candidate is better."""
+
+    champion: int
+    metric: str
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    level: float
+    """Of the interval: more than `confidence` where the candidate was selected among trials."""
+    num_pairs: int
+    num_trials: int
+    """Of the candidate's sweep that it was selected from, with it."""
+    resamples: int
+    method: str
+    seed: int
+    margin: float
+    examples_digest: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.metric} differs by {self.difference:+.4f}, {self.confidence:.4g} interval "
+            f"[{self.low:+.4f}, {self.high:+.4f}] over {self.num_pairs} held-out examples"
+        )
 
 
 @dataclass(frozen=True)
 class Promotion:
     promote: bool
+    rule: Rule
     reason: str
+    comparison: Comparison | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Promotion":
+        numbers = record["comparison"]
+        return cls(**{**record, "comparison": Comparison(**numbers) if numbers else None})
 
 
-def decide_promotion(candidate: Standing, champion: Standing | None) -> Promotion:
-    """The candidate must beat the untrained base, and the champion where they can be compared."""
-    loss, baseline = candidate.eval_loss, candidate.baseline_eval_loss
-    if not math.isfinite(loss):
-        return Promotion(False, f"its held-out loss is {loss}")
-    if loss >= baseline:
-        return Promotion(
-            False, f"its held-out loss {loss:.4f} is not below the untrained base's {baseline:.4f}"
-        )
-    gain = f"held-out loss {loss:.4f} (untrained base {baseline:.4f})"
+def decide_promotion(candidate: Standing, champion: Standing | None, gate: GateConfig) -> Promotion:
+    """The candidate must keep the constraints, beat the untrained base, and beat the champion."""
+    if refused := _refused_alone(candidate, gate):
+        return refused
+    gain = _gain(candidate)
     if champion is None:
-        return Promotion(True, f"{gain}; it is the first champion")
+        return Promotion(True, "first", f"{gain}; it is the first champion")
     name = f"version {champion.version}"
-    if not math.isfinite(champion.eval_loss):
-        return Promotion(True, f"{gain}; {name} has no known loss to compare it with")
-    if champion.held_out_digest != candidate.held_out_digest:
+    if why_not := _why_not_comparable(candidate, champion):
+        if gate.other_examples == "promote":
+            words = f"not compared with {name}, as other_examples: promote has it: {why_not}"
+            return Promotion(True, "not_compared", f"{gain}; {words}")
         return Promotion(
-            True,
-            f"{gain}; {name} ({champion.eval_loss:.4f}) cannot be compared with it, for it was "
-            "measured on other held-out examples",
+            False,
+            "not_comparable",
+            f"it cannot be compared with {name}: {why_not}: evaluate both on the same examples, or "
+            f"`orchestrator registry promote --force`",
         )
-    if loss < champion.eval_loss:
+    comparison = compare(candidate, champion, gate)
+    if comparison.num_pairs < gate.min_pairs:
         return Promotion(
-            True,
-            f"{gain} is below {name}'s {champion.eval_loss:.4f} on the same held-out examples",
+            False,
+            "too_few_pairs",
+            f"{comparison.num_pairs} held-out examples are too few to compare it with {name}: at "
+            f"least {gate.min_pairs} are needed (registry.gate.min_pairs): hold out more",
+            comparison,
         )
+    if comparison.high < -gate.margin:
+        return Promotion(True, "better", f"better than {name}: {comparison}", comparison)
+    if comparison.low > 0:
+        return Promotion(False, "worse", f"worse than {name}: {comparison}", comparison)
+    goal = f"below {-gate.margin:.4g}" if gate.margin else "below zero"
     return Promotion(
         False,
-        f"its held-out loss {loss:.4f} is not below {name}'s {champion.eval_loss:.4f} on the same "
-        "held-out examples",
+        "not_better",
+        f"not surely better than {name}: {comparison}; it would have to lie {goal}",
+        comparison,
     )
+
+
+def compare(candidate: Standing, champion: Standing, gate: GateConfig) -> Comparison:
+    """Both must have losses on the same examples."""
+    ours, theirs = candidate.losses, champion.losses
+    assert ours is not None
+    assert theirs is not None
+    assert ours.digest == theirs.digest
+    columns = np.column_stack([ours.nll, ours.rivals]) - theirs.nll[:, None]
+    weights = ours.labels
+    if gate.metric == "example_loss":
+        columns, weights = _per_example(columns, ours.labels)
+    interval = paired_interval(
+        columns, weights, gate.confidence, gate.resamples, gate.method, gate.seed
+    )
+    return Comparison(
+        champion=champion.version,
+        metric=gate.metric,
+        difference=interval.difference,
+        low=interval.low,
+        high=interval.high,
+        confidence=gate.confidence,
+        level=interval.level,
+        num_pairs=ours.num_examples,
+        num_trials=columns.shape[1],
+        resamples=gate.resamples,
+        method=gate.method,
+        seed=gate.seed,
+        margin=gate.margin,
+        examples_digest=ours.digest,
+    )
+
+
+def _refused_alone(candidate: Standing, gate: GateConfig) -> Promotion | None:
+    loss, baseline = candidate.eval_loss, candidate.baseline_eval_loss
+    if not math.isfinite(loss):
+        return Promotion(False, "not_finite", f"its held-out loss is {loss}")
+    limits = {
+        "adapter_bytes": gate.max_adapter_bytes,
+        "peak_memory_bytes": gate.max_peak_memory_bytes,
+    }
+    for name, limit in limits.items():
+        value: int | None = getattr(candidate, name)
+        if limit is not None and (value is None or value > limit):
+            known = "are not known" if value is None else f"are {value:,}"
+            return Promotion(
+                False,
+                "constraint",
+                f"its {name} {known}, and registry.gate.max_{name} is {limit:,}",
+            )
+    if loss >= baseline:
+        return Promotion(
+            False,
+            "not_below_base",
+            f"its held-out loss {loss:.4f} is not below the untrained base's {baseline:.4f}",
+        )
+    return None
+
+
+def _gain(candidate: Standing) -> str:
+    baseline = candidate.baseline_eval_loss
+    known = f" (untrained base {baseline:.4f})" if math.isfinite(baseline) else ""
+    return f"held-out loss {candidate.eval_loss:.4f}{known}"
+
+
+def _why_not_comparable(candidate: Standing, champion: Standing) -> str:
+    for standing in (candidate, champion):
+        if standing.losses is None:
+            return standing.why_no_losses or f"version {standing.version} has no losses by example"
+    assert candidate.losses is not None
+    assert champion.losses is not None
+    if candidate.losses.digest != champion.losses.digest:
+        return champion.why_no_losses or "they were measured on other held-out examples"
+    return ""
+
+
+def _per_example(columns: Floats, labels: Floats) -> tuple[Floats, Floats]:
+    """Each example's own mean loss, all with the same weight."""
+    counts = np.maximum(labels, 1.0)
+    return columns / counts[:, None], np.ones_like(labels)

@@ -8,41 +8,39 @@ import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from orchestrator.files import write_text
 from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.figures import report_figures
 from orchestrator.tracking.page import card, facts, page, section, table
-from orchestrator.tracking.parallel_plot import parallel_fields
-from orchestrator.tracking.plots import (
-    learning_curves,
-    quality_by_memory,
-    rank_by_bit_width,
-)
 from orchestrator.tracking.summary import SummaryRow, summary_rows
+from orchestrator.tracking.timeline import PackTime, pack_times
 from orchestrator.tracking.translation import brief, perplexity
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 MAX_DECISIONS = 40
 
 
-def write_report(store: RunStore) -> Path:
+def write_report(store: RunStore, cost_per_hour: float | None = None) -> Path:
+    """`cost_per_hour`: of one worker, in any currency; None: resources.cost_per_hour."""
     path = store.folder / "report.html"
-    write_text(path, render_report(store))
+    write_text(path, render_report(store, cost_per_hour))
     return path
 
 
-def render_report(store: RunStore) -> str:
+def render_report(store: RunStore, cost_per_hour: float | None = None) -> str:
     rows = summary_rows(store)
     sweep = store.sweep
+    packs = pack_times(store.pack_events)
+    price = sweep.config.resources.cost_per_hour if cost_per_hour is None else cost_per_hour
     parts = [
         _headline(store, rows),
         section("Trials", _trials(rows)),
-        section("Plots", _plots(store, rows)) if rows else "",
+        section("Plots", _plots(store, rows, packs)) if rows else "",
+        section("Gate", _gate(store)),
+        section("Cost", _cost(rows, packs, price)),
         section("Decisions", _decisions(store.decisions)),
         section("Data", _data(store)),
         section("Base model", facts(store.read("base_model") or {})),
@@ -117,25 +115,53 @@ def _trials(rows: Sequence[SummaryRow]) -> str:
     return table(heads, lines, num_texts)
 
 
-def _plots(store: RunStore, rows: Sequence[SummaryRow]) -> str:
-    curves = {row["trial"]: store.points(row["trial"]) for row in rows}
-    figures: list[tuple[str, str, Figure | None]] = [
-        ("Held-out loss", "", rank_by_bit_width(rows)),
-        ("Quality against memory", "", quality_by_memory(rows)),
-        ("Learning curves", "wide", learning_curves(rows, curves)),
-        ("Searched fields", "wide", parallel_fields(rows)),
-    ]
+def _plots(store: RunStore, rows: Sequence[SummaryRow], packs: Sequence[PackTime]) -> str:
     parts: list[str] = []
-    for title, width, figure in figures:
-        if figure is None:
-            continue
-        html = figure.to_html(
+    for one in report_figures(store, rows, packs):
+        html = one.figure.to_html(
             full_html=False,
             include_plotlyjs=not parts,  # once, inside the page, so that it opens offline
             config={"displayModeBar": False, "responsive": True},
         )
-        parts.append(f'<div class="{width}"><h3>{title}</h3>{html}</div>')
+        width = "wide" if one.wide else ""
+        parts.append(f'<div class="{width}"><h3>{escape(one.title)}</h3>{html}</div>')
     return f'<div class="plots">{"".join(parts)}</div>'
+
+
+def _gate(store: RunStore) -> str:
+    """Why the winner became champion, or did not, with the numbers that decided it."""
+    registration = store.read("registration")
+    if registration is None:
+        return '<p class="soft">The winner is not registered.</p>'
+    verdict = "is the champion" if registration["champion"] else "is a candidate"
+    name = f"{registration['model_name']} version {registration['version']}"
+    numbers = {key: value for key, value in registration.get("gate", {}).items() if key != "reason"}
+    return (
+        f"<p><b>{escape(name)} {verdict}</b>: {escape(registration['reason'])}</p>{facts(numbers)}"
+    )
+
+
+def _cost(rows: Sequence[SummaryRow], packs: Sequence[PackTime], price: float | None) -> str:
+    """What each trial stands for of the workers' time, loading and idle slots shared out."""
+    names = {row["trial"]: row["name"] for row in rows}
+    hours: dict[int, float] = {}
+    for pack in packs:
+        for slot in pack.slots:
+            hours[slot.trial] = hours.get(slot.trial, 0.0) + pack.share_of(slot)
+    total = sum(pack.worker_hours for pack in packs)
+    entries = [(names.get(trial, str(trial)), hours[trial]) for trial in sorted(hours)]
+    unused = total - sum(hours.values())
+    entries += [("packs that trained nothing", unused)] if unused > 1e-6 else []
+    entries.append(("all", total))
+    lines = []
+    for name, value in entries:
+        cells = f'<td>{escape(name)}</td><td class="n">{value:.3f}</td>'
+        cells += f'<td class="n">{value * price:,.2f}</td>' if price is not None else ""
+        lines.append(f"<tr>{cells}</tr>")
+    heads = ["trial", "worker hours"]
+    if price is not None:
+        heads.append(f"cost at {price:g} an hour")
+    return table(heads, lines if packs else [], 1)
 
 
 def _decisions(decisions: Sequence[Mapping[str, Any]]) -> str:

@@ -4,10 +4,12 @@ In: a client and plain values. Out: experiment ids, runs. Raises what MLflow rai
 that into our errors with `mlflow_calls`. Imports mlflow inside functions only.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import TrackingError
+from orchestrator.tracking.provenance import DatasetRecord
 from orchestrator.tracking.stores import artifact_location, environment
 
 if TYPE_CHECKING:
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
 RUN_ID_TAG = "orchestrator.run_id"
 TRIAL_TAG = "orchestrator.trial"
+FOLDER_TAG = "orchestrator.run_folder"
 RUNS_PER_PAGE = 1000
+MAX_DIGEST_CHARS = 36  # of a dataset (MLflow 3.17, store/tracking/dbmodels/models.py)
 # The UI opens an experiment without this tag in its pages for chats and traces.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -42,12 +46,16 @@ def ensure_experiment(client: "MlflowClient", uri: str, name: str) -> str:
 
 
 def find_runs(client: "MlflowClient", experiment_id: str, run_id: str) -> Iterator["Run"]:
-    """All runs of a sweep, its own and its trials', the oldest first."""
+    """All runs of a sweep, its own and its trials', the first made first."""
+    yield from search_all(client, experiment_id, f"tags.`{RUN_ID_TAG}` = '{run_id}'")
+
+
+def search_all(client: "MlflowClient", experiment_id: str, rule: str) -> Iterator["Run"]:
     token: str | None = None
     while True:
         page = client.search_runs(
             [experiment_id],
-            f"tags.`{RUN_ID_TAG}` = '{run_id}'",
+            rule,
             max_results=RUNS_PER_PAGE,
             order_by=["attributes.start_time"],
             page_token=token,
@@ -76,6 +84,48 @@ def log(
         ],
         [Param(name, value) for name, value in (params or {}).items()],
         [RunTag(name, value) for name, value in (tags or {}).items()],
+    )
+
+
+def log_datasets(client: "MlflowClient", run_id: str, datasets: Sequence[DatasetRecord]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = [
+        DatasetInput(
+            Dataset(
+                data.name,
+                data.digest[:MAX_DIGEST_CHARS],
+                "local",
+                json.dumps({"uri": data.source}),
+                profile=json.dumps(data.profile),
+            ),
+            [InputTag("mlflow.data.context", data.context)],
+        )
+        for data in datasets
+    ]
+    if inputs:
+        client.log_inputs(run_id, inputs)
+
+
+def log_model_metrics(
+    client: "MlflowClient",
+    run_id: str,
+    model_id: str,
+    metrics: Iterable[tuple[float, int, Values]],
+    data: DatasetRecord | None,
+) -> None:
+    """Of the run and of its logged model; what the run has already stays as it is."""
+    from mlflow.entities import Metric
+
+    name_of_data = data.name if data is not None else None
+    digest = data.digest[:MAX_DIGEST_CHARS] if data is not None else None
+    client.log_batch(
+        run_id,
+        [
+            Metric(name, value, milliseconds(at), step, model_id, name_of_data, digest, run_id)
+            for at, step, values in metrics
+            for name, value in values.items()
+        ],
     )
 
 

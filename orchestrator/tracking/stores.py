@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from orchestrator.config import SweepConfig
-from orchestrator.errors import OrchestratorError, TrackingError
+from orchestrator.errors import OrchestratorError, TrackingError, TrackingUnreachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,6 +32,18 @@ PROBE_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PROBE_TIMEOUT_S),
 }
+# As a dead server, a dead database, and a proxy before a dead server say it.
+UNREACHABLE = (
+    r"[Tt]imed? ?out|refused|Max retries|resolve|Name or service|unreachable|aborted|reset by peer"
+    r"|closed the connection|Connection broken|error code 50[234]"
+)
+# While events are forwarded, who forwards tries again: MLflow's own tries would hold the end of a
+# sweep for minutes, and make a run twice when the answer to `create` is lost.
+FORWARDING_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 # What a failure's own words tell about its remedy; the first that fits.
 REMEDIES = (
     (r"\b401\b|[Uu]nauthenticated|[Uu]nauthori[sz]ed",
@@ -42,8 +54,7 @@ REMEDIES = (
      "another MLflow version made this database: use that version, or, if the database is the "
      "older one, back it up and run `mlflow db upgrade`"),
     (r"No module named|Can't load plugin", "install the database's Python driver"),
-    (r"[Tt]imed? ?out|refused|Max retries|resolve|Name or service|unreachable|aborted",
-     "start the server, or correct tracking.uri or MLFLOW_TRACKING_URI"),
+    (UNREACHABLE, "start the server, or correct tracking.uri or MLFLOW_TRACKING_URI"),
 )  # fmt: skip
 DEFAULT_REMEDY = "check tracking.uri or MLFLOW_TRACKING_URI"
 MAX_CAUSE_CHARS = 300
@@ -117,6 +128,8 @@ def mlflow_calls(uri: str, error: type[OrchestratorError] = TrackingError) -> It
     except _mlflow_failures() as failure:
         cause = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         remedy = next((text for rule, text in REMEDIES if re.search(rule, cause)), DEFAULT_REMEDY)
+        if error is TrackingError and re.search(UNREACHABLE, cause):
+            error = TrackingUnreachable
         raise error(
             f"MLflow at {without_password(uri)}: {cause[:MAX_CAUSE_CHARS]}: {remedy}"
         ) from failure

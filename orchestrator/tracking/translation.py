@@ -10,6 +10,9 @@ from typing import Any
 from orchestrator.config import TrialConfig
 from orchestrator.records import TrialResult, TrialSpec
 
+Point = tuple[float, int, dict[str, float]]
+"""Unix seconds, step, values."""
+
 GIB = 1 << 30
 MIB = 1 << 20
 MAX_PARAM_CHARS = 6000  # MLflow 3.17, utils/validation.py; a longer one refuses the whole batch
@@ -27,6 +30,9 @@ ONLY_FOR_ZERO = ("strategy.stage", "strategy.offload_optimizer", "strategy.offlo
 TITLES = {"bit_width": "{}-bit", "rank": "rank {}", "learning_rate": "lr {}", "alpha": "alpha {}"}
 TITLES_FIRST = ("quant.bit_width", "adapter.rank")
 
+PLACE = ("pack", "slot", "node")
+LOSSES = ("train_loss", "eval_loss")
+BY_TOKENS = "by_tokens/"  # MLflow shows what stands before a slash as a section of its own
 PROGRESS_METRICS = ("train_loss", "learning_rate", "grad_norm", "tokens_per_s", "tokens")
 
 
@@ -79,21 +85,33 @@ def cut(params: Mapping[str, Any], limit: int = MAX_PARAM_CHARS) -> dict[str, st
     return {name: shown(value)[:limit] for name, value in params.items()}
 
 
-def curve_rows(rows: list[dict[str, Any]], result: TrialResult | None) -> list[dict[str, Any]]:
-    """The curve with the final evaluation as its last point, even if it was not reported."""
-    if result is None or result.eval_loss is None:
-        return rows
-    if any(row["kind"] == "evaluated" and row["step"] == result.steps for row in rows):
-        return rows
-    last = {"kind": "evaluated", "step": result.steps, "time": result.time}
-    return [*rows, last | {"eval_loss": result.eval_loss, "attempt": result.attempt}]
+def final_evaluation(result: TrialResult) -> dict[str, Any] | None:
+    """The last point of a finished trial's curve; None where it has no loss."""
+    if result.eval_loss is None:
+        return None
+    return {
+        "kind": "evaluated",
+        "step": result.steps,
+        "time": result.time,
+        "tokens": result.tokens,
+        "eval_loss": result.eval_loss,
+        "attempt": result.attempt,
+    }
 
 
-def point_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+def point_metrics(row: Mapping[str, Any]) -> list[Point]:
+    """By step, and its losses once more by tokens: batch sizes of trials may differ."""
     if row["kind"] == "evaluated":
         loss = float(row["eval_loss"])
-        return finite_or_nan({"eval_loss": loss, "perplexity": perplexity(loss)})
-    return finite_or_nan({name: row[name] for name in PROGRESS_METRICS})
+        by_step = {"eval_loss": loss, "perplexity": perplexity(loss)}
+    else:
+        by_step = {name: row[name] for name in PROGRESS_METRICS}
+    by_tokens = {BY_TOKENS + name: value for name, value in by_step.items() if name in LOSSES}
+    at = row["time"]
+    return [
+        (at, row["step"], finite_or_nan(by_step)),
+        (at, row["tokens"], finite_or_nan(by_tokens)),
+    ]
 
 
 def result_metrics(result: TrialResult) -> dict[str, float]:
@@ -138,20 +156,23 @@ def trial_state(rows: list[dict[str, Any]], result: TrialResult | None) -> str:
     return "running" if rows else "waiting"
 
 
-def state_tags(
-    trial: TrialSpec, rows: list[dict[str, Any]], result: TrialResult | None
-) -> dict[str, str]:
-    """Tags of a trial's run that may change while it trains."""
-    attempt = result.attempt if result else max((row["attempt"] for row in rows), default=0)
+def state_tags(trial: TrialSpec, attempt: int, result: TrialResult | None) -> dict[str, str]:
+    """Tags of a trial's run that may change while it trains. `attempt`: of its latest point."""
+    state = result.state if result is not None else ("running" if attempt else "waiting")
     tags = {
-        "orchestrator.state": trial_state(rows, result),
-        "orchestrator.attempt": str(attempt),
+        "orchestrator.state": state,
+        "orchestrator.attempt": str(result.attempt if result is not None else attempt),
         "mlflow.runName": trial_name(trial.number, trial.params),
     }
     if result is not None and result.state == "failed":
         tags["orchestrator.reason"] = result.reason
         tags["orchestrator.message"] = result.message[:MAX_TAG_CHARS]
     return tags
+
+
+def place_tags(place: Mapping[str, Any]) -> dict[str, str]:
+    """Where a trial was opened last, by its row of packs.jsonl."""
+    return {f"orchestrator.{name}": str(place[name]) for name in PLACE if name in place}
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

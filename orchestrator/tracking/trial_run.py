@@ -1,19 +1,27 @@
 """One trial's run in MLflow, and what of the trial it holds already.
 
-In: the trial's records. Out: calls that bring its run up to date, each sent once. A run that an
-earlier process began is asked what it holds, so no note of ours can disagree with MLflow.
+In: the trial's records. Out: calls that bring its run up to date, each point sent once. A run that
+an earlier process or call began is asked what it holds, so no note of ours can disagree with
+MLflow. A call whose answer is lost may be repeated: a SQL store drops points that it has (same key,
+time, step and value; MLflow 3.17, store/tracking/sqlalchemy_store.py).
 """
 
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.records import TrialResult, TrialSpec
-from orchestrator.sweep.run_store import RunStore, SweepRecord
-from orchestrator.tracking.runs import TRIAL_TAG, end, log, milliseconds, own_tags
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.runs import (
+    TRIAL_TAG,
+    end,
+    log,
+    milliseconds,
+    own_tags,
+)
+from orchestrator.tracking.tail import JsonLinesTail, first_record
 from orchestrator.tracking.translation import (
-    curve_rows,
+    final_evaluation,
+    place_tags,
     point_metrics,
     result_metrics,
     state_tags,
@@ -25,21 +33,33 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-ROWS_PER_BATCH = 200  # of at most 5 metrics: log_batch takes 1000 (MLflow 3.17)
+MAX_ENTITIES = 1000  # metrics, params and tags of one log_batch call together (MLflow 3.17)
 STATUS = {"waiting": "SCHEDULED", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}
 METRIC_OF_KIND = {"progress": "train_loss", "evaluated": "eval_loss"}
 
+Row = Mapping[str, Any]
+Key = tuple[str, int]
+"""(kind, step) of a point."""
+
 
 class TrialRun:
-    def __init__(self, client: "MlflowClient", run_id: str) -> None:
-        self._client = client
+    def __init__(
+        self, client: "MlflowClient", run_id: str, store: RunStore, trial: TrialSpec
+    ) -> None:
         self.run_id = run_id
         self.over = False
-        self._sent: set[tuple[str, int]] = set()
-        """(kind, step) of the points that MLflow holds."""
+        self._client = client
+        self._store = store
+        self._trial = trial
+        self._tail = JsonLinesTail(store.trial_dir(trial.number) / "progress.jsonl")
+        self._unsent: dict[Key, Row] = {}
+        self._sent: set[Key] = set()
+        """Points that MLflow holds."""
+        self._attempt = 0
         self._tags: dict[str, str] = {}
-        self._read_bytes = -1
-        """Size of progress.jsonl when it was last read."""
+        self._params: dict[str, str] = {}
+        """Still to be sent."""
+        self._status = "RUNNING"
 
     @classmethod
     def create(
@@ -47,25 +67,40 @@ class TrialRun:
         client: "MlflowClient",
         experiment_id: str,
         parent_id: str,
-        sweep: SweepRecord,
+        store: RunStore,
         trial: TrialSpec,
-        began: float | None,
+        tags: Mapping[str, str],
+        compute_dtype: str,
     ) -> "TrialRun":
+        first = first_record(store.trial_dir(trial.number) / "progress.jsonl")
         run = client.create_run(
             experiment_id,
-            start_time=milliseconds(began if began is not None else time.time()),
+            start_time=milliseconds(first["time"]) if first else None,
             run_name=trial_name(trial.number, trial.params),
-            tags=own_tags(sweep.run_id)
-            | {"mlflow.parentRunId": parent_id, TRIAL_TAG: str(trial.number)},
+            tags=own_tags(store.sweep.run_id)
+            | {"mlflow.parentRunId": parent_id, TRIAL_TAG: str(trial.number)}
+            | dict(tags),
         )
-        return cls(client, run.info.run_id)
+        self = cls(client, run.info.run_id, store, trial)
+        self._params = trial_params(trial.config, compute_dtype)
+        return self
 
     @classmethod
-    def found(cls, client: "MlflowClient", run: "Run") -> "TrialRun":
-        """A run that another process began."""
-        self = cls(client, run.info.run_id)
+    def found(
+        cls,
+        client: "MlflowClient",
+        run: "Run",
+        store: RunStore,
+        trial: TrialSpec,
+        compute_dtype: str,
+    ) -> "TrialRun":
+        """A run that was begun before."""
+        self = cls(client, run.info.run_id, store, trial)
         self.over = run.info.status in ("FINISHED", "FAILED")
+        self._status = run.info.status
         if not self.over:
+            params = trial_params(trial.config, compute_dtype)
+            self._params = {} if run.data.params else params
             self._sent = {
                 (kind, point.step)
                 for kind, metric in METRIC_OF_KIND.items()
@@ -73,53 +108,75 @@ class TrialRun:
             }
         return self
 
-    def send(
-        self, store: RunStore, sweep: SweepRecord, trial: TrialSpec, result: TrialResult | None
-    ) -> None:
-        """Bring the run up to date; its end is written last, when all else is there."""
+    def send(self, place: Row) -> None:
+        """Bring the run up to date; its end is written last, when all else is there.
+
+        `place`: where the trial was opened last: pack, slot, node. Empty where it never was.
+        """
         if self.over:
             return
-        size = _file_bytes(store.trial_dir(trial.number) / "progress.jsonl")
-        if result is None and size == self._read_bytes:
+        result = self._store.result(self._trial.number)
+        if result is None and self._tags and not (self._tail.has_news or self._unsent):
             return
-        points = store.points(trial.number)
-        self._send_state(trial, sweep, state_tags(trial, points, result))
-        self._send_curve(curve_rows(points, result))
-        if result is not None:
-            self._end(result)
-        self._read_bytes = size
+        for row in self._tail.read():
+            self._attempt = max(self._attempt, row["attempt"])
+            self._add(row)
+        if result is not None and (row := final_evaluation(result)) is not None:
+            self._unsent.setdefault(("evaluated", row["step"]), row)
+            self._add(self._unsent["evaluated", row["step"]])
+        tags = state_tags(self._trial, self._attempt, result) | place_tags(place)
+        self._send_curve(tags if tags != self._tags else {}, result)
+        self._tags = tags
+        self._set_status(result)
 
     def kill(self) -> None:
         """Close a run that is not over; the next `send` opens it again."""
         if not self.over:
             end(self._client, self.run_id, "KILLED")
+            self._status = "KILLED"
             self._tags = {}
-            self._read_bytes = -1
 
-    def _send_state(self, trial: TrialSpec, sweep: SweepRecord, tags: dict[str, str]) -> None:
-        if tags == self._tags:
-            return
-        params = {} if self._tags else trial_params(trial.config, sweep.compute_dtype)
-        log(self._client, self.run_id, params=params, tags=tags)
-        state = tags["orchestrator.state"]
-        if state != self._tags.get("orchestrator.state") and state in ("waiting", "running"):
-            self._client.update_run(self.run_id, STATUS[state])
-        self._tags = tags
+    def _add(self, row: Row) -> None:
+        key = (row["kind"], row["step"])
+        if key in self._sent:
+            self._unsent.pop(key, None)
+        else:
+            self._unsent[key] = row
 
-    def _send_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        unsent = [row for row in rows if (row["kind"], row["step"]) not in self._sent]
-        for start in range(0, len(unsent), ROWS_PER_BATCH):
-            batch = unsent[start : start + ROWS_PER_BATCH]
-            points = [(row["time"], row["step"], point_metrics(row)) for row in batch]
-            log(self._client, self.run_id, metrics=points)
-            self._sent |= {(row["kind"], row["step"]) for row in batch}
+    def _send_curve(self, tags: Mapping[str, str], result: TrialResult | None) -> None:
+        """In as few calls as MLflow's limit allows; the first carries params, tags and the final
+        metrics too."""
+        rows = sorted(self._unsent.values(), key=lambda row: (row["step"], row["kind"]))
+        final = [(result.time, result.steps, result_metrics(result))] if result is not None else []
+        room = MAX_ENTITIES - len(self._params) - len(tags) - sum(len(one[2]) for one in final)
+        for batch in _batches(rows, room):
+            points = [*final, *(point for row in batch for point in point_metrics(row))]
+            if not (points or tags or self._params):
+                return
+            log(self._client, self.run_id, self._params, points, tags)
+            self._params, tags, final = {}, {}, []
+            for row in batch:
+                del self._unsent[row["kind"], row["step"]]
+                self._sent.add((row["kind"], row["step"]))
 
-    def _end(self, result: TrialResult) -> None:
-        final = (result.time, result.steps, result_metrics(result))
-        log(self._client, self.run_id, metrics=[final])
-        end(self._client, self.run_id, STATUS[result.state], result.time)
-        self.over = True
+    def _set_status(self, result: TrialResult | None) -> None:
+        status = STATUS[self._tags["orchestrator.state"]]
+        if result is not None:
+            end(self._client, self.run_id, status, result.time)
+            self.over = True
+        elif status != self._status:
+            self._client.update_run(self.run_id, status)
+        self._status = status
 
 
-def _file_bytes(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _batches(rows: Sequence[Row], room: int) -> Iterator[list[Row]]:
+    """Rows whose metrics fit one call; `room` for the first. At least one batch, maybe empty."""
+    batch: list[Row] = []
+    for row in rows:
+        size = sum(len(values) for _, _, values in point_metrics(row))
+        if size > room:
+            yield batch
+            batch, room = [], MAX_ENTITIES
+        batch.append(row)
+        room -= size
+    yield batch

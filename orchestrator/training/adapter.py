@@ -1,7 +1,7 @@
 """An adapter on disk in PEFT's own format, loadable by plain PEFT, with what it was trained on.
 
 In: the tensors of one slot. Out: a folder with adapter_config.json, adapter_model.safetensors and
-orchestrator.json (base model, quantisation, template).
+orchestrator.json (base model, quantisation, template, digests of the other files).
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from orchestrator.files import file_digest, whole_folder, write_file, write_json
 from orchestrator.records import BaseModel
 from orchestrator.training.quiet import quiet_libraries
 
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -51,6 +52,7 @@ def save_adapter(
             temporary / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"})
         )
         config.save_pretrained(str(temporary))
+        digests = {name: file_digest(temporary / name) for name in (CONFIG, WEIGHTS)}
         write_json(
             temporary / "orchestrator.json",
             {
@@ -61,6 +63,7 @@ def save_adapter(
                     "digest": base.digest,
                     "trust_remote_code": base.trust_remote_code,
                 },
+                "files": digests,
                 "quant": trial.quant.model_dump(mode="json"),
                 **facts,
             },

@@ -34,6 +34,7 @@ class Evaluation:
     def to_json(self, reader: BlockReader) -> dict[str, Any]:
         return {
             "manifest": reader.manifest.digest,
+            "examples_digest": reader.examples_digest,
             "eval_loss": self.loss,
             "examples": list(reader.document_keys),
             "nll": [round(float(value), 6) for value in self.example_nll],

@@ -24,6 +24,7 @@ from orchestrator.files import (
     record_digest,
     whole_folder,
     write_json,
+    write_text,
 )
 from orchestrator.records import BaseModel
 from orchestrator.training.quiet import quiet_libraries
@@ -47,7 +48,7 @@ GGUF_ERRORS = (
 # A conversion takes minutes; one on another machine that shares the cache has no process here.
 STALE_AFTER_S = 3600
 TOKENIZER_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+HUB_FILES = (*TOKENIZER_PATTERNS, "*.safetensors", "*.py", "README.md", "LICENSE*")
 
 
 def find_source(config: BaseModelConfig) -> Path | None:
@@ -162,6 +163,8 @@ def _converted(gguf: Path) -> Path:
         with whole_folder(folder) as temporary, quiet_libraries():
             for part in _read_gguf(gguf):
                 part.save_pretrained(temporary)
+            if name := _gguf_license(gguf):
+                write_text(temporary / "README.md", f"---\nlicense: {name}\n---\n")
     return folder
 
 
@@ -185,6 +188,13 @@ def _read_gguf(gguf: Path) -> tuple[Any, Any]:
             "file again, or name a model folder if transformers does not know this kind of GGUF"
         ) from error
     return model, tokenizer
+
+
+def _gguf_license(gguf: Path) -> str:
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("general.license")
+    return str(field.contents()) if field is not None else ""
 
 
 def _remove_stale(cache: Path) -> None:

@@ -6,6 +6,7 @@ back with the controller's directives. Knows nothing of Ray.
 """
 
 import math
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,7 +160,9 @@ class PackWorker:
         self._meters[number] = _Meter(slot.tokens)
         self._check_resumed(slot)
         trial, attempt = slot.task.trial, slot.task.attempt
-        opened = TrialOpened(trial, attempt, slot.step, tuple(slot.refused_checkpoints), slot.note)
+        refused = tuple(slot.refused_checkpoints)
+        node = platform.node()
+        opened = TrialOpened(trial, attempt, slot.step, refused, slot.note, number, node)
         if slot.step:
             return [opened]
         # An adapter that was not trained yet changes nothing: its loss is the base's.

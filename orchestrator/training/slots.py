@@ -10,7 +10,7 @@ Shapes: K slots, R largest rank, L values in a row, in/out features.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,23 @@ class Slots:
                     memory_format=torch.contiguous_format
                 )
         return tensors
+
+    def load(self, slot: int, tensors: Mapping[str, Tensor], rank: int) -> None:
+        """Take an adapter's weights under PEFT's names: the way back from `adapter_tensors`.
+
+        Raises:
+            KeyError, ValueError: the adapter has not just the weights of these layers.
+        """
+        self.clear(slot)
+        for layer in self.layers:
+            prefix = f"base_model.model.{layer.name}"
+            A, B = (tensors[f"{prefix}.lora_{name}.weight"].T for name in ("A", "B"))
+            if A.shape != (layer.in_features, rank) or B.shape != (rank, layer.out_features):
+                raise ValueError(f"{layer.name}: an adapter of another shape: {A.shape}, {B.shape}")
+            self._A(slot, layer)[:, :rank] = A.to(self.rows)
+            self._B(slot, layer)[:rank] = B.to(self.rows)
+        if len(tensors) != 2 * len(self.layers):
+            raise ValueError("the adapter has weights of layers that the base model does not have")
 
     def layout_key(self) -> str:
         """Equal for two packs whose rows can be exchanged."""

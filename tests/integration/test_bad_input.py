@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -64,17 +63,12 @@ def test_a_model_folder_without_a_tokenizer_is_named(
     assert "no tokenizer" in refused(orchestrator, tmp_path, "train", str(config))
 
 
-@pytest.mark.parametrize(
-    "uri", ["http://127.0.0.1:{port}", "sqlite:////proc/nowhere/mlflow.db", "ftp://somewhere"]
-)
+@pytest.mark.parametrize("uri", ["sqlite:////proc/nowhere/mlflow.db", "ftp://somewhere"])
 def test_a_tracking_server_that_cannot_be_used_is_named_before_anything_starts(
     orchestrator: Command, tmp_path: Path, tiny_base: Path, uri: str
 ) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        uri = uri.format(port=unused.getsockname()[1])
-        config = write_config(tmp_path, tiny_base, tracking__uri=uri)
-        message = refused(orchestrator, tmp_path, "sweep", str(config), code=1)
+    config = write_config(tmp_path, tiny_base, tracking__uri=uri)
+    message = refused(orchestrator, tmp_path, "sweep", str(config), code=1)
     assert uri.split("://")[0] in message
 
 

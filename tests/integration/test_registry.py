@@ -14,8 +14,9 @@ from orchestrator.files import file_digest
 from orchestrator.records import BaseModel
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.adapter_model import generate, load
-from orchestrator.tracking.model_files import download_adapter
-from orchestrator.tracking.registry import Registration, Registry, _entry
+from orchestrator.tracking.entry import find_license, read_entry
+from orchestrator.tracking.model_files import download_adapter, read_evaluation
+from orchestrator.tracking.registry import Registration, Registry
 from tests import runs as samples
 from tests.integration.mlflow_runs import MakeRun, aliases, connected
 
@@ -44,7 +45,7 @@ def test_a_crash_between_version_and_alias_is_made_good(
     store = make_run()
     view = connected(store, uri)
     view.sync()
-    made = Registry(uri).ensure_version(_entry(store), view)  # and the process dies here
+    made = Registry(uri).ensure_version(read_entry(store), view)  # and the process dies here
     assert made.aliases == []
     registration = Registry(uri).register_winner(store, view)
     (version,) = client.search_model_versions(f"name = '{registration.model_name}'")
@@ -68,7 +69,7 @@ def test_the_gate_keeps_a_better_champion(
     worse = register(make_run(gain=0.8), uri)
     better = register(make_run(gain=1.4), uri)
     assert (good.champion, worse.champion, better.champion) == (True, False, True)
-    assert "is not below version 1's" in worse.reason
+    assert "worse than version 1: token_loss differs by +" in worse.reason
     assert aliases(client, good.model_name) == {"candidate": 3, "champion": 3}
 
 
@@ -92,7 +93,7 @@ def test_registering_leaves_mlflows_global_state_alone(
 
 def test_a_damaged_adapter_is_not_registered(make_run: MakeRun, uri: str) -> None:
     store = make_run()
-    entry = _entry(store)
+    entry = read_entry(store)
     (entry.folder / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(RegistryError, match="is damaged"):
         register(store, uri)
@@ -150,17 +151,17 @@ def test_a_registered_adapter_generates_what_peft_generates(
 ) -> None:
     base = samples.make_base_model(tmp_path / "base")
     store = make_run(params=({"quant.bit_width": bit_width},), base=base)
-    entry = _entry(store)
+    entry = read_entry(store)
     samples.make_peft_adapter(entry.folder, base)
-    record = json.loads((entry.folder / "orchestrator.json").read_text())
-    (entry.folder / "orchestrator.json").write_text(json.dumps(record | {"template": template}))
+    samples.write_adapter_record(entry.folder, entry.trial, base, template)
     digest = file_digest(entry.folder / "adapter_model.safetensors")
     (store.trial_dir(0) / "result.json").unlink()
     store.finish_trial(replace(entry.result, adapter_digest=digest))
     name = register(store, uri).model_name
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    model = mlflow.pyfunc.load_model(f"models:/{name}@champion")
+    model_uri = f"models:/{name}@champion"
+    model = mlflow.pyfunc.load_model(model_uri)
     prompts = ["What is a list?", "abc"]
     params = {"max_new_tokens": 12}
     texts = model.predict(prompts, params=params)
@@ -169,8 +170,64 @@ def test_a_registered_adapter_generates_what_peft_generates(
     assert texts == samples.generate_with_peft(entry.folder, base, bit_width, template, prompts, 12)
     assert len(set(texts)) == 2
 
+    version = MlflowClient(uri, uri).get_model_version_by_alias(name, "champion")
+    location = MlflowClient(uri, uri).get_model_version_download_uri(name, version.version)
+    files = Path(location.removeprefix("file://"))
+    (weights,) = files.rglob("adapter_model.safetensors")
+    assert not [path for path in files.rglob("*") if path.suffix in (".pkl", ".bin", ".pt")]
+    assert sum(path.stat().st_size for path in files.rglob("*")) < 200_000, "no base weights"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="is damaged: its digest"):
+        mlflow.pyfunc.load_model(model_uri)
+
+
+def test_a_version_carries_what_it_was_made_of(
+    make_run: MakeRun, uri: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    base = BaseModel("org/x", "main", str(tmp_path), "d" * 64)
+    (tmp_path / "README.md").write_text("---\nlicense: llama3\nlanguage: en\n---\n# A model\n")
+    store = make_run(base=base)
+    name = register(store, uri).model_name
+    version = client.get_model_version(name, "1")
+    expected = {
+        "base_model": "org/x",
+        "base_revision": "main",
+        "base_digest": "d" * 64,
+        "base_license": "llama3",
+        "train_digest": "t" * 64,
+        "held_out_digest": "h" * 64,
+        "gate.rule": "first",
+    }
+    assert {tag: version.tags[tag] for tag in expected} == expected
+    assert json.loads(version.tags["quant"])["bit_width"] == 16
+    assert "licence: llama3" in version.description
+    location = client.get_model_version_download_uri(name, "1").removeprefix("file://")
+    model = mlflow.models.Model.load(location)
+    assert model.signature is not None
+    assert model.saved_input_example_info is not None
+    evaluation = read_evaluation(uri, version)
+    assert len(evaluation["nll"]) == 40
+    assert sorted(evaluation["rivals"]) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "license_name"),
+    [
+        ("README.md", "---\nlicense: other\nlicense_name: gemma\n---\n", "gemma"),
+        ("README.md", "# no facts\n", ""),
+        ("README.md", "---\n: [\n---\n", ""),
+        ("LICENSE", "\n  Apache License\nVersion 2.0\n", "Apache License"),
+        ("NOTICE", "x", ""),
+    ],
+)
+def test_the_bases_licence_is_found_where_it_stands(
+    tmp_path: Path, name: str, text: str, license_name: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert find_license(tmp_path) == license_name
+
 
 def test_a_missing_base_model_is_named(tmp_path: Path) -> None:
     store = samples.make_run(tmp_path / "run", base=BaseModel("org/x", None, "/nowhere", "d" * 64))
     with pytest.raises(FileNotFoundError, match="/nowhere .* ORCHESTRATOR_BASE_MODEL"):
-        load(_entry(store).folder)
+        load(read_entry(store).folder)

@@ -3,9 +3,7 @@
 import logging
 import math
 import shutil
-import socket
 import sqlite3
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,16 +11,18 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from orchestrator.errors import TrackingError
-from orchestrator.files import file_digest
+from orchestrator.errors import TrackingError, TrackingUnreachable
 from orchestrator.records import Evaluated, Progress
+from orchestrator.sweep.machine_use import recorded_use
+from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.follower import TrackingFollower
 from orchestrator.tracking.mlflow_view import MlflowView
-from orchestrator.tracking.model_files import download_adapter
 from orchestrator.tracking.registry import Registry
-from orchestrator.tracking.stores import check_reachable, default_store, ui_command
+from orchestrator.tracking.stores import check_reachable, default_store
+from orchestrator.tracking.system_run import PROBE
 from tests import runs as samples
 from tests.integration.mlflow_runs import MakeRun, connected
+from tests.integration.servers import free_port
 
 FAST_S = 15  # generous for a busy machine; MLflow's own retries take minutes
 
@@ -52,13 +52,29 @@ def test_a_finished_sweep_is_shown_whole(make_run: MakeRun, uri: str, client: Ml
     assert parent.data.metrics["best_eval_loss"] == pytest.approx(store.read("winner")["eval_loss"])
     assert "Winner: trial 003 · 16-bit · rank 16" in parent.data.tags["mlflow.note.content"]
     names = {file.path for file in client.list_artifacts(view.run_id)}
-    assert names == {"config.yaml", "plan.json", "decisions.jsonl", "report.html"}
+    assert names == {
+        "config.yaml",
+        "plan.json",
+        "decisions.jsonl",
+        "environment.json",
+        "packs.jsonl",
+        "report.html",
+    }
 
     trials = trial_runs(client, view)
     assert {n: run.info.status for n, run in trials.items()} == {
         0: "FINISHED", 1: "FINISHED", 2: "FAILED", 3: "FINISHED",
     }  # fmt: skip
     assert trials[3].info.run_name == "trial 003 · 16-bit · rank 16"
+    tags = trials[3].data.tags
+    assert tags["orchestrator.base_digest"] == samples.BASE.digest
+    assert tags["orchestrator.train_digest"] == "t" * 64
+    assert tags["mlflow.source.git.commit"] == "c" * 40
+    assert (tags["orchestrator.pack"], tags["orchestrator.slot"]) == ("1", "1")
+    assert tags["orchestrator.node"] == "node-b"
+    assert len({run.data.tags["orchestrator.trial_key"] for run in trials.values()}) == 4
+    contexts = {one.tags[0].value: one.dataset.digest for one in trials[3].inputs.dataset_inputs}
+    assert contexts == {"training": "t" * 36, "evaluation": "h" * 36}
     assert trials[3].data.params["rank"] == "16"
     assert trials[3].data.params["bit_width"] == "16"
     assert "quant_type" not in trials[3].data.params
@@ -70,6 +86,8 @@ def test_a_finished_sweep_is_shown_whole(make_run: MakeRun, uri: str, client: Ml
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
     assert metrics["eval_loss_gain"] == pytest.approx(samples.BASELINE - metrics["eval_loss"])
     assert metrics["train_s"] == 61.5
+    by_tokens = client.get_metric_history(trials[3].info.run_id, "by_tokens/eval_loss")
+    assert [point.step for point in by_tokens] == [10_000, 20_000, 30_000, 40_000]
 
 
 def test_points_keep_their_own_times_and_steps(
@@ -215,13 +233,16 @@ def test_the_follower_warns_once_and_its_end_raises(
     make_run: MakeRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(MlflowView):
+        def connect(self) -> None:
+            raise TrackingUnreachable("no server")
+
         def sync(self) -> None:
             raise TrackingError("no route")
 
     # Libraries that ran before in this process may have turned the root logger down.
     caplog.set_level(logging.WARNING, "orchestrator.tracking.follower")
     caplog.set_level(logging.WARNING)
-    follower = TrackingFollower(Broken(make_run(), f"http://127.0.0.1:{_free_port()}"), 0.01)
+    follower = TrackingFollower(Broken(make_run(), f"http://127.0.0.1:{free_port()}"), 0.01)
     follower.start()
     deadline = time.monotonic() + FAST_S
     while "no route" not in caplog.text and time.monotonic() < deadline:
@@ -235,7 +256,7 @@ def test_the_follower_warns_once_and_its_end_raises(
 def test_unusable_addresses_are_refused_quickly(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder, and no database")
     cases = {
-        f"http://127.0.0.1:{_free_port()}": "start the server",
+        f"http://127.0.0.1:{free_port()}": "start the server",
         f"sqlite:///{tmp_path}/file/mlflow.db": "folder that can be written",
         f"sqlite:///{tmp_path}/file": "not a database",
         "sqlite://": "malformed",
@@ -267,43 +288,55 @@ def test_checking_a_new_database_makes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow  # the server takes 11 s to start
-def test_a_server_gets_the_same_as_a_local_store(
-    make_run: MakeRun, uri: str, tmp_path: Path
+def test_system_metrics_are_shown_by_node_and_once(
+    make_run: MakeRun, uri: str, client: MlflowClient
 ) -> None:
-    port = _free_port()
-    server = subprocess.Popen(
-        ui_command(uri, port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        _wait_for(address)
-        store = make_run(failed=(2,))
-        view = connected(store, address)
+    store = make_run()
+    with recorded_use(
+        store.folder, lambda: {"node-a": {PROBE: 12.5, "gpu_0_power_usage_watts": 9}}
+    ):
+        time.sleep(0.1)
+    connected(store, uri).sync()
+    view = connected(store, uri)
+    view.sync()
+    (point,) = client.get_metric_history(view.run_id, "system/node-a/cpu_utilization_percentage")
+    assert (point.step, point.value) == (0, 12.5)
+
+
+def test_the_winners_model_carries_its_metrics(
+    make_run: MakeRun, uri: str, client: MlflowClient
+) -> None:
+    store = make_run()
+    view = connected(store, uri)
+    view.sync()
+    Registry(uri).register_winner(store, view)
+    view.finish("FINISHED")
+    (model,) = client.search_logged_models([view.experiment_id])
+    metrics = {metric.key: metric for metric in model.metrics or ()}
+    assert metrics["eval_loss"].value == pytest.approx(store.read("winner")["eval_loss"])
+    assert metrics["eval_loss"].dataset_digest == "h" * 36
+    assert metrics["adapter_mib"].run_id == view.trial_run_id(3)
+    history = client.get_metric_history(view.trial_run_id(3), "eval_loss")
+    assert len(history) == len({point.step for point in history}) == 4
+
+
+def test_runs_of_a_dead_sweep_are_closed_and_those_of_a_living_one_are_not(
+    make_run: MakeRun, uri: str, client: MlflowClient
+) -> None:
+    dead, living, new = (make_run(unfinished=(1,), winner=False) for _ in range(3))
+    views = {store.folder: connected(store, uri) for store in (dead, living, new)}
+    for view in views.values():
         view.sync()
-        registration = Registry(address).register_winner(store, view)
-        view.finish("FINISHED")
-        assert MlflowClient(tracking_uri=address).get_run(view.run_id).info.status == "FINISHED"
-        model_uri = f"models:/{registration.model_name}@champion"
-        folder = download_adapter(address, model_uri, tmp_path / "adapter")
-        assert file_digest(folder / "adapter_model.safetensors") == registration.adapter_digest
-    finally:
-        server.terminate()
-        server.wait()
+    with living.locked():
+        assert views[new.folder].close_orphans() == [dead.sweep.run_id]
 
+    def status(store: RunStore) -> tuple[str, str]:
+        view = views[store.folder]
+        runs = (view.run_id, view.trial_run_id(1))
+        parent, trial = (client.get_run(run_id).info.status for run_id in runs)
+        return parent, trial
 
-def _wait_for(address: str) -> None:
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            return check_reachable(address)
-        except TrackingError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.5)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    assert status(dead) == ("KILLED", "KILLED")
+    assert status(living) == status(new) == ("RUNNING", "RUNNING")
+    connected(dead, uri).sync()  # a resume
+    assert status(dead) == ("RUNNING", "RUNNING")

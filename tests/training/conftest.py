@@ -12,6 +12,7 @@ import pytest
 from orchestrator.config import EvaluationConfig, QuantConfig, TrialConfig
 from orchestrator.data.prepare import prepare
 from orchestrator.records import BaseModel, PackSpec
+from orchestrator.tracking.adapter_model import base_digest
 from tests.sweeps import sweep_config, with_changes
 from tests.tiny import make_base_model, question_rows
 
@@ -38,7 +39,7 @@ def make_spec(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
         quant = QuantConfig.model_validate({"bit_width": bit_width, "compute_dtype": "float32"})
         spec = PackSpec(
             pack=0,
-            base_model=BaseModel("tiny", None, str(base_folder), "digest"),
+            base_model=BaseModel("tiny", None, str(base_folder), base_digest(base_folder)),
             data_place=data.place,
             template="plain",
             quant=quant.model_dump(),

@@ -12,6 +12,8 @@ from orchestrator.data.manifest import load_manifest
 from orchestrator.data.reader import IGNORED, BlockReader
 from orchestrator.errors import BaseModelError
 from orchestrator.records import BaseModel
+from orchestrator.tracking.adapter_model import base_digest
+from orchestrator.tracking.entry import find_license
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from orchestrator.training.frozen import freeze_packed
 from orchestrator.training.loss import token_losses
@@ -97,6 +99,7 @@ def make_gguf(path: Path) -> Path:
     words = ["<|pad|>", "<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
     writer = GGUFWriter(path, "llama")
     writer.add_name("tiny")
+    writer.add_license("apache-2.0")
     writer.add_context_length(64)
     writer.add_embedding_length(hidden)
     writer.add_block_count(1)
@@ -134,6 +137,8 @@ def make_gguf(path: Path) -> Path:
 def test_a_gguf_file_becomes_a_folder_that_loads(tmp_path: Path, cache: Path) -> None:
     found = resolve_base_model(BaseModelConfig(source=str(make_gguf(tmp_path / "tiny.gguf"))))
     assert Path(found.folder).parent == cache
+    assert find_license(Path(found.folder)) == "apache-2.0"
+    assert base_digest(Path(found.folder)) == found.digest, "as who loads an adapter takes it"
     load(Path(found.folder), 16)
 
 

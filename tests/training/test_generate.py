@@ -1,4 +1,4 @@
-"""`orchestrator generate` on folders that hold no usable adapter: one clear error each."""
+"""`orchestrator generate` on an adapter's folder: texts, a conversation, one clear error each."""
 
 import json
 import shutil
@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.generate import generate_text
+from jobs.generate import chat, generate_text
 from orchestrator.errors import BaseModelError, ConfigError
 from orchestrator.records import TrialDone
+from orchestrator.tracking.adapter_model import DamagedFiles, load, reply
+from tests.sweeps import with_changes
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import train
 
@@ -26,8 +28,13 @@ def adapter(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "adapter"))
 
 
+def change_record(folder: Path, **changes: object) -> None:
+    path = folder / "orchestrator.json"
+    path.write_text(json.dumps(with_changes(json.loads(path.read_text()), changes)))
+
+
 def generate(folder: Path) -> int:
-    return generate_text("What is 1 plus 1?", str(folder), 2, 0.0, None, Path("runs"))
+    return generate_text("What is 1 plus 1?", str(folder), 2, 0.0, "")
 
 
 def test_an_adapter_folder_generates(adapter: Path) -> None:
@@ -56,9 +63,56 @@ def test_a_damaged_record_is_named(adapter: Path) -> None:
         generate(adapter)
 
 
+def test_changed_weights_are_never_loaded(adapter: Path) -> None:
+    weights = bytearray((adapter / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (adapter / "adapter_model.safetensors").write_bytes(bytes(weights))
+    with pytest.raises(ConfigError, match="adapter_model.safetensors is damaged: its digest"):
+        generate(adapter)
+    with pytest.raises(DamagedFiles, match="is damaged"):
+        load(adapter)
+
+
+def test_an_adapter_without_digests_is_not_trusted(adapter: Path) -> None:
+    change_record(adapter, files={})
+    with pytest.raises(ConfigError, match="has no digest of adapter_model.safetensors"):
+        generate(adapter)
+
+
+def test_another_base_model_in_the_same_place_is_refused(
+    adapter: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(base_folder, tmp_path / "base")
+    change_record(adapter, base_model__folder=str(other))
+    assert generate(adapter) == 0
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(bytes(weights))
+    with pytest.raises(BaseModelError, match="is not the base model that the adapter was trained"):
+        generate(adapter)
+
+
+def test_a_conversation_goes_on_from_what_was_said(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_record(adapter, template="chat")
+    _, tokenizer = load(adapter)
+    lines = ["What is 1 plus 1?", "", "And 2 plus 2?", "/new", "What is 1 plus 1?", "/exit", "no"]
+    assert chat(str(adapter), 4, 0.0, "", lines) == 0
+    first, second, again = texts = capsys.readouterr().out.splitlines()
+    assert first == again
+    model, _ = load(adapter)
+    said = [{"role": "user", "content": lines[0]}, {"role": "assistant", "content": first}]
+    said.append({"role": "user", "content": lines[2]})
+    assert reply(model, tokenizer, said, max_new_tokens=4) == second, texts
+
+
+def test_a_conversation_needs_a_chat_template(adapter: Path) -> None:
+    with pytest.raises(ConfigError, match="trained without a chat template"):
+        chat(str(adapter), 4, 0.0, "", [])
+
+
 def test_a_base_model_that_is_not_on_this_machine_is_one_clear_error(adapter: Path) -> None:
-    record = json.loads((adapter / "orchestrator.json").read_text())
-    record["base_model"]["folder"] = "/nowhere"
-    (adapter / "orchestrator.json").write_text(json.dumps(record))
+    change_record(adapter, base_model__folder="/nowhere")
     with pytest.raises(BaseModelError, match="not in /nowhere.*ORCHESTRATOR_BASE_MODEL"):
         generate(adapter)

@@ -1,10 +1,13 @@
 """The command line's own behaviour, without training anything."""
 
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from jobs.cli import run
+from jobs.environment import describe_environment
 from jobs.sweep import settled
 from orchestrator.errors import RunFolderError
 from orchestrator.loading import override_config
@@ -53,3 +56,15 @@ def test_a_resume_may_change_resources_but_not_what_is_trained(tmp_path: Path) -
     other = override_config(store.sweep.config, ["trial.steps=7"])
     with pytest.raises(RunFolderError, match="trial.steps: 6 -> 7"):
         store.change_config(other)
+
+
+def test_a_run_keeps_its_packages_and_the_commit_of_the_folder_it_was_started_in(
+    tmp_path: Path,
+) -> None:
+    record = describe_environment(tmp_path)
+    assert record["git_commit"] == ""
+    assert record["packages"]["mlflow"] == metadata.version("mlflow")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert len(describe_environment(tmp_path)["git_commit"]) == 40

@@ -2,24 +2,28 @@
 
 import ast
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.records import Progress
+from orchestrator.records import PackEvent, Progress
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking import adapter_model
 from orchestrator.tracking.description import describe_sweep
+from orchestrator.tracking.figures import report_figures, write_pngs
+from orchestrator.tracking.pack_plots import memory_by_pack, pack_gantt
 from orchestrator.tracking.parallel_plot import parallel_fields
 from orchestrator.tracking.plots import (
     learning_curves,
     loss_by_trial,
-    quality_by_memory,
     rank_by_bit_width,
 )
 from orchestrator.tracking.report import write_report
 from orchestrator.tracking.summary import summary_rows
+from orchestrator.tracking.timeline import pack_times
+from orchestrator.tracking.trade_off_plot import MEASURES, pareto_front, quality_against
 from orchestrator.tracking.translation import MAX_TAG_CHARS
 from tests.runs import BEGAN, GRID, make_config, make_run
 
@@ -49,7 +53,7 @@ def test_a_report_and_a_description_are_made_of_any_sweep(store: RunStore) -> No
     assert text.startswith("<!doctype html>")
     assert "https://cdn" not in text.split("<body>")[0]
     assert text.count("plotly.js v") <= 1
-    assert len(describe_sweep(store)) <= MAX_TAG_CHARS
+    assert len(describe_sweep(store, "run-id")) <= MAX_TAG_CHARS
 
 
 def test_every_figure_is_made_of_any_sweep(store: RunStore) -> None:
@@ -58,10 +62,12 @@ def test_every_figure_is_made_of_any_sweep(store: RunStore) -> None:
     for figure in (
         rank_by_bit_width(rows),
         loss_by_trial(rows),
-        quality_by_memory(rows),
+        *(quality_against(rows, measure) for measure in MEASURES.values()),
         learning_curves(rows, curves),
     ):
         figure.to_json()
+    for one in report_figures(store, rows, pack_times(store.pack_events)):
+        one.figure.to_json()
 
 
 def test_rows_come_best_first_and_failed_ones_last(tmp_path: Path) -> None:
@@ -98,10 +104,14 @@ def test_parallel_coordinates_need_three_fields(tmp_path: Path) -> None:
 
 
 def test_the_pareto_line_joins_the_best_trade_offs(tmp_path: Path) -> None:
-    line = quality_by_memory(summary_rows(make_run(tmp_path / "run"))).data[0]
+    rows = summary_rows(make_run(tmp_path / "run"))
+    line = quality_against(rows, MEASURES["adapter_size"]).data[0]
     assert line.name == "best trade-offs"
     assert list(line.x) == sorted(line.x)
     assert list(line.y) == sorted(line.y, reverse=True)
+    fast = [row | {"tokens_per_s": 100.0 * row["trial"] + 1} for row in rows]
+    front = pareto_front(fast, MEASURES["speed"])
+    assert [row["trial"] for row in front] == [3]  # the best one is the fastest, too
 
 
 def test_a_loss_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
@@ -124,11 +134,11 @@ def test_what_users_write_is_escaped(tmp_path: Path) -> None:
 
 def test_the_description_names_winner_version_and_next_command(tmp_path: Path) -> None:
     store = make_run(tmp_path / "run")
-    assert f"orchestrator resume {store.folder}" in describe_sweep(store)
+    assert f"orchestrator resume {store.folder}" in describe_sweep(store, "run-id")
     store.write("registration", {
         "model_name": "demo", "version": 3, "champion": False, "reason": "it is worse",
     })  # fmt: skip
-    text = describe_sweep(store)
+    text = describe_sweep(store, "run-id")
     assert "**Winner: trial 003 · 16-bit · rank 16.**" in text
     assert "`demo` version 3. it is worse." in text
     assert 'orchestrator generate --model "models:/demo@candidate"' in text
@@ -143,6 +153,71 @@ def test_the_stored_model_code_needs_nothing_of_this_project() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     assert {module.partition(".")[0] for module in modules} <= {
-        "json", "os", "collections", "pathlib", "typing", "mlflow", "pandas",
+        "hashlib", "json", "os", "collections", "pathlib", "typing", "mlflow", "pandas",
     }  # fmt: skip
     assert "orchestrator." not in ast.unparse(tree).replace("orchestrator.json", "")
+
+
+def test_the_gantt_chart_has_a_row_for_each_slot_and_says_how_much_it_was_used(
+    tmp_path: Path,
+) -> None:
+    packs = pack_times(make_run(tmp_path / "run").pack_events)
+    assert [(pack.num_slots, len(pack.slots), pack.node) for pack in packs] == [
+        (2, 2, "node-a"), (2, 2, "node-b"),
+    ]  # fmt: skip
+    figure = pack_gantt(packs)
+    assert figure is not None
+    rows = {row for bar in figure.data for row in bar.y}
+    assert len(rows) == 4
+    assert packs[0].used_fraction == pytest.approx(2 * 90 / (2 * 101), abs=0.02)
+    assert all(f"{packs[0].used_fraction:.0%} used" in row for row in rows if "pack 0" in row)
+
+
+def test_a_killed_sweeps_packs_end_with_its_last_event(tmp_path: Path) -> None:
+    store = make_run(tmp_path / "run", unfinished=(0,))
+    killed = pack_times(store.pack_events)
+    resumed = 10_000.0 + max(event["time"] for event in store.pack_events)
+    store.add_pack_event(PackEvent(resumed, "start", 0, "4-bit", 1, 1))
+    store.add_pack_event(PackEvent(resumed + 60, "ended", 0))
+    packs = pack_times(store.pack_events)
+    assert [pack.pack for pack in packs] == [0, 1, 2]
+    assert [pack.ended for pack in packs[:2]] == [pack.ended for pack in killed]
+    assert packs[2].ended == resumed + 60
+
+
+def test_memory_is_shown_as_planned_and_as_measured(tmp_path: Path) -> None:
+    figure = memory_by_pack(pack_times(make_run(tmp_path / "run").pack_events))
+    assert figure is not None
+    planned, measured = figure.data
+    assert list(planned.y) == [0.25, 1.0]  # 64 MiB for each bit
+    assert measured.y[0] == pytest.approx((4 * 60 + 16 * 4) / 1024)
+
+
+def test_the_cost_of_all_trials_is_the_workers_time(tmp_path: Path) -> None:
+    store = make_run(tmp_path / "run")
+    hours = sum(pack.worker_hours for pack in pack_times(store.pack_events))
+    text = write_report(store, cost_per_hour=100.0).read_text()
+    assert f'<td>all</td><td class="n">{hours:.3f}</td><td class="n">{100 * hours:.2f}</td>' in text
+    assert "cost at" not in write_report(store).read_text()
+
+
+def test_the_gates_decision_is_in_the_report(tmp_path: Path) -> None:
+    store = make_run(tmp_path / "run")
+    store.write("registration", {
+        "model_name": "demo", "version": 3, "champion": False, "reason": "it is not better",
+        "gate": {"reason": "it is not better", "num_pairs": 40, "upper": 0.0123},
+    })  # fmt: skip
+    text = write_report(store).read_text()
+    assert "demo version 3 is a candidate</b>: it is not better" in text
+    assert "<td>num pairs</td><td>40</td>" in text
+
+
+@pytest.mark.slow  # a browser draws for 20 s
+def test_the_plots_are_written_as_png(tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("chromium", "google-chrome", "chrome", "chromium-browser"))):
+        pytest.skip("no Chrome or Chromium is installed")
+    paths = write_pngs(make_run(tmp_path / "run"))
+    assert {"packs.png", "learning-curves.png"} <= {path.name for path in paths}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    description = describe_sweep(RunStore.open(tmp_path / "run"), "abc")
+    assert "![packs](get-artifact?path=plots/packs.png&run_uuid=abc)" in description

@@ -8,7 +8,7 @@ from orchestrator.config import TrialConfig
 from orchestrator.loading import trial_fields
 from orchestrator.records import TrialResult
 from orchestrator.tracking.translation import (
-    curve_rows,
+    final_evaluation,
     point_metrics,
     result_metrics,
     short_name,
@@ -52,17 +52,25 @@ def test_params_leave_out_what_has_no_meaning_for_the_trial() -> None:
 
 
 def test_an_overflowing_perplexity_is_nan() -> None:
-    metrics = point_metrics({"kind": "evaluated", "eval_loss": 2000.0})
+    row = {"kind": "evaluated", "step": 1, "tokens": 100, "time": 9.0, "eval_loss": 2000.0}
+    (_, _, metrics), _ = point_metrics(row)
     assert metrics["eval_loss"] == 2000.0
     assert math.isnan(metrics["perplexity"])
 
 
-def test_the_final_evaluation_ends_the_curve_once() -> None:
-    result = TrialResult(0, "finished", 1, 9.0, eval_loss=2.0, steps=10)
-    reported = [{"kind": "evaluated", "step": 10, "eval_loss": 2.0}]
-    assert curve_rows(reported, result) == reported
-    assert [row["step"] for row in curve_rows([], result)] == [10]
-    assert curve_rows([], TrialResult(0, "failed", 1, 9.0)) == []
+def test_losses_are_shown_by_step_and_by_tokens() -> None:
+    row = {"kind": "evaluated", "step": 1, "tokens": 100, "time": 9.0, "eval_loss": 2.0}
+    (_, step, by_step), (_, tokens, by_tokens) = point_metrics(row)
+    assert (step, by_step["eval_loss"]) == (1, 2.0)
+    assert (tokens, by_tokens) == (100, {"by_tokens/eval_loss": 2.0})
+
+
+def test_the_final_evaluation_is_a_point_of_the_curve() -> None:
+    result = TrialResult(0, "finished", 1, 9.0, eval_loss=2.0, steps=10, tokens=70)
+    row = final_evaluation(result)
+    assert row is not None
+    assert (row["kind"], row["step"], row["tokens"], row["eval_loss"]) == ("evaluated", 10, 70, 2.0)
+    assert final_evaluation(TrialResult(0, "failed", 1, 9.0)) is None
 
 
 def test_a_failed_trial_has_no_final_metrics() -> None:

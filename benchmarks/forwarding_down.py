@@ -1,0 +1,131 @@
+"""One training for each regime of the server: how long it took, and what the server ends up with.
+
+Training time is read from the run folder: from the trial's start to the winner's selection, so
+what a command does before and after (importing, giving up on a server that is gone) is not in it.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from benchmarks.forwarding_check import expected_points, lost_and_doubled
+from benchmarks.mlflow_server import MlflowServer, empty_store
+from benchmarks.recording import Row
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.stores import client
+from orchestrator.tracking.tail import JsonLinesTail
+from tests.tiny import make_base_model, question_rows
+
+REGIMES = ("undisturbed", "down at the start", "down in the middle", "down at the end", "down")
+"""undisturbed: the server is there all the time. down: never, until the sync afterwards."""
+POLL_S = 0.2
+
+
+def disturb(folder: Path, rounds: int, steps: int) -> list[Row]:
+    """Rounds of all regimes in turn, so that what else the machine does hits all alike."""
+    base = make_base_model(folder / "base")
+    _train(folder / "warm-up", base, steps // 10, "undisturbed")  # the first one fills caches
+    return [
+        _train(folder / f"{number}-{place}", base, steps, regime) | {"round": number}
+        for number in range(rounds)
+        for place, regime in enumerate(REGIMES[number % 5 :] + REGIMES[: number % 5])
+    ]
+
+
+def _train(folder: Path, base: Path, steps: int, regime: str) -> Row:
+    with MlflowServer(empty_store(folder / "mlflow"), free_port()) as server:
+        if regime not in ("down at the start", "down"):
+            server.start()
+        run_dir = folder / "run"
+        command = _start(folder, base, steps, server.address)
+        if regime != "undisturbed":
+            _disturb(server, regime, run_dir, steps)
+        command.wait()
+        if not server.running:
+            server.start()
+        synced = _orchestrator("sync", str(run_dir), cwd=folder)
+        assert synced.wait() == 0, "sync failed"
+        store = RunStore.open(run_dir)
+        api = client(server.address)
+        lost, doubled = lost_and_doubled(store, api, store.read("tracking")["experiment_id"])
+        row = {
+            "what": "disturb",
+            "regime": regime,
+            "steps": steps,
+            "train_s": round(_train_s(store), 3),
+            "exit_code": command.returncode,
+            "points": sum(expected_points(store).values()),
+            "lost": len(lost),
+            "doubled": len(doubled),
+        }
+    shutil.rmtree(folder)
+    return row
+
+
+def _disturb(server: MlflowServer, regime: str, run_dir: Path, steps: int) -> None:
+    """Kill and start the server as the trial reaches a part of its steps."""
+    match regime:
+        case "down at the start":
+            _await_step(run_dir, steps * 2 // 10)
+            server.start(wait=False)
+        case "down in the middle":
+            _await_step(run_dir, steps * 3 // 10)
+            server.kill()
+            _await_step(run_dir, steps * 6 // 10)
+            server.start(wait=False)
+        case "down at the end":
+            _await_step(run_dir, steps * 8 // 10)
+            server.kill()
+        case _:
+            pass
+
+
+def _start(folder: Path, base: Path, steps: int, address: str) -> subprocess.Popen[bytes]:
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in question_rows(400)))
+    content = {
+        "name": "forwarding",
+        "base_model": {"source": str(base)},
+        "data": {"train": str(rows), "block_length": 128, "max_held_out_examples": 8},
+        "trial": {"steps": steps, "batch_size": 4, "quant": {"compute_dtype": "float32"}},
+        "evaluation": {"every_steps": 10},
+        "tracking": {"uri": address},
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return _orchestrator("train", str(path), "--run-dir", str(folder / "run"), cwd=folder)
+
+
+def _orchestrator(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
+    program = "from jobs.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _train_s(store: RunStore) -> float:
+    times = {decision["action"]: decision["time"] for decision in store.decisions}
+    return float(times["select_winner"] - times["assign"])
+
+
+def _await_step(run_dir: Path, step: int) -> None:
+    rows = JsonLinesTail(run_dir / "trials" / "000" / "progress.jsonl")
+    while all(row["step"] < step for row in rows.read()):
+        time.sleep(POLL_S)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,139 @@
+"""`orchestrator evaluate`: an adapter measured on a file of examples, or on tasks of lm-eval.
+
+In: the adapter and what to measure it on. Out: a table on stdout, and a JSON file if asked for.
+"""
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.adapters import open_adapter
+from orchestrator.data.prepare import prepare_examples
+from orchestrator.data_config import DataConfig
+from orchestrator.errors import BaseModelError, ConfigError
+from orchestrator.files import cache_dir, read_json, write_json
+from orchestrator.loading import data_config
+from orchestrator.tracking.bootstrap import paired_interval
+from orchestrator.tracking.example_losses import ExampleLosses
+from orchestrator.training.quiet import quiet_libraries
+
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+Report = dict[str, Any]
+
+
+def evaluate_model(
+    model: str,
+    data: str | None,
+    overrides: list[str],
+    answer_tokens: int | None,
+    tasks: list[str],
+    limit: int | None,
+    out: Path | None,
+    uri: str,
+) -> int:
+    """`answer_tokens`: length of generated answers; None: no exact match."""
+    if not data and not tasks:
+        raise ConfigError("evaluate needs --data, or --task, or both")
+    if answer_tokens and not data:
+        raise ConfigError("--exact-match needs --data: a file with the answers")
+    if tasks:
+        from orchestrator.training.benchmark_tasks import check_installed
+
+        check_installed()
+    with tempfile.TemporaryDirectory() as temporary, quiet_libraries():
+        folder = open_adapter(model, uri, Path(temporary))
+        config = _data_config(folder, data, overrides) if data else None
+        if config and answer_tokens:
+            from orchestrator.training.exact_match import check_has_answers
+
+            check_has_answers(config)
+        report: Report = {"model": model, "data": data}
+        if config:
+            report |= _losses(folder, config)
+        if answer_tokens or tasks:
+            report |= _generated(folder, config, answer_tokens, tasks, limit)
+    Console().print(_table(report))
+    if out is not None:
+        write_json(out, report)
+    return 0
+
+
+def _data_config(folder: Path, data: str, overrides: list[str]) -> DataConfig:
+    """All rows of the file, as the adapter's training would have read them."""
+    template = read_json(folder / "orchestrator.json")["template"]
+    content = {"train": data, "held_out": data, "template": template, "max_held_out_examples": None}
+    return data_config(content, overrides)
+
+
+def _losses(folder: Path, config: DataConfig) -> Report:
+    from orchestrator.tracking.adapter_model import base_source
+    from orchestrator.training.adapter_evaluation import evaluate_adapter
+
+    try:
+        base = base_source(read_json(folder / "orchestrator.json")["base_model"])
+    except (OSError, ValueError) as error:
+        raise BaseModelError(str(error)) from error
+    manifest = prepare_examples(config, Path(base), cache_dir())
+    adapter, alone = evaluate_adapter(folder, manifest)
+    ours, theirs = ExampleLosses.from_json(adapter), ExampleLosses.from_json(alone)
+    interval = paired_interval((ours.nll - theirs.nll)[:, None], ours.labels, CONFIDENCE, RESAMPLES)
+    return {
+        "examples": len(adapter["examples"]),
+        "labels": int(ours.labels.sum()),
+        "loss": adapter["eval_loss"],
+        "perplexity": math.exp(adapter["eval_loss"]),
+        "base_loss": alone["eval_loss"],
+        "base_perplexity": math.exp(alone["eval_loss"]),
+        "difference": [interval.low, interval.high],
+        "by_example": adapter,
+    }
+
+
+def _generated(
+    folder: Path,
+    config: DataConfig | None,
+    answer_tokens: int | None,
+    tasks: list[str],
+    limit: int | None,
+) -> Report:
+    from orchestrator.tracking.adapter_model import load
+    from orchestrator.training.benchmark_tasks import run_tasks
+    from orchestrator.training.exact_match import answers
+
+    try:
+        model, tokenizer = load(folder)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(str(error)) from error
+    report: Report = {}
+    if config and answer_tokens:
+        found = answers(model, tokenizer, config, answer_tokens)
+        report["exact_match"] = sum(answer.exact for answer in found) / len(found)
+        report["answers"] = [{**vars(answer), "exact": answer.exact} for answer in found]
+    if tasks:
+        report["tasks"] = run_tasks(model, tokenizer, tasks, limit)
+    return report
+
+
+def _table(report: Report) -> Table:
+    table = Table("metric", "adapter", "base alone", title=report["model"])
+    if "loss" in report:
+        low, high = report["difference"]
+        table.add_row("examples", f"{report['examples']:,}", "")
+        table.add_row("tokens with loss", f"{report['labels']:,}", "")
+        table.add_row("loss", f"{report['loss']:.4f}", f"{report['base_loss']:.4f}")
+        table.add_row(
+            "perplexity", f"{report['perplexity']:.3f}", f"{report['base_perplexity']:.3f}"
+        )
+        table.add_row(f"difference, {CONFIDENCE:.0%} interval", f"[{low:+.4f}, {high:+.4f}]", "")
+    if "exact_match" in report:
+        table.add_row("exact match", f"{report['exact_match']:.1%}", "")
+    for task, metrics in report.get("tasks", {}).items():
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(f"{task} {name.removesuffix(',none')}", f"{value:.4f}", "")
+    return table

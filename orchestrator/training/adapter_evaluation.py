@@ -1,0 +1,87 @@
+"""A saved adapter's held-out losses, on prepared examples, by the very code that training uses.
+
+In: an adapter's folder and a manifest. Out: evaluation.json's content, for the adapter and for its
+base alone. So a champion can be measured on a candidate's examples, and any adapter on any file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from orchestrator.config import QuantConfig, StrategyConfig
+from orchestrator.data.manifest import Manifest
+from orchestrator.data.reader import BlockReader
+from orchestrator.data.tokenizing import tokenizer_digest
+from orchestrator.errors import BaseModelError, DataError
+from orchestrator.files import read_json
+from orchestrator.records import BaseModel, Device
+from orchestrator.training.adapter import CONFIG, WEIGHTS
+from orchestrator.training.base_model import LoadedBase, load_base_model
+from orchestrator.training.engine import RowEngine
+from orchestrator.training.evaluation import evaluate
+from orchestrator.training.lanes import BASE_ALONE, Served
+from orchestrator.training.program import EagerProgram
+from orchestrator.training.replicas import Alone
+from orchestrator.training.slots import Slots
+
+BATCH_SIZE = 8
+
+
+def evaluate_adapter(
+    adapter_dir: Path, manifest: Manifest, batch_size: int = BATCH_SIZE
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Evaluations of the adapter and of its base alone.
+
+    Raises:
+        BaseModelError: the base model, or the adapter, is missing, damaged, or does not fit.
+        DataError: the examples were prepared for another tokenizer or template.
+    """
+    from orchestrator.tracking.adapter_model import base_source, verify_adapter
+
+    try:
+        verify_adapter(adapter_dir)
+        record = read_json(adapter_dir / "orchestrator.json")
+        folder = base_source(record["base_model"])
+    except (OSError, ValueError) as error:
+        raise BaseModelError(str(error)) from error
+    _check_examples(manifest, record["template"], folder)
+    reader = BlockReader(manifest)
+    quant = QuantConfig.model_validate(record["quant"] | {"compute_dtype": record["compute_dtype"]})
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = BaseModel(**{**record["base_model"], "folder": folder})
+    base = load_base_model(model, quant, device, StrategyConfig())
+    rows, scaling = _load_rows(base, adapter_dir)
+    rows.give_up_gradients()
+    engine = RowEngine(rows, EagerProgram(base, rows), Alone())
+    adapter, alone = evaluate(
+        base, engine, Alone(), [Served(0, scaling), BASE_ALONE], reader, batch_size
+    )
+    return adapter.to_json(reader), alone.to_json(reader)
+
+
+def _load_rows(base: LoadedBase, adapter_dir: Path) -> tuple[Slots, float]:
+    config = read_json(adapter_dir / CONFIG)
+    rank = int(config["r"])
+    rows = Slots(base.model, tuple(config["target_modules"]), 1, rank, base.device, base.wide_dtype)
+    try:
+        rows.load(0, load_file(adapter_dir / WEIGHTS), rank)
+    except (KeyError, ValueError) as error:
+        raise BaseModelError(f"{adapter_dir} does not fit its base model: {error}") from error
+    return rows, float(config["lora_alpha"]) / (rank**0.5 if config["use_rslora"] else rank)
+
+
+def _check_examples(manifest: Manifest, template: str, folder: str) -> None:
+    settings = manifest.recipe.settings
+    used = "chat" if settings["format"] == "chat" else settings["template"]
+    if used != template:
+        raise DataError(
+            f"the examples were prepared with template {used}, the adapter was trained with "
+            f"{template}: prepare them with the same"
+        )
+    if manifest.recipe.tokenizer != tokenizer_digest(Path(folder)):
+        raise DataError(
+            "the examples were prepared with another tokenizer than the adapter's base model has: "
+            "losses per token are of different tokens"
+        )

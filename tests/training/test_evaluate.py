@@ -1,0 +1,169 @@
+"""`orchestrator evaluate`: an adapter measured on any file, as its training would have done it."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import run
+from orchestrator.data.manifest import Manifest, load_manifest
+from orchestrator.data.reader import BlockReader
+from orchestrator.errors import BaseModelError, DataError
+from orchestrator.files import read_json
+from orchestrator.records import TrialDone
+from orchestrator.training.adapter_evaluation import evaluate_adapter
+from tests.training.conftest import MakeSpec, trial_config
+from tests.training.test_pack import train
+
+
+@pytest.fixture(scope="module")
+def trained(make_spec: MakeSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an adapter on the query and value layers only, with its evaluation beside it"""
+    folder = tmp_path_factory.mktemp("trained")
+    spec = make_spec(num_slots=1, bit_width=4, target_modules=("q_proj", "v_proj"))
+    adapter = {"rank": 3, "alpha": 8, "target_modules": ["q_proj", "v_proj"], "rslora": True}
+    _, events = train(spec, [trial_config(steps=4, adapter=adapter)], folder)
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    return Path(done.adapter_dir)
+
+
+@pytest.fixture(scope="module")
+def held_out(make_spec: MakeSpec) -> Manifest:
+    return load_manifest(make_spec().data_place, "held_out")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"What is {n} plus 1?", "completion": f"It is {n + 1}."} for n in range(5)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_saved_adapter_has_the_losses_that_it_had_in_training(
+    trained: Path, held_out: Manifest
+) -> None:
+    recorded = read_json(trained.with_name("evaluation.json"))
+    found, base = evaluate_adapter(trained, held_out, batch_size=3)
+    assert found["eval_loss"] == pytest.approx(recorded["eval_loss"], rel=1e-5)
+    assert found["nll"] == pytest.approx(recorded["nll"], rel=1e-4)
+    for name in ("labels", "examples", "examples_digest", "manifest"):
+        assert found[name] == recorded[name]
+    assert base["eval_loss"] > found["eval_loss"]
+
+
+def test_examples_are_the_same_however_they_are_packed(
+    rows: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    found = []
+    for length in (64, 96):
+        out = tmp_path / f"{length}.json"
+        set_length = ["--set", f"block_length={length}"]
+        where = ["--model", str(trained), "--data", str(rows), "--out", str(out)]
+        assert run(["evaluate", *where, *set_length]) == 0
+        found.append(read_json(out)["by_example"])
+    assert found[0]["manifest"] != found[1]["manifest"]
+    assert found[0]["examples_digest"] == found[1]["examples_digest"]
+    by_key = [dict(zip(record["examples"], record["nll"], strict=True)) for record in found]
+    assert by_key[0] == pytest.approx(by_key[1], rel=1e-4)
+
+
+def test_an_evaluation_tells_loss_perplexity_and_exact_matches(
+    rows: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out.json"
+    where = ["--model", str(trained), "--data", str(rows), "--out", str(out)]
+    assert run(["evaluate", *where, "--exact-match", "--max-new-tokens", "3"]) == 0
+    report = read_json(out)
+    assert report["examples"] == 5
+    assert report["perplexity"] == pytest.approx(2.718281828 ** report["loss"])
+    low, high = report["difference"]
+    assert low <= report["loss"] - report["base_loss"] <= high
+    assert report["exact_match"] == 0
+    assert [answer["expected"] for answer in report["answers"]][0] == "It is 1."
+    printed = capsys.readouterr().out
+    for word in ("perplexity", "exact match", "tokens with loss"):
+        assert word in printed
+
+
+def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> None:
+    """The file's answers are what the adapter says."""
+    from orchestrator.config import DataConfig
+    from orchestrator.tracking.adapter_model import load
+    from orchestrator.training.exact_match import answers
+
+    model, tokenizer = load(trained)
+    config = DataConfig(train=str(rows))
+    said = answers(model, tokenizer, config, 3)
+    lines = [{"prompt": a.prompt, "completion": f" {a.generated}\n"} for a in said]
+    lines[0]["completion"] = "something else"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [a.exact for a in answers(model, tokenizer, config, 3)] == [False] + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "evaluate needs --data, or --task, or both"),
+        (["--exact-match", "--task", "arc_easy"], "--exact-match needs --data"),
+        (["--data", "ROWS", "--set", "format=text", "--exact-match"], "format: prompt_completion"),
+        (["--data", "ROWS", "--set", "formt=text"], "unknown field; did you mean 'format'?"),
+        (["--data", "nothing.jsonl"], "nothing.jsonl: file not found"),
+        (["--data", "ROWS", "--set", "fields.prompt=question"], "there is no column 'question'"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(
+    rows: Path, trained: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(rows) if word == "ROWS" else word for word in arguments]
+    assert run(["evaluate", "--model", str(trained), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_a_task_without_the_lm_eval_package_says_how_to_get_it(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", "--model", str(trained), "--task", "arc_easy"]) == 2
+    assert "pip install 'qlora-orchestrator[lm-eval]'" in capsys.readouterr().err
+
+
+def test_examples_of_another_template_or_tokenizer_are_refused(
+    trained: Path, held_out: Manifest, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(trained, tmp_path / "adapter")
+    record = read_json(adapter / "orchestrator.json")
+    (adapter / "orchestrator.json").write_text(json.dumps(record | {"template": "chat"}))
+    with pytest.raises(DataError, match="template plain, the adapter was trained with chat"):
+        evaluate_adapter(adapter, held_out)
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_refused(
+    trained: Path, held_out: Manifest, tmp_path: Path
+) -> None:
+    from orchestrator.files import file_digest
+
+    adapter = shutil.copytree(trained, tmp_path / "adapter")
+    config = read_json(adapter / "adapter_config.json")
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+    record = read_json(adapter / "orchestrator.json")
+    record["files"]["adapter_config.json"] = file_digest(adapter / "adapter_config.json")
+    (adapter / "orchestrator.json").write_text(json.dumps(record))
+    with pytest.raises(BaseModelError, match="does not fit its base model: .*another shape"):
+        evaluate_adapter(adapter, held_out)
+
+
+def test_every_document_is_in_the_digest_of_the_examples(held_out: Manifest) -> None:
+    reader = BlockReader(held_out)
+    assert len(reader.examples_digest) == 64
+    assert reader.examples_digest == BlockReader(held_out).examples_digest
