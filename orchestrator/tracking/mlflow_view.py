@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import yaml
 
-from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.run_store import DRIVER_LOG, RunStore
 from orchestrator.tracking.description import describe_sweep
 from orchestrator.tracking.runs import (
     TRIAL_TAG,
@@ -163,7 +163,7 @@ class MlflowView:
         )
 
     def _upload_artifacts(self) -> None:
-        for name in ARTIFACTS:
+        for name in (*ARTIFACTS, DRIVER_LOG):
             if (path := self._store.folder / name).exists():
                 self._client.log_artifact(self._run_id, str(path))
         with TemporaryDirectory() as scratch:
