@@ -127,9 +127,15 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     client: MlflowClient,
 ) -> None:
     # One short trial and one long, so that there is a middle to be cancelled in.
-    changes = {"search__space": {"steps": [4, 250]}, "evaluation__every_steps": None}
-    changes |= {"resources__num_workers": 2, "tracking__uri": uri}
-    config = write_config(tmp_path, tiny_base, **changes)
+    config = write_config(
+        tmp_path,
+        tiny_base,
+        search__space={"steps": [4, 150]},
+        evaluation__every_steps=None,
+        resources__num_workers=2,
+        tracking__uri=uri,
+        registry__register_winner=False,
+    )
     sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
     detached = orchestrator(*sent, "--detach", cwd=tmp_path)
     assert detached.returncode == 0, detached.stdout + detached.stderr
