@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from cluster.submission import BEFORE, OVER, JobView, Story
 from cluster.target import Target
 from orchestrator.errors import ContactLost, NeverStarted
+from orchestrator.sweep.run_store import DRIVER_LOG
 
 POLL_S = 2.0
 # Long enough for an API server that is being replaced.
@@ -124,5 +125,5 @@ class Follower:
         because = f": {': '.join(reasons)}" if reasons and view.state != "succeeded" else ""
         self.say(f"{self.name} {view.state}{because}")
         if view.run_dir:
-            self.say(f"run folder: {view.run_dir} (its driver's log is driver.log)")
+            self.say(f"run folder: {view.run_dir} (its driver's log is {DRIVER_LOG})")
         return view

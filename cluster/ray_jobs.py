@@ -7,6 +7,7 @@ words. Ray itself is not imported: the cluster's version need not be this machin
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ from cluster.submission import JobState, JobView
 from orchestrator.errors import ClusterError, ContactLost, NeverStarted
 
 TIMEOUT_S = 30.0
+NO_AGENT = "No available agent to submit job"
+# The dashboard itself waits some seconds for one before it answers so.
+AGENT_TIMEOUT_S = 45.0
+AGENT_POLL_S = 1.0
 SWEEP = "qlora_orchestrator_sweep"
 DIGEST = "qlora_orchestrator_config_digest"
 RUN_DIR = "qlora_orchestrator_run_dir"
@@ -44,12 +49,20 @@ Send = Callable[[str, str, Any], Answer]
 
 
 class RayJobs:
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, sleep: Callable[[float], None] = time.sleep) -> None:
         self._send = send
+        self._sleep = sleep
 
     def submit(self, job: str, entrypoint: str, metadata: Mapping[str, str]) -> None:
+        """Waits for a cluster that was just started and has no agent for jobs yet."""
         body = {"submission_id": job, "entrypoint": entrypoint, "metadata": dict(metadata)}
-        self._ask("POST", "/api/jobs/", body)
+        deadline = time.monotonic() + AGENT_TIMEOUT_S
+        while True:
+            answer = self._send("POST", "/api/jobs/", body)
+            if NO_AGENT not in answer.text or time.monotonic() >= deadline:
+                _checked(answer)
+                return
+            self._sleep(AGENT_POLL_S)
 
     def info(self, job: str) -> dict[str, Any] | None:
         answer = self._send("GET", f"/api/jobs/{job}", None)
@@ -137,7 +150,7 @@ def _checked(answer: Answer) -> Any:
             f"the Ray cluster refuses the token ({answer.code}): {words}: set RAY_AUTH_TOKEN, or "
             "the secret of the cluster's authOptions"
         )
-    if answer.code in (502, 503, 504):
+    if answer.code in (502, 503, 504) or NO_AGENT in words:
         raise ContactLost(f"the Ray dashboard does not answer ({answer.code}): {words}")
     raise ClusterError(f"the Ray cluster refuses ({answer.code}): {words}")
 

@@ -52,7 +52,10 @@ def ray_cluster(address: str | None, awaited: Awaited | None = None) -> Iterator
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "", "auto"):
+        # Ray's own `auto` takes the last cluster that was started on this machine, even from within
+        # a job of another one.
+        address = os.environ.get("RAY_ADDRESS") or address
     quiet: dict[str, Any] = {
         "logging_level": logging.ERROR,
         "log_to_driver": False,

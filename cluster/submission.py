@@ -17,7 +17,7 @@ import yaml
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.files import record_digest
-from orchestrator.sweep.run_store import RESUMABLE_FIELDS
+from orchestrator.sweep.run_store import DRIVER_LOG, RESUMABLE_FIELDS
 
 # KubeRay derives names of pods and services from a job's, and refuses longer ones.
 MAX_JOB_NAME = 47
@@ -185,7 +185,7 @@ def _entrypoint(config: SweepConfig, run_dir: str, await_workers_s: int) -> str:
     command = [
         *("orchestrator", "sweep", "-", "--run-dir", run_dir, "--or-resume"),
         *("--ray-address", "auto", "--await-workers", str(await_workers_s)),
-        *("--log-file", f"{run_dir}/driver.log"),
+        *("--log-file", f"{run_dir}/{DRIVER_LOG}"),
     ]
     content = config.model_dump(mode="json", exclude_defaults=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

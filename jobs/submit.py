@@ -23,6 +23,7 @@ from cluster.target import Plan, Planner, Target
 from orchestrator.errors import ClusterError, ConfigError, NeverStarted
 from orchestrator.loading import load_config
 from orchestrator.search.space import check_space
+from orchestrator.sweep.run_store import DRIVER_LOG
 
 KUBERNETES = "kubernetes"
 DETACHED = 130
@@ -178,7 +179,7 @@ def show_log(target: Target, name: str, follow: bool, person: Terminal) -> int:
     if text is None:
         raise ClusterError(
             f"the log of {name} cannot be read here ({name} is {view.state}): it is kept in "
-            f"{view.run_dir}/driver.log"
+            f"{view.run_dir}/{DRIVER_LOG} and in MLflow"
         )
     person.say(text.rstrip("\n"))
     return 0

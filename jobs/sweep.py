@@ -209,7 +209,7 @@ def _ray_backend(
     awaited = None
     if await_workers_s and config.resources.num_workers:
         print(f"waiting for room for {config.resources.num_workers} workers")
-        gpus = 0 if config.resources.device == "cpu" else 1
+        gpus = 1 if config.resources.device == "cuda" else 0
         cpus = config.resources.cpus_per_worker
         awaited = Awaited(config.resources.num_workers, cpus, gpus, await_workers_s)
     with ray_cluster(address, awaited) as nodes:

@@ -13,6 +13,7 @@
                                and arithmetic.json, what its pack chose before it started
     trials/007/result.json     final; when it is there, the trial is over
     winner.json registration.json report.html
+    driver.log                 what the driver of a submitted sweep has printed
     done.json                  written last: nothing is left to do
 
 One process owns the folder at a time, by a lock that dies with it. Writes are atomic.
@@ -47,6 +48,7 @@ from orchestrator.records import (
     TrialSpec,
 )
 
+DRIVER_LOG = "driver.log"
 # Fields that may differ between a start and a resume: they do not change what is trained.
 RESUMABLE_FIELDS = ("resources", "tracking", "registry", "max_restarts", "runs_dir")
 

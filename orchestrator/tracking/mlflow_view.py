@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from orchestrator.records import TrialSpec
-from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.run_store import DRIVER_LOG, RunStore
 from orchestrator.tracking.description import describe_sweep
 from orchestrator.tracking.figures import PLOTS
 from orchestrator.tracking.orphans import close_orphans
@@ -261,7 +261,7 @@ class MlflowView:
             log_model_metrics(self._client, run_id, str(model.model_id), points, held_out)
 
     def _upload_artifacts(self) -> None:
-        for name in ARTIFACTS:
+        for name in (*ARTIFACTS, DRIVER_LOG):
             if (path := self._store.folder / name).exists():
                 self._client.log_artifact(self._run_id, str(path))
         if (self._store.folder / PLOTS).is_dir():

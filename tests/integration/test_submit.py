@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from cluster.ray_jobs import RayJobs, dashboard
 from cluster.ray_stand_in import RayStandIn
@@ -20,9 +22,18 @@ from tests.integration.conftest import Command, program, write_config
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
-RAY = "import ray, sys; c = ray.init(address='local', num_cpus=2, include_dashboard=True, "
-RAY += "dashboard_port=0, object_store_memory=80 * 2**20, _temp_dir=sys.argv[1]); "
-RAY += "print('dashboard', c.dashboard_url, flush=True); sys.stdin.read()"
+# Ports of its own: with the usual one of the agent, a second Ray on a machine takes no jobs.
+RAY = """
+import sys
+from ray.cluster_utils import Cluster
+
+ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
+head = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "temp_dir": sys.argv[1], **ports}
+cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": True, **head})
+print("dashboard", cluster.head_node.webui_url, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ def cluster(
     assert found is not None, "Ray did not start"
     yield Cluster(f"http://{found[1]}", folder / "storage")
     process.communicate(timeout=START_TIMEOUT_S)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.fixture(params=["stand-in", "real"])
@@ -112,11 +124,18 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     orchestrator: Command,
     environment: Mapping[str, str],
     uri: str,
+    client: MlflowClient,
 ) -> None:
     # One short trial and one long, so that there is a middle to be cancelled in.
-    changes = {"search__space": {"steps": [4, 250]}, "evaluation__every_steps": None}
-    changes |= {"resources__num_workers": 2, "tracking__uri": uri}
-    config = write_config(tmp_path, tiny_base, **changes)
+    config = write_config(
+        tmp_path,
+        tiny_base,
+        search__space={"steps": [4, 150]},
+        evaluation__every_steps=None,
+        resources__num_workers=2,
+        tracking__uri=uri,
+        registry__register_winner=False,
+    )
     sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
     detached = orchestrator(*sent, "--detach", cwd=tmp_path)
     assert detached.returncode == 0, detached.stdout + detached.stderr
@@ -152,6 +171,8 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     store = RunStore.open(Path(run_dir))
     assert [result.state for result in store.results] == ["finished"] * 2
     assert [d for d in store.decisions if d["action"] == "resume_trial"]
+    tracked = store.read("tracking")["run_id"]  # type: ignore[index]
+    assert "driver.log" in [file.path for file in client.list_artifacts(tracked)]
 
     listed = orchestrator("jobs", "list", *arguments(cluster), cwd=tmp_path)
     assert "sums" in listed.stdout
