@@ -11,7 +11,13 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from orchestrator.errors import ClusterError, OrchestratorError
 
@@ -26,7 +32,8 @@ class RayTasks:
     """Callable as run_tasks(function, tasks) while it is entered; leaving it ends the actors."""
 
     def __init__(self, num_actors: int) -> None:
-        self._num_actors = num_actors
+        # One at least: where a cluster grows by itself, asking for it is what makes it grow.
+        self._num_actors = max(1, num_actors)
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         """Actors by the ref of their readiness. On a busy cluster some may never get a core."""
@@ -83,7 +90,7 @@ class RayTasks:
             else:
                 ray.get(ref)
             self._idle.append(actor)
-        except (RayActorError, ObjectLostError) as error:
+        except (RayActorError, ObjectLostError, OutOfMemoryError) as error:
             _end([actor])
             self._lost += 1
             most = LOSSES_PER_TASK * len(run.tasks)

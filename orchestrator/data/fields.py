@@ -27,14 +27,16 @@ def field(row: Row, setting: str, name: str) -> Any:
 
 
 def text_field(row: Row, setting: str, name: str) -> str:
+    value = row.get(name)
+    if isinstance(value, str) and value.isascii():  # nearly all of them, twice for each row
+        return value
     value = field(row, setting, name)
     if not isinstance(value, str):
         raise RowProblem(
             f"column {name!r} must be text, but got {shown(value)}: correct it, "
             f"or set data.fields.{setting} to the right column"
         )
-    if not value.isascii():
-        check_unicode(value, f"column {name!r}")
+    check_unicode(value, f"column {name!r}")
     return value
 
 

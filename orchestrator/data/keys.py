@@ -28,6 +28,8 @@ class KeyRange:
         return self.start <= order < self.end
 
     def mask(self, orders: KeyOrders) -> NDArray[np.bool_]:
+        if self.end <= self.start:
+            return np.zeros(len(orders), dtype=np.bool_)
         # The end may be 2^64, which no uint64 holds.
         return (orders >= np.uint64(self.start)) & (orders <= np.uint64(self.end - 1))
 
@@ -37,6 +39,8 @@ class KeyRange:
         return (self.end - self.start) / END_OF_KEYS
 
     def first(self, fraction: float) -> "KeyRange":
+        if fraction >= 1:  # which a float would only come near
+            return self
         return KeyRange(self.start, self.start + int((self.end - self.start) * fraction))
 
 
@@ -56,10 +60,3 @@ def split_ranges(held_out_fraction: float) -> tuple[KeyRange, KeyRange]:
     """The key ranges of train and held-out examples."""
     held_out = KeyRange().first(held_out_fraction)
     return KeyRange(start=held_out.end), held_out
-
-
-def capped(keys: KeyRange, orders: KeyOrders, count: int) -> KeyRange:
-    """The part of the range that holds the `count` smallest of these keys, which are in it."""
-    if len(orders) <= count:
-        return keys
-    return KeyRange(keys.start, int(np.partition(orders, count - 1)[count - 1]) + 1)

@@ -23,7 +23,6 @@ from orchestrator.data.manifest import (
     Repeats,
     Role,
     ShardRecord,
-    load_manifest,
     read_manifest,
     save_manifest,
     total_counts,
@@ -126,6 +125,10 @@ def prepare(
         shards = tuple(record for task, record in pairs if task.role == role)
         _check_not_empty(config, role, shards)
         manifests.append(Manifest(store.folder, role, config.block_length, recipe, shards, repeats))
+    if build_recipe(config, tokenizer_dir) != recipe:
+        raise DataError(
+            f"{_named(config, 'train')}: the files changed while they were prepared: run again"
+        )
     for manifest in manifests:
         save_manifest(store, manifest)
     for line in describe(*manifests):
@@ -172,7 +175,8 @@ def find_examples(cache: Path, digest: str) -> str | None:
     """The place of the held-out examples of this digest, where this cache still has them."""
     for path in sorted(cache.glob("shards/*/held_out.json")):
         place = str(path.parent)
-        if load_manifest(place, "held_out").digest == digest:
+        manifest = read_manifest(open_store(place), "held_out")
+        if manifest is not None and manifest.digest == digest:
             return place
     return None
 
@@ -279,6 +283,11 @@ def _weighed_slices(work: Work, sources: Sequence[SourceConfig]) -> list[Weighed
             tasks.append(PlanTask(file, work.config.slice_bytes))
             settings.append((form, source.weight))
     planned = _planned(work, tasks)
+    if not any(planned):
+        raise DataError(
+            f"{', '.join(source.path for source in sources)}: a dataset must hold at least one "
+            "row, but has none: add rows, or name other files"
+        )
     return [
         WeighedSlice(part, form, weight)
         for slices, (form, weight) in zip(planned, settings, strict=True)

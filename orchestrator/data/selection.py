@@ -6,14 +6,14 @@ the task that reads a slice's keys.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.formats import RowFormat, example_key
-from orchestrator.data.keys import KeyOrders, KeyRange, capped, key_order, split_ranges
+from orchestrator.data.keys import KeyOrders, KeyRange, key_order, split_ranges
 from orchestrator.data.manifest import Repeats, Role
 from orchestrator.data.slices import RowProblem, Slice, read_options
 from orchestrator.data.sources import place, read_slice
@@ -28,6 +28,8 @@ class WeighedSlice:
     part: Slice
     form: RowFormat
     weight: float = 1.0
+    number: int = 0
+    """Its place among all slices: the same one may be there twice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +39,16 @@ class Portion:
     part: Slice
     form: RowFormat
     keys: KeyRange
-    left_out: NDArray[np.bool_] | None = None
-    """Of the slice's usable rows, in order: those that repeat an example taken elsewhere."""
+    """Those with such a key, where `taken` does not say which."""
+    taken: NDArray[np.bool_] | None = None
+    """Of the slice's usable rows, in order."""
     again: bool = False
     """Its examples are in an epoch already: the source's weight is over 1."""
     expected_bytes: float = 0.0
+
+    def takes(self, number: int, order: int) -> bool:
+        """Whether usable row `number` of the slice, counted from 0, is among them."""
+        return bool(self.taken[number]) if self.taken is not None else order in self.keys
 
 
 @dataclass(frozen=True)
@@ -80,10 +87,12 @@ def select_by_range(
 ) -> list[Portion]:
     """The choice for which no example has to be read."""
     keys = _role_range(config, role)
-    return [
-        Portion(item.part, item.form, chosen, None, number > 0, item.part.num_bytes * chosen.share)
-        for number, item, chosen in _passes(slices, keys, keys)
-    ]
+    portions = []
+    for number, item in _passes(slices):
+        chosen = keys.first(min(1.0, item.weight - number))
+        num_bytes = item.part.num_bytes * chosen.share
+        portions.append(Portion(item.part, item.form, chosen, None, number > 0, num_bytes))
+    return portions
 
 
 def select_held_out(
@@ -92,13 +101,10 @@ def select_held_out(
     """The portions, and the orders of the examples in them."""
     keys = _role_range(config, "held_out")
     joined = _joined(orders)
+    taken = keys.mask(joined)
     if config.max_held_out_examples is not None:
-        keys = capped(keys, joined[keys.mask(joined)], config.max_held_out_examples)
-    portions = [
-        _sized(Portion(item.part, item.form, keys), found)
-        for item, found in zip(slices, orders, strict=True)
-    ]
-    return [portion for portion in portions if portion.expected_bytes], joined[keys.mask(joined)]
+        taken = _capped(taken, joined, config.max_held_out_examples)
+    return _portions(config, slices, orders, taken, keys), joined[taken]
 
 
 def select_train(
@@ -111,33 +117,23 @@ def select_train(
 
     Of equal examples the first one stays, and the cap counts those that stay.
     """
-    whole = _role_range(config, "train")
+    keys = _role_range(config, "train")
     joined = _joined(orders)
-    inside = np.concatenate(
-        [
-            whole.first(min(1.0, item.weight)).mask(found)
-            for item, found in zip(slices, orders, strict=True)
-        ]
-    )
-    duplicate = _later_ones(joined, inside)
-    contaminated = inside & np.isin(joined, held_out)
+    parts = [
+        keys.first(min(1.0, item.weight)).mask(found)
+        for item, found in zip(slices, orders, strict=True)
+    ]
+    taken = np.concatenate([np.zeros(0, np.bool_), *parts])
+    duplicate, contaminated = _later_ones(joined, taken), taken & np.isin(joined, held_out)
     left_out = (duplicate & config.deduplicate) | (contaminated & config.decontaminate)
-    keys = whole
+    taken &= ~left_out
     if config.max_train_examples is not None:
-        keys = capped(whole, joined[inside & ~left_out], config.max_train_examples)
-    borders = np.cumsum([len(found) for found in orders])[:-1]
-    by_slice = {
-        item: (found, repeats if repeats.any() else None)
-        for item, found, repeats in zip(slices, orders, np.split(left_out, borders), strict=True)
-    }
-    portions = []
-    for number, item, chosen in _passes(slices, whole, keys):
-        found, repeats = by_slice[item]
-        portion = Portion(item.part, item.form, chosen, repeats, number > 0)
-        portions.append(_sized(portion, found))
-    capped_to = keys.mask(joined)
-    counts = Repeats(int((duplicate & capped_to).sum()), int((contaminated & capped_to).sum()))
-    return [portion for portion in portions if portion.expected_bytes], counts
+        taken = _capped(taken, joined, config.max_train_examples)
+        last = int(joined[taken].max()) if taken.any() else keys.start
+        keys = KeyRange(keys.start, last + 1)
+    seen = keys.mask(joined) & (taken | left_out)
+    counts = Repeats(int((duplicate & seen).sum()), int((contaminated & seen).sum()))
+    return _portions(config, slices, orders, taken, keys), counts
 
 
 def count_repeats(train: Sequence[KeyOrders], held_out: Sequence[KeyOrders]) -> Repeats:
@@ -154,39 +150,44 @@ def _role_range(config: DataConfig, role: Role) -> KeyRange:
     return train if role == "train" else held_out
 
 
-def _passes(
-    slices: Sequence[WeighedSlice], whole: KeyRange, keys: KeyRange
-) -> list[tuple[int, WeighedSlice, KeyRange]]:
-    """All slices once, then those that come a second time, and so on: number, slice, its keys.
-
-    `keys` is what a cap left of `whole`. A source of weight 0.5 gives half of the whole range, of
-    which the cap takes the first; one of weight 1.5 gives what is capped and then half of that.
-    """
+def _passes(slices: Sequence[WeighedSlice]) -> Iterator[tuple[int, WeighedSlice]]:
+    """All slices once, then those that come a second time, and so on."""
     most = math.ceil(max((item.weight for item in slices), default=0.0))
-    passes = []
     for number in range(most):
-        for item in slices:
-            share = min(1.0, item.weight - number)
-            if share <= 0:
-                continue
-            if number == 0:
-                chosen = KeyRange(keys.start, min(keys.end, whole.first(share).end))
-            else:
-                chosen = keys.first(share)
-            passes.append((number, item, chosen))
-    return passes
+        yield from ((number, item) for item in slices if item.weight > number)
 
 
-def _sized(portion: Portion, orders: KeyOrders) -> Portion:
-    """With the bytes that its examples are expected to have; 0 if it has none."""
-    taken = portion.keys.mask(orders)
-    if portion.left_out is not None:
-        taken &= ~portion.left_out
-    share = np.count_nonzero(taken) / max(1, len(orders))
-    num_bytes = max(1.0, portion.part.num_bytes * share) if share else 0.0
-    return Portion(
-        portion.part, portion.form, portion.keys, portion.left_out, portion.again, num_bytes
-    )
+def _portions(
+    config: DataConfig,
+    slices: Sequence[WeighedSlice],
+    orders: Sequence[KeyOrders],
+    taken: NDArray[np.bool_],
+    keys: KeyRange,
+) -> list[Portion]:
+    """Of each slice what is taken of it; in a last, partial pass the first of that by hash."""
+    borders = np.cumsum([len(found) for found in orders])[:-1]
+    masks = dict(enumerate(np.split(taken, borders)))
+    numbered = [replace(item, number=number) for number, item in enumerate(slices)]
+    portions = []
+    for number, item in _passes(numbered):
+        mask, found = masks[item.number], orders[item.number]
+        if number:
+            mask = mask & keys.first(min(1.0, item.weight - number)).mask(found)
+        share = np.count_nonzero(mask) / max(1, len(mask))
+        # A slice of which nothing is taken may still have rows to report.
+        if share or (config.on_bad_row == "skip" and not number):
+            num_bytes = item.part.num_bytes * share
+            portions.append(Portion(item.part, item.form, keys, mask, number > 0, num_bytes))
+    return portions
+
+
+def _capped(taken: NDArray[np.bool_], orders: KeyOrders, count: int) -> NDArray[np.bool_]:
+    """The first `count` of those taken by key, and of equal ones by place."""
+    places = np.flatnonzero(taken)
+    kept = places[np.argsort(orders[places], kind="stable")[:count]]
+    capped = np.zeros_like(taken)
+    capped[kept] = True
+    return capped
 
 
 def _later_ones(orders: KeyOrders, inside: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -7,6 +7,7 @@ in whatever process or order. A shard that is already there whole is not made ag
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from orchestrator.data.block_files import map_blocks, write_blocks
@@ -21,7 +22,7 @@ from orchestrator.data.store import open_store
 from orchestrator.data.tokenizing import Example, load_tokenizer, tokenize
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import DataError
-from orchestrator.files import file_digest
+from orchestrator.files import file_digest, record_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +44,22 @@ class ShardTask:
         return f"{self.name}.safetensors"
 
     @property
+    def rows_digest(self) -> str:
+        """Names the rows that the shard is made of, but for the files that they are in."""
+        return record_digest([_rows(portion) for portion in self.portions])
+
+    @property
     def counts_unreadable(self) -> bool:
         """Whether rows without a key are its own: of rows that both roles read, train has them."""
         return self.role == "train" or self.config.held_out is not None
+
+
+def _rows(portion: Portion) -> list[Any]:
+    taken = portion.taken
+    chosen = [portion.keys.start, portion.keys.end] if taken is None else sha256(taken.tobytes()).hexdigest()
+    form = portion.form
+    read_as = [form.format, form.template, form.fields.model_dump()]
+    return [portion.part.start, portion.part.end, read_as, chosen]
 
 
 @dataclass
@@ -91,7 +105,10 @@ def prepare_shard(task: ShardTask) -> ShardRecord:
         without_loss=tokenized.without_loss,
         bad_rows=len(reading.bad),
     )
-    store.write_record(_record_name(task), {"shard": asdict(record), "bad_rows": reading.bad})
+    store.write_record(
+        _record_name(task),
+        {"shard": asdict(record), "bad_rows": reading.bad, "rows": task.rows_digest},
+    )
     return record
 
 
@@ -116,6 +133,8 @@ def _finished(task: ShardTask) -> ShardRecord | None:
     content = store.read_record(_record_name(task))
     if content is None:
         return None
+    if content.get("rows") != task.rows_digest:  # another version has cut the files otherwise
+        return None
     record = ShardRecord(**content["shard"])
     return record if store.holds(record.file, record.num_bytes, record.digest) else None
 
@@ -134,9 +153,9 @@ def _examples(task: ShardTask, tokenizer: Tokenizer, reading: _Reading) -> Itera
                 if isinstance(row, RowProblem):
                     raise row
                 key = example_key(row, portion.form)
-                is_left_out = portion.left_out is not None and portion.left_out[usable]
+                is_taken = portion.takes(usable, key_order(key))
                 usable += 1
-                if is_left_out or key_order(key) not in portion.keys:
+                if not is_taken:
                     continue
                 is_ours = True
                 parts = segments(row, portion.form, tokenizer)

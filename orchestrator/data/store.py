@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
-from orchestrator.data.streams import is_remote
+from orchestrator.data.streams import is_remote, read_errors
 from orchestrator.digests import known_file_digest
 from orchestrator.errors import DataError, is_disk_full
 from orchestrator.files import (
@@ -160,13 +160,19 @@ def _reaching(url: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"{url}: a shard is missing ({error}): run again to make it") from error
-    except (OSError, ValueError, ImportError) as error:
+    except (ValueError, ImportError) as error:
+        raise _unusable(url, error) from error
+    except read_errors(remote=True) as error:
         if is_disk_full(error):
             raise
-        raise DataError(
-            f"{url}: the shards' place cannot be used ({error}): check data.shards_dir, the "
-            "credentials, and that the fsspec package for this protocol is installed"
-        ) from error
+        raise _unusable(url, error) from error
+
+
+def _unusable(url: str, error: BaseException) -> DataError:
+    return DataError(
+        f"{url}: the shards' place cannot be used ({error}): check data.shards_dir, the "
+        "credentials, and that the fsspec package for this protocol is installed"
+    )
 
 
 def _parsed(content: bytes) -> Any | None:

@@ -55,7 +55,7 @@ PROBLEMS = [
     ("rows.jsonl", GOOD + LONG.encode() + b"\n" + GOOD, "2", "at most data.max_row_bytes=2000"),
     (
         "rows.jsonl.gz",
-        gzip.compress(GOOD + b"5\n" + GOOD),
+        gzip.compress(GOOD + b"5\n" + GOOD, mtime=0),
         "2",
         "must be a JSON object, but got int",
     ),

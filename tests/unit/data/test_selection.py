@@ -47,11 +47,10 @@ def _taken(portions: Sequence[Portion], orders: Sequence[KeyOrders]) -> list[int
     taken = []
     for portion in portions:
         found = orders[int(portion.part.file.removesuffix(".jsonl"))]
-        kept = portion.keys.mask(found)
-        if portion.left_out is not None:
-            kept &= ~portion.left_out
         assert portion.expected_bytes > 0
-        taken += found[kept].tolist()
+        taken += [
+            order for number, order in enumerate(found.tolist()) if portion.takes(number, order)
+        ]
     return taken
 
 
@@ -152,10 +151,48 @@ def test_the_choice_is_what_a_plain_reading_in_order_gives(
         if not repeated:
             kept.append(key)
     if cap is not None:
-        border = sorted(kept)[:cap][-1:] or [END_OF_KEYS]
-        kept = [key for key in kept if key <= border[0]]
+        first = sorted(range(len(kept)), key=lambda place: (kept[place], place))[:cap]
+        kept = [kept[place] for place in sorted(first)]
     assert _taken(portions, orders) == kept
-    assert repeats.duplicates >= 0
+    if cap is None:
+        every = [key for found in keys for key in found]
+        assert repeats.duplicates == len(every) - len(set(every))
+        assert repeats.contaminated == sum(key in held_out for key in every)
+
+
+def test_a_file_that_is_listed_twice_keeps_its_first_examples() -> None:
+    orders = _orders([1, 2], [1, 2])
+    once = _slices(orders)[0]
+    portions, repeats = select_train(_config(deduplicate=True), [once, once], orders, _nothing())
+    assert [portion.taken.tolist() for portion in portions if portion.taken is not None] == [
+        [True, True]
+    ]
+    assert repeats.duplicates == 2
+
+
+def test_a_cap_is_never_passed_by_equal_examples() -> None:
+    orders = _orders([7, 7, 7], [7, 3, 3])
+    portions, _ = select_train(_config(max_train_examples=3), _slices(orders), orders, _nothing())
+    assert sorted(_taken(portions, orders)) == [3, 3, 7]
+
+
+@given(st.floats(1e-30, 1 - 1e-9), st.sampled_from([1e-9, 0.3, 1.0, 1.7]))
+def test_any_fraction_and_weight_can_be_chosen_by(fraction: float, weight: float) -> None:
+    config = DataConfig(train="a.jsonl", held_out_fraction=fraction, deduplicate=True)
+    orders = _orders([0, 1, HALF, END_OF_KEYS - 1])
+    slices = _slices(orders, [weight])
+    select_by_range(config, "train", slices)
+    _, chosen = select_held_out(config, _slices(orders), orders)
+    portions, _ = select_train(config, slices, orders, chosen)
+    assert not set(_taken(portions, orders)) & set(chosen.tolist())
+
+
+def test_a_slice_with_nothing_to_take_is_kept_for_the_bad_rows_in_it() -> None:
+    orders = _orders([1], [])
+    for on_bad_row, files in (("skip", ["0.jsonl", "1.jsonl"]), ("error", ["0.jsonl"])):
+        config = _config(deduplicate=True, on_bad_row=on_bad_row)
+        portions, _ = select_train(config, _slices(orders), orders, _nothing())
+        assert [portion.part.file for portion in portions] == files
 
 
 def test_the_split_depends_on_the_key_alone() -> None:
