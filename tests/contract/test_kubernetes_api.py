@@ -94,4 +94,3 @@ def test_a_machine_without_kubeconfig_names_the_remedy(monkeypatch: pytest.Monke
     monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
     with pytest.raises(ContactLost, match="set KUBECONFIG"):
         KubernetesApi.connect()
-
