@@ -14,6 +14,7 @@ MIB = 1 << 20
 
 FormatName = Literal["prompt_completion", "instruction", "chat", "text"]
 TemplateName = Literal["plain", "chat"]
+Overlong = Literal["error", "truncate", "split", "drop"]
 
 
 class FieldNames(Strict):
@@ -61,13 +62,13 @@ class SourceConfig(Strict):
     the first ones by content hash."""
 
     name: str | None = None
-    """The configuration of a hub dataset that has several."""
+    """The configuration of a hub dataset that has several. Refused for other sources."""
 
     split: str = "train"
-    """The split of a hub dataset or a saved one."""
+    """The split of a hub dataset or a saved one. Refused for other sources."""
 
     revision: str | None = None
-    """Branch, tag or commit of a hub dataset."""
+    """Branch, tag or commit of a hub dataset. Refused for other sources."""
 
     format: FormatName | None = None
     """null: data.format."""
@@ -131,7 +132,7 @@ class DataConfig(Strict):
     block_length: PositiveInt = 1024
     """Tokens in one packed block. Several documents share a block; attention stays within each."""
 
-    overlong: Literal["error", "truncate", "split", "drop"] = "error"
+    overlong: Overlong = "error"
     """What happens to an example of more than `block_length` tokens. truncate cuts its end off,
     split makes several documents of it."""
 
@@ -139,8 +140,8 @@ class DataConfig(Strict):
     """What happens to a row that cannot be used: error ends the preparation with its file, line and
     reason; skip leaves it out, counts it and lists it in the shard's record."""
 
-    max_row_bytes: PositiveInt = 16 * MIB
-    """A longer row is a bad row."""
+    max_row_bytes: PositiveInt = 4 * MIB
+    """A longer row is a bad row: to tokenise it takes about 130 times its bytes of memory."""
 
     slice_bytes: PositiveInt = 8 * MIB
     """About as much text as one sharding task reads, and so the size of one shard."""

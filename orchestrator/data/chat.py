@@ -10,6 +10,9 @@ is found out once for each sequence of roles, with marks in the place of the tex
 texts are put in. One rendering of the whole conversation proves each time that the template does
 nothing else with them; where it does (it strips them, or takes reasoning out), that conversation is
 rendered turn by turn.
+
+Where a template rewrites earlier text when a message is added (Qwen 3's takes earlier reasoning
+out), the last turn alone is learned, after all else as the template writes it then.
 """
 
 import re
@@ -36,28 +39,36 @@ class Turn(NamedTuple):
     asked: str
     """From the end of the turn before up to where the model begins to write."""
     answered: str
+    has_loss: bool = True
 
 
 def conversation_turns(conversation: Conversation, tokenizer: Any) -> tuple[Turn, ...]:
-    """What stands after the last assistant's turn teaches nothing and is left out, and nothing asks
-    for a turn of the assistant that opens a conversation.
+    """What stands after the last learned turn teaches nothing and is left out, and nothing asks for
+    a turn of the assistant that opens a conversation.
 
     Raises:
         RowProblem: the tokenizer has no chat template, or one that refuses the conversation or
-            rewrites earlier text when a message is added.
+            rewrites what asks for the last turn when that is added.
     """
     messages = conversation.messages
-    end = max(
-        (i for i, message in enumerate(messages) if message["role"] == "assistant"), default=0
-    )
-    if not end:
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i]
+    learned = [i for i in answers if i not in conversation.without_loss]
+    if not learned:
         return ()
+    end = learned[-1]
     template = _chat_template(tokenizer, with_tools=conversation.tools is not None)
     messages = messages[: end + 1]
     turns = _filled_in(messages, template) if conversation.is_plain else None
     if turns is None:
         turns = template.turns(messages, conversation.tools)
-    return turns
+    if turns is None:
+        return (template.last_turn(messages, conversation.tools),)
+    if not conversation.without_loss:
+        return turns
+    return tuple(
+        turn._replace(has_loss=i not in conversation.without_loss)
+        for i, turn in zip(answers, turns, strict=False)
+    )
 
 
 def _filled_in(messages: list[Message], template: "ChatTemplate") -> tuple[Turn, ...] | None:
@@ -72,7 +83,7 @@ def _filled_in(messages: list[Message], template: "ChatTemplate") -> tuple[Turn,
     # A line end after the last turn belongs to a next one.
     if "".join(parts) != template.render(messages).rstrip():
         return None
-    return tuple(map(Turn._make, zip(parts[::2], parts[1::2], strict=True)))
+    return tuple(map(Turn, parts[::2], parts[1::2]))
 
 
 @lru_cache(maxsize=1024)
@@ -82,7 +93,9 @@ def _pattern(template: "ChatTemplate", roles: tuple[str, ...]) -> Pattern | None
         turns = template.turns(marked)
     except RowProblem:  # the conversation itself will say what is wrong
         return None
-    return tuple(_pieces(text) for turn in turns for text in turn)
+    if turns is None:
+        return None
+    return tuple(_pieces(text) for turn in turns for text in (turn.asked, turn.answered))
 
 
 def _pieces(text: str) -> tuple[str | int, ...]:
@@ -107,26 +120,42 @@ class ChatTemplate:
         # The others come of contents that the template does not expect.
         self._refusals = (TemplateError, TypeError, ValueError, RecursionError)
 
-    def turns(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[Turn, ...]:
-        """Of the assistant's messages but the first of all, from two renderings to each."""
+    def turns(
+        self, messages: list[Message], tools: list[Any] | None = None
+    ) -> tuple[Turn, ...] | None:
+        """Of the assistant's messages but the first of all, from two renderings to each; None where
+        a message more changes what stands before it."""
         turns: list[Turn] = []
         written = ""
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or i == 0:
                 continue
-            asked = self.render(messages[:i], tools, add_generation_prompt=True)
-            answered = self.render(messages[: i + 1], tools)
-            if not asked.startswith(written) or not answered.startswith(asked):
-                raise RowProblem(
-                    "the tokenizer's chat template must only append when a message is added, but "
-                    f"this one rewrites the text before messages[{i}]: {ANOTHER_WAY}"
-                )
-            # A line end after the closing token belongs to the next turn: nobody generates it.
-            answered = asked + answered.removeprefix(asked).rstrip()
-            turns.append(Turn(asked.removeprefix(written), answered.removeprefix(asked)))
-            written = answered
+            asked, answered = self._turn(messages[: i + 1], tools)
+            if answered is None or not asked.startswith(written):
+                return None
+            turns.append(Turn(asked.removeprefix(written), answered))
+            written = asked + answered
         check_unicode(written, "the conversation")
         return tuple(turns)
+
+    def last_turn(self, messages: list[Message], tools: list[Any] | None = None) -> Turn:
+        asked, answered = self._turn(messages, tools)
+        if answered is None:
+            raise RowProblem(
+                "the tokenizer's chat template must only append when the last turn is added, but "
+                f"this one rewrites the text before messages[{len(messages) - 1}]: {ANOTHER_WAY}"
+            )
+        check_unicode(asked + answered, "the conversation")
+        return Turn(asked, answered)
+
+    def _turn(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, str | None]:
+        """What asks for the last message, and what that adds if it does nothing else."""
+        asked = self.render(messages[:-1], tools, add_generation_prompt=True)
+        answered = self.render(messages, tools)
+        if not answered.startswith(asked):
+            return asked, None
+        # A line end after the closing token belongs to the next turn: nobody generates it.
+        return asked, answered.removeprefix(asked).rstrip()
 
     def render(
         self,

@@ -50,10 +50,8 @@ def read_csv(path: str, part: Slice, options: ReadOptions) -> Iterator[NumberedR
                 values = next(table)
             except StopIteration:  # the file was cut since, which the caller will see
                 return
-            except csv.Error as error:
-                raise _not_csv(part.file, stream, lines.record_start, str(error)) from error
-            except RowProblem as problem:
-                yield number, problem
+            except (csv.Error, RowProblem) as error:
+                yield number, error if isinstance(error, RowProblem) else _bad_record(error)
                 lines.skip_record(part.file)
                 continue
             if values:
@@ -165,6 +163,12 @@ def _row(header: list[str], values: list[str]) -> Row | RowProblem:
             f"{len(values)}: quote values that hold commas or line ends"
         )
     return dict(zip(header, values, strict=True))
+
+
+def _bad_record(error: csv.Error) -> RowProblem:
+    return RowProblem(
+        f"a record must be valid CSV, but this one is not ({error}): correct its quotes"
+    )
 
 
 def _not_csv(file: str, stream: IO[bytes], offset: int, reason: str) -> DataError:

@@ -71,5 +71,21 @@ def canonical_json(value: Any, name: str) -> str:
         ) from error
 
 
+def without_nulls(value: Any, name: str) -> Any:
+    """Tables give each struct all keys that any of them has."""
+    try:
+        return _without_nulls(value)
+    except RecursionError as error:
+        raise RowProblem(f"{name} must be nested less deeply: correct it") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
 def shown(value: object) -> str:
     return f"{type(value).__name__} {_SHORT.repr(value)}"

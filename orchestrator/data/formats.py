@@ -127,7 +127,7 @@ def _text(row: Row, form: RowFormat, tokenizer: Tokenizer) -> tuple[Segment, ...
 
 
 def _text_texts(row: Row, fields: FieldNames) -> tuple[str]:
-    return (text_field(row, "text", fields.text),)
+    return (answer_field(row, "text", fields.text),)
 
 
 def _chat(row: Row, form: RowFormat, tokenizer: Tokenizer) -> tuple[Segment, ...]:
@@ -141,8 +141,8 @@ def _chat_texts(row: Row, fields: FieldNames) -> list[str]:
 def _turns(conversation: Conversation, tokenizer: Tokenizer) -> tuple[Segment, ...]:
     return tuple(
         segment
-        for asked, answered in conversation_turns(conversation, tokenizer)
-        for segment in (Segment(asked, has_loss=False), Segment(answered, has_loss=True))
+        for asked, answered, has_loss in conversation_turns(conversation, tokenizer)
+        for segment in (Segment(asked, has_loss=False), Segment(answered, has_loss))
     )
 
 

@@ -1,11 +1,12 @@
 """Find the files of a folder, a glob or a URL.
 
-In: a path or an fsspec URL. Out: its files of known types, sorted.
+In: a source. Out: its files of known types, sorted.
 """
 
 import difflib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from orchestrator.data.readers import DATASET_READERS, is_known_file, reader_of
 from orchestrator.data.saved_datasets import saved_files
 from orchestrator.data.streams import is_remote, open_store_path, read_errors, shown_error
+from orchestrator.data_config import SourceConfig
 from orchestrator.errors import DataError
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -20,31 +22,50 @@ GLOB = re.compile(r"[*?\[]")
 GLOB_URL = re.compile(r"\*")  # a web address may hold the others
 
 
-def find_files(path: str, split: str) -> list[str]:
+def find_files(source: SourceConfig) -> list[str]:
     """Local paths are made absolute. No files: there is nothing at this local path.
 
     Raises:
-        DataError: there are files, but of no known type; or there is nothing at this URL.
+        DataError: there are files, but of no known type; there is nothing at this URL; or the
+            source asks for a part of what has none.
     """
-    path = local_path(path)
+    path = local_path(source.path)
     with _listing(path):
         file_system, root = open_store_path(path)
         try:
             kind = file_system.info(root)["type"]
         except (FileNotFoundError, NotADirectoryError) as error:
             if magic := (GLOB_URL if is_remote(path) else GLOB).search(root):
+                check_all_is_read(source)
                 fixed = root[: magic.start()].rpartition("/")[0]
-                return _known_files(path, "match", file_system, fixed, file_system.glob(root))
+                found = file_system.glob(root) if is_remote(path) else _glob_local(fixed, root)
+                return _known_files(path, "match", file_system, fixed, found)
             if is_remote(path):
                 raise _nothing_at(path, error.__cause__) from error
             return []
         if kind != "directory":
+            check_all_is_read(source)
             reader_of(path)
             return [path]
-        saved = saved_files(path, split, file_system, root)
+        saved = saved_files(path, source.split, file_system, root)
         if saved is not None:
+            check_all_is_read(source, but_for=["split"])
             return [_full_name(path, file_system, name) for name in saved]
-        return _known_files(path, "hold", file_system, root, file_system.find(root))
+        check_all_is_read(source)
+        found = file_system.find(root) if is_remote(path) else list(_walk_local(root))
+        return _known_files(path, "hold", file_system, root, found)
+
+
+def check_all_is_read(source: SourceConfig, but_for: Collection[str] = ()) -> None:
+    """Raises DataError where a field is set that chooses from hub datasets only."""
+    for name in ("split", "name", "revision"):
+        value = getattr(source, name)
+        if name not in but_for and value != SourceConfig.model_fields[name].default:
+            raise DataError(
+                f"{source.path}: {name} chooses from a hub dataset, but this is none, all of it is "
+                f"read, and {name} is {value!r}: leave {name} out, or give the path of the files "
+                "that you mean"
+            )
 
 
 def local_path(path: str) -> str:
@@ -98,6 +119,30 @@ def _known_files(path: str, verb: str, file_system: Any, root: str, found: list[
             "add one, or give another path"
         )
     return files
+
+
+def _glob_local(fixed: str, pattern: str) -> list[str]:
+    """As fsspec's, but through links to folders too. `fixed`: the folder before the first sign."""
+    from fsspec.utils import glob_translate
+
+    levels = None if "**" in pattern else pattern[len(fixed) :].count("/")
+    matches = re.compile(glob_translate(pattern)).match
+    return [name for name in _walk_local(fixed, levels) if matches(name)]
+
+
+def _walk_local(root: str, levels: int | None = None) -> Iterator[str]:
+    """Also through links to folders, which fsspec passes by; each folder once, so loops end."""
+    seen = set()
+    top = Path(root or "/")
+    # What may not be listed is passed by, as fsspec does: the lost+found of a mounted disk is such.
+    for folder, names, files in os.walk(top, followlinks=True):
+        depth = len(Path(folder).parts) - len(top.parts)
+        real = os.path.realpath(folder)
+        is_new = real not in seen
+        seen.add(real)
+        goes_on = is_new and (levels is None or depth + 1 < levels)
+        names[:] = sorted(name for name in names if goes_on and not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in files if is_new)
 
 
 def _full_name(path: str, file_system: Any, name: str) -> str:

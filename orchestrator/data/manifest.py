@@ -20,7 +20,8 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the shards' bytes, and nothing else: paths do not."""
+    """Everything that decides the shards' bytes, and nothing else: paths do not, but for files of a
+    store that tells no hash of their content."""
 
     settings: dict[str, Any]
     tokenizer: str

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.data.fields import canonical_json, check_unicode, field, shown
+from orchestrator.data.fields import canonical_json, check_unicode, field, shown, without_nulls
 from orchestrator.data.slices import Row, RowProblem
 from orchestrator.data_config import FieldNames
 
@@ -24,6 +24,7 @@ ROLES = {
     "gpt": "assistant",
 }
 CALLS = ("tool_calls", "function_call")  # what an assistant's turn may have instead of content
+WEIGHT = "weight"  # OpenAI's, 0 or 1: whether an assistant's turn is learned
 WRITE_MESSAGES = 'write them as [{"role": "user", "content": "..."}, ...]'
 
 
@@ -34,6 +35,8 @@ class Conversation:
     came, but those without a value."""
     tools: list[Any] | None = None
     """The functions that the model may call."""
+    without_loss: frozenset[int] = frozenset()
+    """Places of the messages that are not learned."""
 
     @property
     def is_plain(self) -> bool:
@@ -52,15 +55,20 @@ def read_conversation(row: Row, fields: FieldNames) -> Conversation:
             f"{WRITE_MESSAGES}"
         )
     messages = [_message(item, f"{name}[{i}]", fields) for i, item in enumerate(value)]
-    return Conversation(messages, _tools(row, fields.tools))
+    without_loss = frozenset(
+        i for i, item in enumerate(value) if WEIGHT in item and not _weight(item, f"{name}[{i}]")
+    )
+    return Conversation(messages, _tools(row, fields.tools), without_loss)
 
 
 def conversation_texts(conversation: Conversation) -> list[str]:
     """All that it says, two texts to a message, whatever the order of keys."""
     texts = [] if conversation.tools is None else [canonical_json(conversation.tools, "tools")]
-    for message in conversation.messages:
+    for i, message in enumerate(conversation.messages):
         # No role has a blank in it, so what follows one can only be the rest.
         rest = {key: message[key] for key in message if key not in ("role", "content")}
+        if i in conversation.without_loss:
+            rest[WEIGHT] = 0
         more = f" {canonical_json(rest, 'a message')}" if rest else ""
         texts.append(message["role"] + more)
         texts.append(message.get("content", ""))
@@ -73,11 +81,11 @@ def _message(item: Any, place: str, fields: FieldNames) -> Message:
     role = _role(item, place, fields.role)
     message: Message = {"role": role}
     content = item.get(fields.content)
-    calls = any(item.get(name) for name in CALLS)
+    rest = _rest(item, place, fields) if len(item) > 2 or content is None else {}
+    calls = any(name in rest for name in CALLS)
     if content is not None or not calls or role != "assistant":
         message["content"] = _content(content, item, place, fields.content)
-    if len(item) > 2 or content is None:
-        message |= _rest(item, place, fields)
+    message |= rest
     if role == "assistant" and not calls and not message["content"].strip():
         raise RowProblem(
             f"{place}: the assistant's turn must not be empty: "
@@ -97,6 +105,16 @@ def _role(item: Message, place: str, name: str) -> str:
     return ROLES[role]
 
 
+def _weight(item: Message, place: str) -> bool:
+    weight = item[WEIGHT]
+    if weight not in (None, 0, 1):
+        raise RowProblem(
+            f"{place}.{WEIGHT} must be 0 (the turn is not learned) or 1, but got {shown(weight)}: "
+            "correct it"
+        )
+    return weight is None or weight == 1
+
+
 def _content(content: Any, item: Message, place: str, name: str) -> str:
     if isinstance(content, list):
         content = "".join(_part(part, f"{place}.{name}[{i}]") for i, part in enumerate(content))
@@ -108,8 +126,8 @@ def _content(content: Any, item: Message, place: str, name: str) -> str:
 
 
 def _rest(item: Message, place: str, fields: FieldNames) -> Message:
-    used = (fields.role, fields.content, "role", "content")
-    rest = {key: value for key, value in item.items() if key not in used and value is not None}
+    used = (fields.role, fields.content, "role", "content", WEIGHT)
+    rest: Message = without_nulls({key: item[key] for key in item if key not in used}, place)
     for name in CALLS:
         if not rest.get(name, True):  # an empty list, as of a table's column
             del rest[name]
@@ -118,7 +136,28 @@ def _rest(item: Message, place: str, fields: FieldNames) -> Message:
         raise RowProblem(
             f"{place}.tool_calls must be a list of objects, but got {shown(calls)}: correct it"
         )
+    if calls:
+        rest["tool_calls"] = [_call(call) for call in calls]
+    if "function_call" in rest:
+        rest["function_call"] = _with_arguments(rest["function_call"])
     return rest
+
+
+def _call(call: Message) -> Message:
+    if "function" in call:
+        return call | {"function": _with_arguments(call["function"])}
+    return dict(_with_arguments(call))
+
+
+def _with_arguments(function: Any) -> Any:
+    """OpenAI's API has them as JSON, chat templates write them as JSON themselves."""
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return function
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):  # a model's own slip: the template writes what it was
+        return function
+    return function | {"arguments": arguments} if isinstance(arguments, dict) else function
 
 
 def _part(part: Any, place: str) -> str:
@@ -148,6 +187,8 @@ def _tools(row: Row, name: str) -> list[Any] | None:
                 f"column {name!r} must be a list of functions, but it is text that is no valid "
                 f"JSON ({error}): correct it, or set data.fields.tools to the right column"
             ) from error
+    else:
+        tools = without_nulls(tools, f"column {name!r}")
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):

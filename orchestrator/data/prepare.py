@@ -44,6 +44,7 @@ from orchestrator.data.sources import (
     PlanTask,
     content_digest,
     must_be_read,
+    no_rows,
     plan_file,
     source_files,
 )
@@ -276,23 +277,15 @@ def _choose_held_out(
 
 
 def _weighed_slices(work: Work, sources: Sequence[SourceConfig]) -> list[WeighedSlice]:
-    tasks, settings = [], []
+    weighed = []
     for source in sources:
         form = row_format(work.config, source)
-        for file in source_files(source):
-            tasks.append(PlanTask(file, work.config.slice_bytes))
-            settings.append((form, source.weight))
-    planned = _planned(work, tasks)
-    if not any(planned):
-        raise DataError(
-            f"{', '.join(source.path for source in sources)}: a dataset must hold at least one "
-            "row, but has none: add rows, or name other files"
-        )
-    return [
-        WeighedSlice(part, form, weight)
-        for slices, (form, weight) in zip(planned, settings, strict=True)
-        for part in slices
-    ]
+        tasks = [PlanTask(file, work.config.slice_bytes) for file in source_files(source)]
+        slices = [part for planned in _planned(work, tasks) for part in planned]
+        if not slices:
+            raise no_rows(source.path)
+        weighed += [WeighedSlice(part, form, source.weight) for part in slices]
+    return weighed
 
 
 def _planned(work: Work, tasks: Sequence[PlanTask]) -> list[list[Slice]]:

@@ -58,6 +58,11 @@ def is_known_file(file: str) -> bool:
     return _extension(file) in DATASET_READERS
 
 
+def file_type(file: str) -> str:
+    """What its rows are read by: `.jsonl.gz`. Files of equal bytes may hold different rows."""
+    return _extension(file) + (compression(file) or "")
+
+
 def reader_of(file: str) -> Reader:
     extension = _extension(file)
     if extension not in DATASET_READERS:

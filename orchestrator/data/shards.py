@@ -56,7 +56,11 @@ class ShardTask:
 
 def _rows(portion: Portion) -> list[Any]:
     taken = portion.taken
-    chosen = [portion.keys.start, portion.keys.end] if taken is None else sha256(taken.tobytes()).hexdigest()
+    chosen = (
+        [portion.keys.start, portion.keys.end]
+        if taken is None
+        else sha256(taken.tobytes()).hexdigest()
+    )
     form = portion.form
     read_as = [form.format, form.template, form.fields.model_dump()]
     return [portion.part.start, portion.part.end, read_as, chosen]

@@ -37,7 +37,7 @@ class Slice:
 class ReadOptions:
     sample_by: str = "line"
     """For text files; see DataConfig."""
-    max_row_bytes: int = 16 << 20
+    max_row_bytes: int = 4 << 20
 
 
 def read_options(config: DataConfig) -> ReadOptions:

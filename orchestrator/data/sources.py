@@ -11,15 +11,22 @@ from functools import lru_cache
 from pathlib import Path
 
 from orchestrator.data.hub import downloaded
-from orchestrator.data.listing import find_files, looks_like_path, not_found
-from orchestrator.data.readers import reader_of
+from orchestrator.data.listing import check_all_is_read, find_files, looks_like_path, not_found
+from orchestrator.data.readers import file_type, reader_of
 from orchestrator.data.slices import NumberedRow, ReadOptions, RowProblem, Slice, cut
 from orchestrator.data.spool import Rewrite, spooled
 from orchestrator.data.stdlib_docs import STDLIB_DOCS_VERSION, write_stdlib_docs
-from orchestrator.data.streams import check_unchanged, fingerprint, is_remote, reading
+from orchestrator.data.streams import (
+    check_unchanged,
+    fingerprint,
+    is_remote,
+    parts_of_chain,
+    reading,
+)
 from orchestrator.data_config import SourceConfig
+from orchestrator.digests import known_file_digest
 from orchestrator.errors import DataError
-from orchestrator.files import cache_dir, file_digest
+from orchestrator.files import cache_dir
 
 STDLIB_DOCS = "stdlib-docs"
 
@@ -40,6 +47,7 @@ def source_files(source: SourceConfig) -> list[str]:
         DataError: the source is missing, empty or cannot be reached.
     """
     if source.path == STDLIB_DOCS:
+        check_all_is_read(source)
         path = _stdlib_docs_path()
         if not path.exists():
             write_stdlib_docs(path)
@@ -48,11 +56,8 @@ def source_files(source: SourceConfig) -> list[str]:
 
 
 def content_digest(file: str) -> str:
-    """Changes when the file's content does: a hash of it, or what a remote store says of it."""
-    if is_remote(file):
-        return fingerprint(file)
-    with reading(file):
-        return file_digest(Path(file))
+    """Changes when the file's rows do: its type, and a hash of it or what a store says of it."""
+    return f"{file_type(file)}:{_bytes_digest(file)}"
 
 
 def must_be_read(file: str) -> bool:
@@ -63,21 +68,17 @@ def must_be_read(file: str) -> bool:
 
 
 def plan_file(task: PlanTask) -> list[Slice]:
-    """Slices of about `slice_bytes` of text that together have each of the file's rows once.
+    """Slices of about `slice_bytes` of text that together have each of the file's rows once; none
+    for a file without rows, of which some tools write one among others.
 
     Raises:
-        DataError: the file has no rows, is damaged or cannot be read.
+        DataError: the file is damaged or cannot be read.
     """
     found = fingerprint(task.file)
     path = _plain_path(task.file, found)
     borders, num_bytes = reader_of(task.file).plan(path, task.file, task.slice_bytes)
     check_unchanged(task.file, found)
-    if not borders:
-        raise DataError(
-            f"{task.file}: a dataset's file must hold at least one row, but has none: "
-            "add rows or remove the file"
-        )
-    return cut(task.file, found, borders, num_bytes)
+    return cut(task.file, found, borders, num_bytes) if borders else []
 
 
 def read_slice(part: Slice, options: ReadOptions) -> Iterator[NumberedRow]:
@@ -114,6 +115,7 @@ def place(part: Slice, number: int) -> str:
 def estimate_slices(source: SourceConfig, slice_bytes: int) -> list[Slice] | None:
     """All slices if that is cheap, else None: nothing is fetched, written or read for long."""
     if source.path == STDLIB_DOCS:
+        check_all_is_read(source)
         files = [str(path) for path in [_stdlib_docs_path()] if path.exists()]
     else:
         files = [] if is_remote(source.path) else _files_there(source)
@@ -122,12 +124,32 @@ def estimate_slices(source: SourceConfig, slice_bytes: int) -> list[Slice] | Non
     to_read = [Path(file).stat().st_size for file in files if must_be_read(file)]
     if sum(to_read) > ESTIMATE_LIMIT_BYTES:
         return None
-    return [part for file in files for part in plan_file(PlanTask(file, slice_bytes))]
+    slices = [part for file in files for part in plan_file(PlanTask(file, slice_bytes))]
+    if not slices:
+        raise no_rows(source.path)
+    return slices
+
+
+def no_rows(path: str) -> DataError:
+    """For a source of which no file has a row."""
+    return DataError(
+        f"{path}: a dataset must hold at least one row, but has none: add rows or remove it"
+    )
+
+
+def _bytes_digest(file: str) -> str:
+    member, container = parts_of_chain(file)
+    if container:
+        return f"{member}{_bytes_digest(container)}"
+    if is_remote(file):
+        return fingerprint(file)
+    with reading(file):
+        return known_file_digest(Path(file))
 
 
 def _files_there(source: SourceConfig) -> list[str]:
     """None are where the source can only be a hub id."""
-    files = find_files(source.path, source.split)
+    files = find_files(source)
     if not files and looks_like_path(source.path):
         raise not_found(source.path)
     return files

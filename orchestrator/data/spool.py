@@ -13,7 +13,14 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from orchestrator.data.streams import CHUNK_BYTES, check_unchanged, open_decompressed, path_part
+from orchestrator.data.streams import (
+    CHUNK_BYTES,
+    check_unchanged,
+    is_remote,
+    open_decompressed,
+    path_part,
+    reading,
+)
 from orchestrator.files import cache_dir, record_digest, write_file
 
 KEPT_S = 7 * 24 * 3600
@@ -52,8 +59,20 @@ def _fill(file: str, fingerprint: str, rewrite: Rewrite, temporary: Path) -> Non
 
 
 def _spool_path(file: str, fingerprint: str, rewrite: Rewrite) -> Path:
-    digest = record_digest([file, fingerprint, rewrite.__name__])[:NAME_DIGITS]
+    key = [file, fingerprint, rewrite.__name__, _local_stamp(file)]
+    digest = record_digest(key)[:NAME_DIGITS]
     return cache_dir() / "spool" / f"{digest}-{PurePosixPath(path_part(file)).name}"
+
+
+def _local_stamp(file: str) -> list[int]:
+    """Changes also where another file of equal size and time takes its place. No part of the
+    fingerprint, since other machines see other values; empty for a store's file."""
+    path = file.rpartition("::")[2] if is_remote(file) else file
+    if is_remote(path):
+        return []
+    with reading(path):
+        found = Path(path).stat()
+    return [found.st_ino, found.st_ctime_ns]
 
 
 def _mark_used(path: Path) -> bool:

@@ -33,8 +33,16 @@ LIBRARY_ERRORS = (
     ("azure.core.exceptions", "AzureError"),
     ("zipfile", "BadZipFile"),
 )
-# What a store says of a file's content. HTTP's ukey is made of the address alone.
-IDENTITY_FIELDS = ("size", "ETag", "Content-MD5", "Digest", "Last-Modified")
+# fsspec reads this much ahead. Its default for S3, 50 MiB, is fetched for each slice of 8 MiB.
+AHEAD_BYTES = 4 << 20
+# What stores say of a file, by fsspec's names. Hashes of its content (HTTP, GCS, GitHub, Hugging
+# Face) stand for it wherever it is. The others tell it from its own earlier content only: an ETag
+# may be made of size and time. They go from the surest to the least sure.
+CONTENT_FIELDS = ("Content-MD5", "Digest", "md5Hash", "sha", "blob_id")
+VERSION_FIELDS = (
+    *("ETag", "etag", "e_tag", "VersionId", "generation"),
+    *("Last-Modified", "LastModified", "last_modified", "updated", "mtime", "modified", "created"),
+)
 
 
 def is_remote(file: str) -> bool:
@@ -55,7 +63,10 @@ def open_plain(file: str) -> Iterator[IO[bytes]]:
     with reading(file):
         if is_remote(file):
             file_system, path = open_store_path(file)
-            raw = cast(Any, file_system.open(path, "rb"))
+            is_whole = file.startswith("http") and not can_seek(file, fingerprint(file))
+            # 0 is fsspec's name for one request that is read to its end.
+            ahead = 0 if is_whole else AHEAD_BYTES
+            raw = cast(Any, file_system.open(path, "rb", block_size=ahead))
             stream: IO[bytes] = io.BufferedReader(raw, CHUNK_BYTES)
         else:
             stream = open(file, "rb", buffering=CHUNK_BYTES)
@@ -111,12 +122,22 @@ def can_seek(file: str, fingerprint: str) -> bool:
 def fingerprint(file: str) -> str:
     """Changes when the file is written again. Cheap: nothing of it is read."""
     with reading(file):
-        if "::" in file and is_remote(file):  # an archive's member changes with the archive
-            return fingerprint(file.partition("::")[2])
+        member, container = parts_of_chain(file)
+        if container:  # an archive's member changes with the archive
+            return f"{member}{fingerprint(container)}"
         if is_remote(file):
             return _remote_identity(file)
         status = Path(file).stat()
         return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def parts_of_chain(file: str) -> tuple[str, str]:
+    """What is chosen from an archive, if anything, and the archive's own path or URL; two empty
+    strings where the file is in none. simplecache:: and its like choose nothing."""
+    if not is_remote(file):
+        return "", ""
+    head, chained, container = file.partition("::")
+    return (f"{head}::" if is_remote(head) else "", container) if chained else ("", "")
 
 
 def check_unchanged(file: str, expected: str) -> None:
@@ -162,8 +183,17 @@ def _remote_identity(file: str) -> str:
     file_system, path = open_store_path(file)
     file_system.invalidate_cache(path)  # a listing kept from before would hide a change
     info = file_system.info(path)
-    said = [str(info[name]) for name in IDENTITY_FIELDS if name in info]
-    return record_digest([str(file_system.ukey(path)), *said])[:32]
+    hashes = [str(info[name]) for name in CONTENT_FIELDS if info.get(name)]
+    if hashes:
+        return record_digest([info.get("size"), *hashes])[:32]
+    versions = [str(info[name]) for name in VERSION_FIELDS if info.get(name)]
+    if not versions and file.startswith("http"):  # its ukey is made of the address alone
+        raise DataError(
+            f"{file}: a server must say when a file changes, but this one sends neither ETag, "
+            "Last-Modified, Content-MD5 nor Digest: download the file and give its local path"
+        )
+    version = versions[0] if versions else str(file_system.ukey(path))
+    return record_digest([file, info.get("size"), version])[:32]
 
 
 def _open_zstandard(stream: IO[bytes]) -> Any:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.continuations import Continuations, TokenIds, continuations
 from orchestrator.data.formats import Segment, Tokenizer
+from orchestrator.data_config import Overlong
 from orchestrator.errors import BaseModelError, DataError
 from orchestrator.files import file_digest, record_digest
 
@@ -43,9 +45,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-
-
-Overlong = Literal["error", "truncate", "split", "drop"]
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 class Example(NamedTuple):
@@ -89,12 +89,13 @@ def load_tokenizer(folder: str) -> Tokenizer:
 
 def tokenizer_digest(folder: Path) -> str:
     present = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    templates = [path.relative_to(folder).as_posix() for path in folder.glob(MORE_TEMPLATES)]
     if not present:
         raise BaseModelError(
             f"{folder}: a base model's folder must hold a tokenizer, but has none of "
             f"{', '.join(TOKENIZER_FILES)}"
         )
-    return record_digest({name: file_digest(folder / name) for name in present})
+    return record_digest({name: file_digest(folder / name) for name in present + templates})
 
 
 class _Piece(NamedTuple):
@@ -114,12 +115,13 @@ def tokenize(
         DataError: an example is longer and `overlong` is error.
     """
     token_ids = _token_ids_function(tokenizer)
+    continued = continuations(tokenizer, token_ids)
     documents: list[Document] = []
     counts = dict.fromkeys(("truncate", "split", "drop"), 0)
     without_loss = 0
     with _without_collections():
         for batch in _batches(examples):
-            ids, has_loss, borders = _encode(batch, token_ids)
+            ids, has_loss, borders = _encode(batch, token_ids, continued)
             pieces: list[_Piece] = []
             for example, start, end in zip(batch, borders, borders[1:], strict=False):
                 if end - start <= block_length:
@@ -162,10 +164,10 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 
 def _encode(
-    batch: Sequence[Example], token_ids: Callable[[list[str]], Iterable[list[int]]]
+    batch: Sequence[Example], token_ids: TokenIds, continued: Continuations | None
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_], list[int]]:
     """All tokens of the batch, whether each has loss, and where the examples begin and end."""
-    # Segments are tokenised apart, so that no token reaches over the border of a prompt: this is
+    # Each segment has tokens of its own, so that none reaches over the border of a prompt: this is
     # also how the tokens stand when the model generates.
     texts, flags = [], []
     for example in batch:
@@ -174,7 +176,11 @@ def _encode(
             flags.append(segment.has_loss)
     found = array("I")  # from a list in half the time that numpy and array("i") take
     ends = [0]
-    for ids in token_ids(texts):
+    for ids in (
+        continued.token_ids(example.segments for example in batch)
+        if continued
+        else token_ids(texts)
+    ):
         found.fromlist(ids)
         ends.append(len(found))
     segment_ends = np.array(ends)
@@ -221,7 +227,7 @@ def _labelled(
     ]
 
 
-def _token_ids_function(tokenizer: Tokenizer) -> Callable[[list[str]], Iterable[list[int]]]:
+def _token_ids_function(tokenizer: Tokenizer) -> TokenIds:
     from transformers import PreTrainedTokenizerFast
 
     # Some classes prepare the text first, in a method of their own.

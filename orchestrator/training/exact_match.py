@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.data.fields import text_field
 from orchestrator.data.slices import RowProblem, read_options
-from orchestrator.data.sources import PlanTask, place, plan_file, read_slice, source_files
+from orchestrator.data.sources import PlanTask, no_rows, place, plan_file, read_slice, source_files
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import ConfigError, DataError
 
@@ -48,7 +48,10 @@ def answers(model: Any, tokenizer: Any, config: DataConfig, max_new_tokens: int)
 def _pairs(config: DataConfig) -> Iterator[tuple[str, str]]:
     fields = config.fields
     files = [file for source in config.train_sources for file in source_files(source)]
-    for part in (part for file in files for part in plan_file(PlanTask(file, config.slice_bytes))):
+    parts = [part for file in files for part in plan_file(PlanTask(file, config.slice_bytes))]
+    if not parts:
+        raise no_rows(config.train_name)
+    for part in parts:
         for number, row in read_slice(part, read_options(config)):
             try:
                 if isinstance(row, RowProblem):

@@ -302,6 +302,7 @@ def assert_went_on(store: RunStore) -> None:
     assert first_step_of(resumed) > 0
 
 
+@pytest.mark.slow
 def test_losing_the_head_with_the_driver_is_survived_by_starting_again_on_a_new_cluster(
     tmp_path: Path, environment: Mapping[str, str]
 ) -> None:

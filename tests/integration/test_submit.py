@@ -117,6 +117,7 @@ def arguments(cluster: Cluster) -> list[str]:
     return ["--target", cluster.address]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     tmp_path: Path,
     tiny_base: Path,

@@ -68,13 +68,16 @@ def test_a_finished_sweep_is_shown_whole(make_run: MakeRun, uri: str, client: Ml
     assert trials[3].info.run_name == "trial 003 · 16-bit · rank 16"
     tags = trials[3].data.tags
     assert tags["orchestrator.base_digest"] == samples.BASE.digest
-    assert tags["orchestrator.train_digest"] == "t" * 64
+    data = store.read("data")
+    assert data is not None
+    assert tags["orchestrator.train_digest"] == data["train"]["digest"]
     assert tags["mlflow.source.git.commit"] == "c" * 40
     assert (tags["orchestrator.pack"], tags["orchestrator.slot"]) == ("1", "1")
     assert tags["orchestrator.node"] == "node-b"
     assert len({run.data.tags["orchestrator.trial_key"] for run in trials.values()}) == 4
     contexts = {one.tags[0].value: one.dataset.digest for one in trials[3].inputs.dataset_inputs}
-    assert contexts == {"training": "t" * 36, "evaluation": "h" * 36}
+    digests = {"training": data["train"]["digest"], "evaluation": data["held_out"]["digest"]}
+    assert contexts == {context: digest[:36] for context, digest in digests.items()}
     assert trials[3].data.params["rank"] == "16"
     assert trials[3].data.params["bit_width"] == "16"
     assert "quant_type" not in trials[3].data.params
@@ -314,7 +317,9 @@ def test_the_winners_model_carries_its_metrics(
     (model,) = client.search_logged_models([view.experiment_id])
     metrics = {metric.key: metric for metric in model.metrics or ()}
     assert metrics["eval_loss"].value == pytest.approx(store.read("winner")["eval_loss"])
-    assert metrics["eval_loss"].dataset_digest == "h" * 36
+    data = store.read("data")
+    assert data is not None
+    assert metrics["eval_loss"].dataset_digest == data["held_out"]["digest"][:36]
     assert metrics["adapter_mib"].run_id == view.trial_run_id(3)
     history = client.get_metric_history(view.trial_run_id(3), "eval_loss")
     assert len(history) == len({point.step for point in history}) == 4

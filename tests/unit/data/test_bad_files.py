@@ -71,6 +71,9 @@ PROBLEMS = [
     ("rows.csv", b'a,b\n1,2\n"\n\n\xe9",3\n4,5\n', "3", "text must be UTF-8, but byte 1"),
     ("rows.csv", f'a,b\n1,2\n"{LONG}\n""\n",3\n4,5\n'.encode(), "3", "data.max_row_bytes=2000"),
     ("rows.csv", f'a,b\n1,2\n"\n{LONG}\n"\n4,5\n'.encode(), "3", "data.max_row_bytes=2000"),
+    ("rows.csv", b'a,b\n1,2\n"1"2,3\n4,5\n', "3", "valid CSV, but this one is not (',' expected"),
+    ("rows.csv", b'a,b\n1,2\n"\n1"2"\n,3\n', "3", "valid CSV, but this one is not (',' expected"),
+    ("rows.csv", b"a,b\n1,2\n1\r2,3\n4,5\n", "3", "valid CSV, but this one is not (new-line"),
     ("rows.txt", b"one\n\xff\nthree", "2", "text must be UTF-8"),
     ("rows.txt", b"one\n" + LONG.encode() + b"\nthree", "2", "data.max_row_bytes=2000"),
     ("rows.parquet", _not_utf8("a"), "2", "a value cannot be read ('utf-8' codec"),
@@ -133,31 +136,19 @@ def test_a_gigantic_line_is_not_loaded(tmp_path: Path) -> None:
 
 
 BROKEN = [
-    ("rows.jsonl", b"", "rows.jsonl: a dataset's file must hold at least one row"),
-    ("rows.jsonl", b"\xef\xbb\xbf\n \n", "rows.jsonl: a dataset's file must hold at least one row"),
-    ("rows.txt", b"\n", "rows.txt: a dataset's file must hold at least one row"),
-    ("rows.json", b"[ ]", "rows.json: a dataset's file must hold at least one row"),
     ("rows.json", b'[{"a": 1},\n {"a": }]', "rows.json:2: the file must be one JSON list"),
     ("rows.json", b'[{"a": 1}\n {"a": 2}]', "rows.json:2: the file must be one JSON list"),
     ("rows.json", b'[{"a": 1},\n]', "rows.json:2: the file must be one JSON list"),
     ("rows.json", b'[{"a": 1},\n {"a": "1', "not valid JSON (Unterminated string"),
     ("rows.json", b'[{"a": 1}]\n [', "rows.json:2: the file must be one JSON list"),
     ("rows.json", b"[" * 100_000, "rows.json:1: the file must be one JSON list"),
-    ("rows.csv", b"", "rows.csv: a dataset's file must hold at least one row"),
-    ("rows.csv", b"a,b\n\n", "rows.csv: a dataset's file must hold at least one row"),
     ("rows.csv", b'a,b\n1,2\n1,"2\n3,4\n', "rows.csv:3: not valid CSV (the quotes that are opened"),
-    ("rows.csv", b'a,b\n1,2\n"1"2,3\n', "rows.csv:3: not valid CSV (',' expected after '\"')"),
     ("rows.csv", b'a,"b\n1,2\n', "rows.csv:1: not valid CSV"),
     ("rows.csv", b"a,\xe9\n1,2\n", "rows.csv:1: not valid CSV (in the header: text must be UTF-8"),
     ("rows.csv", b"a,a\n1,2\n", "rows.csv:1: column 'a' is there twice"),
     ("rows.csv", b"a,b\r1,2\r", "rows.csv:1: not valid CSV"),
     ("rows.parquet", b"not parquet", "rows.parquet: cannot be read"),
     ("rows.parquet", _parquet(pyarrow.table({"a": ["b"]}))[:-9], "rows.parquet: cannot be read"),
-    (
-        "rows.parquet",
-        _parquet(pyarrow.table({"a": pyarrow.array([], "string")})),
-        "at least one row",
-    ),
     ("rows.arrow", b"not arrow", "rows.arrow: cannot be read"),
     ("rows.arrow", b"", "rows.arrow: cannot be read"),
     ("rows.jsonl.gz", b"not gzip", "rows.jsonl.gz: cannot be read"),
@@ -176,6 +167,24 @@ def test_broken_file_is_refused(tmp_path: Path, name: str, content: bytes, messa
     with pytest.raises(DataError) as caught:
         read_file(tmp_path / name)
     assert message in str(caught.value)
+
+
+EMPTY = [
+    ("rows.jsonl", b""),
+    ("rows.jsonl", b"\xef\xbb\xbf\n \n"),
+    ("rows.jsonl.gz", gzip.compress(b"", mtime=0)),
+    ("rows.txt", b"\n"),
+    ("rows.json", b"[ ]"),
+    ("rows.csv", b""),
+    ("rows.csv", b"a,b\n\n"),
+    ("rows.parquet", _parquet(pyarrow.table({"a": pyarrow.array([], "string")}))),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), EMPTY)
+def test_a_file_without_rows_has_no_slices(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert plan_file(PlanTask(str(tmp_path / name), 1 << 20)) == []
 
 
 def test_a_cut_zstandard_file_is_refused(tmp_path: Path) -> None:

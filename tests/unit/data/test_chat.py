@@ -1,3 +1,4 @@
+import json
 from copy import copy
 from itertools import accumulate
 from typing import Any
@@ -149,8 +150,98 @@ def test_what_a_table_fills_with_null_is_not_there(tokenizer: Tokenizer) -> None
 def test_reasoning_of_the_only_answer_is_learned(tokenizer: Tokenizer) -> None:
     changed = _with_template(tokenizer, REASONING)
     assert _learned(segments(_exchanges("hm</think>a"), CHAT, changed)) == ["hm</think>a|"]
-    with pytest.raises(RowProblem, match=r"rewrites the text before messages\[3\]"):
-        segments(_exchanges("hm</think>a", "b"), CHAT, changed)
+
+
+def test_last_turn_alone_is_learned_where_a_template_rewrites_earlier_ones(
+    tokenizer: Tokenizer,
+) -> None:
+    changed = _with_template(tokenizer, REASONING)
+    assert segments(_exchanges("hm</think>a", "so</think>b"), CHAT, changed) == (
+        Segment("[user]why?|[assistant]a|[user]why?|[assistant]", has_loss=False),
+        Segment("so</think>b|", has_loss=True),
+    )
+    # Nothing is rewritten where nobody reasons.
+    assert _learned(segments(_exchanges("a", "b"), CHAT, changed)) == ["a|", "b|"]
+
+
+@pytest.mark.parametrize("template", [CHATML, REASONING])
+def test_turn_of_weight_0_has_no_loss(tokenizer: Tokenizer, template: str) -> None:
+    changed = _with_template(tokenizer, template)
+    plain = _exchanges("a", "b", "c")
+    weights: list[Any] = [None, 0, 1, 1.0, None, 0]
+    weighted = {
+        "messages": [m | {"weight": w} for m, w in zip(plain["messages"], weights, strict=True)]
+    }
+    found = segments(weighted, CHAT, changed)
+    expected = segments(plain, CHAT, changed)[:4]
+    assert [segment.text for segment in found] == [segment.text for segment in expected]
+    assert [segment.has_loss for segment in found] == [False, False, False, True]
+    assert example_key(weighted, CHAT) != example_key(plain, CHAT)
+    learned = {"messages": [message | {"weight": 1} for message in plain["messages"]]}
+    assert segments(learned, CHAT, changed) == segments(plain, CHAT, changed)
+    assert example_key(learned, CHAT) == example_key(plain, CHAT)
+
+
+def test_turn_of_weight_0_that_ends_the_chat_is_not_the_one_to_learn(tokenizer: Tokenizer) -> None:
+    changed = _with_template(tokenizer, REASONING)
+    messages = _exchanges("hm</think>a", "so</think>b", "c")["messages"]
+    messages[5]["weight"] = 0
+    assert _learned(segments({"messages": messages}, CHAT, changed)) == ["so</think>b|"]
+    for message in messages:
+        message["weight"] = 0
+    assert segments({"messages": messages}, CHAT, changed) == ()
+
+
+def _calling(call: Any) -> dict[str, Any]:
+    return {"messages": [_message("user", "?"), CALL | {"tool_calls": [call]}]}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}},
+        {
+            "type": "function",
+            "index": None,
+            "function": {"name": "f", "arguments": {"x": 1, "y": None}},
+        },
+    ],
+)
+def test_arguments_of_a_call_are_an_object_without_nulls(
+    tokenizer: Tokenizer, call: dict[str, Any]
+) -> None:
+    calling = _with_template(tokenizer, CALLING)
+    expected = ['{"name": "f", "arguments": {"x": 1}}|']
+    assert _learned(segments(_calling(call), CHAT, calling)) == expected
+    assert example_key(_calling(call), CHAT) == example_key(
+        {"messages": [_message("user", "?"), CALL]}, CHAT
+    )
+
+
+@pytest.mark.parametrize("arguments", ["no JSON", "[1]", '"x"', "[" * 100_000])
+def test_arguments_that_are_no_object_stay_text(tokenizer: Tokenizer, arguments: str) -> None:
+    calling = _with_template(tokenizer, CALLING)
+    row = _calling({"function": {"name": "f", "arguments": arguments}})
+    (learned,) = _learned(segments(row, CHAT, calling))
+    assert json.loads(learned.removesuffix("|"))["arguments"] == arguments
+
+
+def test_arguments_beside_the_name_and_of_a_function_call_are_read_too(
+    tokenizer: Tokenizer,
+) -> None:
+    both = "{% for m in messages %}[{{ m.tool_calls or m.function_call or m.role }}]{% endfor %}"
+    function = {"name": "f", "arguments": '{"x": null}'}
+    for call in ({"tool_calls": [function]}, {"tool_calls": None, "function_call": function}):
+        row = {"messages": [_message("user", "?"), CALL | call]}
+        (learned,) = _learned(segments(row, CHAT, _with_template(tokenizer, both)))
+        assert "'arguments': {'x': None}" in learned
+
+
+def test_tools_of_a_table_have_no_nulls(tokenizer: Tokenizer) -> None:
+    calling = _with_template(tokenizer, CALLING)
+    row = _exchanges("a") | {"tools": [{"name": "f", "x": {"y": None, "z": [{"w": None}]}}]}
+    asked, _ = segments(row, CHAT, calling)
+    assert asked.text.startswith('[{"name": "f", "x": {"z": [{}]}}][user]')
 
 
 def test_the_day_of_the_preparation_does_not_matter(tokenizer: Tokenizer) -> None:
@@ -202,6 +293,11 @@ BAD_MESSAGES: list[tuple[Any, str]] = [
     ([_message("user", ["a"])], r"messages\[0\].content\[0\] must be .* but got str 'a'"),
     ([_message("user", "a"), _message("assistant", " ")], "assistant's turn must not be empty"),
     ([_message("user", "\ud800")], r"messages\[0\].content must be valid Unicode"),
+    ([_message("user", "a") | {"weight": 0.5}], r"messages\[0\].weight must be 0 .* or 1, but got"),
+    (
+        [_message("user", "a"), CALL | {"tool_calls": None, "function_call": {"name": None}}],
+        r"messages\[1\] must have 'content' as text",
+    ),
     ([CALL | {"tool_calls": "f(1)"}], r"messages\[0\].tool_calls must be a list of objects"),
 ]
 
@@ -226,10 +322,9 @@ def test_call_that_is_nested_too_deeply_is_refused(tokenizer: Tokenizer) -> None
     for _ in range(2000):
         deep = {"x": deep}
     row = {"messages": [_message("user", "?"), CALL | {"tool_calls": [{"function": deep}]}]}
-    with pytest.raises(RowProblem, match="must be what JSON can write"):
-        example_key(row, CHAT)
-    with pytest.raises(RowProblem, match="refuses these messages"):
-        segments(row, CHAT, _with_template(tokenizer, CALLING))
+    for read in (lambda row: segments(row, CHAT, tokenizer), lambda row: example_key(row, CHAT)):
+        with pytest.raises(RowProblem, match=r"messages\[1\] must be nested less deeply"):
+            read(row)
 
 
 def test_key_of_a_chat_is_of_all_that_is_said() -> None:

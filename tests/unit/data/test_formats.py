@@ -65,6 +65,12 @@ class TokenizerThatBegins:
         return {"input_ids": [1]}
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_text_that_only_begins_and_ends_is_refused(text: str) -> None:
+    with pytest.raises(RowProblem, match="'text' must not be empty"):
+        segments({"text": text}, _format("text"), TokenizerThatBegins())
+
+
 class TokenizerWithoutEnd(TokenizerThatBegins):
     eos_token = None
 
@@ -145,6 +151,7 @@ BAD_ROWS: list[tuple[dict[str, Any], FormatName, str]] = [
     ),
     ({"prompt": "p", "completion": ""}, "prompt_completion", "'completion' must not be empty"),
     ({"prompt": "p", "completion": " \n"}, "prompt_completion", "'completion' must not be empty"),
+    ({"text": ""}, "text", "'text' must not be empty"),
     ({"text": "a\ud800"}, "text", "character 2 is half of a surrogate pair"),
     ({"text": ["x" * 100]}, "text", r"got list \['x+\.\.\."),
     ({"text": NESTED}, "text", r"must be text, but got list \[\[\[\.\.\.\]\]\]"),

@@ -72,6 +72,26 @@ def test_a_file_may_have_the_signs_of_a_glob_in_its_name(tmp_path: Path) -> None
     assert _files(f"file://{tmp_path}/a[1].jsonl") == written
 
 
+def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    _write(tmp_path, "far/deep/a.jsonl", "set/b.jsonl")
+    (tmp_path / "set/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "far/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "whole").symlink_to(tmp_path / "set")
+    both = ["b.jsonl", "linked/deep/a.jsonl"]
+    for folder in (tmp_path / "set", tmp_path / "whole"):
+        assert _files(folder) == _files(folder / "**/*.jsonl") == [str(folder / x) for x in both]
+    assert _files(tmp_path / "set/*/*/*.jsonl") == [str(tmp_path / "set" / both[1])]
+    assert _files(tmp_path / "set/*.jsonl") == [str(tmp_path / "set/b.jsonl")]
+
+
+@pytest.mark.parametrize("field", ["split", "name", "revision"])
+def test_what_chooses_from_a_hub_dataset_is_refused_elsewhere(tmp_path: Path, field: str) -> None:
+    (file,) = _write(tmp_path, "a.jsonl")
+    for path in (tmp_path, file, tmp_path / "*.jsonl", f"file://{file}", "stdlib-docs"):
+        with pytest.raises(DataError, match=f"{field} chooses from a hub dataset, .* is 'test': l"):
+            _files(path, **{field: "test"})
+
+
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     written = _write(tmp_path, "a.jsonl")
@@ -147,6 +167,27 @@ def test_members_of_an_archive_are_read(tmp_path: Path) -> None:
     found = _files(f"zip://**/*.jsonl::{tmp_path}/rows.zip")
     assert found == [f"zip://{name}::{tmp_path}/rows.zip" for name in ("a/b.jsonl", "c.jsonl")]
     assert rows_of(found[0], 50) == ROWS
+    digests = list(map(content_digest, found))
+    assert len(set(digests)) == 2
+    os.utime(tmp_path / "rows.zip", (1, 1))
+    assert list(map(content_digest, found)) == digests
+
+
+def test_a_files_digest_covers_its_type_and_bytes_but_not_its_place(tmp_path: Path) -> None:
+    names = ["a.jsonl", "b/a.jsonl", "a.txt", "a.json"]
+    jsonl, moved, *others = map(content_digest, _write(tmp_path, *names))
+    assert moved == jsonl
+    assert len({jsonl, *others}) == 3
+    (tmp_path / "a.jsonl").write_text(JSONL.replace("question", "QUESTION"))
+    assert content_digest(str(tmp_path / "a.jsonl")) != jsonl
+
+
+def test_an_unchanged_file_is_hashed_once(cache: Path) -> None:
+    file = json.__file__  # what changed just now is not remembered
+    digest = content_digest(file)
+    (kept,) = cache.glob("digests/*.json")
+    kept.write_text(kept.read_text().replace(digest.partition(":")[2], "remembered"))
+    assert content_digest(file) == ".py:remembered"
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -272,6 +313,14 @@ def test_estimate_does_no_work_beyond_cheap_local_files(tmp_path: Path, cache: P
     assert estimate("someone/some-dataset") is None
     with pytest.raises(DataError, match="file not found"):
         estimate(tmp_path / "other.jsonl")
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some/empty.jsonl").touch()
+    with pytest.raises(DataError, match="some: a dataset must hold at least one row, but has none"):
+        estimate(tmp_path / "some")
+    _write(tmp_path, "some/rows.jsonl")
+    assert [part.file for part in estimate(tmp_path / "some")] == (
+        [str(tmp_path / "some/rows.jsonl")] * len(estimate(file))
+    )
     assert not list(cache.iterdir())
 
 

@@ -40,6 +40,24 @@ def test_those_who_ask_at_once_get_one_copy(file: str) -> None:
     assert Path(path).read_text() == "plain"
 
 
+@pytest.mark.parametrize("chosen", ["", "zip://rows.jsonl::"])
+def test_a_file_replaced_by_one_of_equal_size_and_time_is_copied_again(
+    file: str, chosen: str
+) -> None:
+    def rewrite(original: str, copy: Path) -> None:
+        copy.write_text(Path(original.removeprefix(chosen)).read_text())
+
+    found, before = Path(file).stat(), fingerprint(file)
+    old = spooled(chosen + file, fingerprint(chosen + file), rewrite)
+    other = Path(file).with_name("other")
+    other.write_text("CONTENT")
+    os.utime(other, ns=(found.st_atime_ns, found.st_mtime_ns))
+    other.replace(file)
+    assert fingerprint(file) == before
+    new = spooled(chosen + file, fingerprint(chosen + file), rewrite)
+    assert [Path(path).read_text() for path in (old, new)] == ["content", "CONTENT"]
+
+
 def test_a_copy_of_a_file_that_changes_meanwhile_is_not_kept(file: str, spool: Path) -> None:
     def rewrite(original: str, copy: Path) -> None:
         copy.write_text("plain")

@@ -17,12 +17,12 @@ from orchestrator.data.tokenizing import (
     BATCH_CHARS,
     Document,
     Example,
-    Overlong,
     Tokenized,
     load_tokenizer,
     tokenize,
     tokenizer_digest,
 )
+from orchestrator.data_config import Overlong
 from orchestrator.errors import BaseModelError, DataError
 
 KEY = bytes(32)
@@ -188,16 +188,14 @@ TOKENIZERS = dict(_tokenizers())
 def test_tokens_are_those_of_the_tokenizers_own_call(name: str, texts: list[str]) -> None:
     tokenizer = TOKENIZERS[name]
     expected = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    examples = [_example(("a", False), (text, True)) for text in texts]
+    examples = [_example((text, True)) for text in texts]
     # Another call leaves its settings.
     tokenizer(["x"], padding="max_length", truncation=True, max_length=4)
     tokenizer.backend_tokenizer.encode_special_tokens = not tokenizer.split_special_tokens
     found = _tokenize(tokenizer, *examples, block_length=1000)
-    first = len(tokenizer("a", add_special_tokens=False)["input_ids"])
-    assert [d.input_ids.tolist()[first:] for d in found.documents] == [
-        ids for ids in expected if ids
-    ]
-    assert found.without_loss == expected.count([])
+    labelled = [ids for ids in expected if len(ids) > 1]
+    assert [document.input_ids.tolist() for document in found.documents] == labelled
+    assert found.without_loss == len(expected) - len(labelled)
 
 
 def test_digest_changes_with_the_chat_template(tmp_path: Path) -> None:
@@ -207,6 +205,18 @@ def test_digest_changes_with_the_chat_template(tmp_path: Path) -> None:
     assert tokenizer_digest(tmp_path) == before
     (tmp_path / "chat_template.jinja").write_text("x")
     assert tokenizer_digest(tmp_path) != before
+
+
+def test_digest_changes_with_a_further_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    digests = [tokenizer_digest(tmp_path)]
+    (tmp_path / "additional_chat_templates").mkdir()
+    template = tmp_path / "additional_chat_templates" / "tool_use.jinja"
+    for text in ("a", "b"):
+        template.write_text(text)
+        digests.append(tokenizer_digest(tmp_path))
+    template.rename(template.with_name("rag.jinja"))
+    assert len({*digests, tokenizer_digest(tmp_path)}) == 4
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
