@@ -117,7 +117,12 @@ def submit_sweep(
     if action.kind == "nothing":
         return 0
     if action.kind != "attach":
-        target.send(plan, action)
+        try:
+            target.send(plan, action)
+        except KeyboardInterrupt:
+            name = plan.submission.name
+            person.say(f"{name} may have been sent: look with `orchestrator jobs status {name}`")
+            raise
         person.say(f"submitted {plan.submission.name}; run folder {plan.submission.run_dir}")
     if sending.detach:
         person.say(f"follow it with `orchestrator jobs logs {plan.submission.name} --follow`")

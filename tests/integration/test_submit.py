@@ -214,14 +214,15 @@ def test_ctrl_c_leaves_a_followed_sweep_alone(
     process = subprocess.Popen(
         [*program(), *sent],
         cwd=tmp_path,
-        env=dict(environment),
+        env={**environment, "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    jobs = RayJobs(dashboard(cluster.address))
-    wait_for(lambda: jobs.info("left") is not None)
+    assert process.stdout is not None
+    assert any(line.startswith("submitted left") for line in process.stdout)
+    time.sleep(1.0)  # it follows by now
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 130, output
