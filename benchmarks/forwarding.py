@@ -40,11 +40,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.what == "rate":
-            found = [measure_rate(Path(folder), arguments.trials, arguments.points)]
+            found = iter([measure_rate(Path(folder), arguments.trials, arguments.points)])
         else:
             found = disturb(Path(folder), arguments.rounds, arguments.steps)
-    for row in found:
-        append_row(arguments.rows, row | {"environment": environment()})
+        for row in found:
+            append_row(arguments.rows, row | {"environment": environment()})
 
 
 def bars(rows: Sequence[Row]) -> dict[str, Bar]:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -28,28 +29,29 @@ REGIMES = ("undisturbed", "down at the start", "down in the middle", "down at th
 POLL_S = 0.2
 
 
-def disturb(folder: Path, rounds: int, steps: int) -> list[Row]:
+def disturb(folder: Path, rounds: int, steps: int) -> Iterator[Row]:
     """Rounds of all regimes in turn, so that what else the machine does hits all alike."""
     base = make_base_model(folder / "base")
     _train(folder / "warm-up", base, steps // 10, "undisturbed")  # the first one fills caches
-    return [
-        _train(folder / f"{number}-{place}", base, steps, regime) | {"round": number}
-        for number in range(rounds)
-        for place, regime in enumerate(REGIMES[number % 5 :] + REGIMES[: number % 5])
-    ]
+    for number in range(rounds):
+        turn = number % len(REGIMES)
+        for place, regime in enumerate(REGIMES[turn:] + REGIMES[:turn]):
+            yield _train(folder / f"{number}-{place}", base, steps, regime) | {"round": number}
 
 
 def _train(folder: Path, base: Path, steps: int, regime: str) -> Row:
-    with MlflowServer(empty_store(folder / "mlflow"), free_port()) as server:
+    with MlflowServer(_store(folder), free_port()) as server:
         if regime not in ("down at the start", "down"):
             server.start()
+            server.wait()
         run_dir = folder / "run"
         command = _start(folder, base, steps, server.address)
         if regime != "undisturbed":
-            _disturb(server, regime, run_dir, steps)
+            _disturb(server, regime, _Steps(run_dir, command), steps)
         command.wait()
         if not server.running:
             server.start()
+        server.wait()
         synced = _orchestrator("sync", str(run_dir), cwd=folder)
         assert synced.wait() == 0, "sync failed"
         store = RunStore.open(run_dir)
@@ -69,19 +71,19 @@ def _train(folder: Path, base: Path, steps: int, regime: str) -> Row:
     return row
 
 
-def _disturb(server: MlflowServer, regime: str, run_dir: Path, steps: int) -> None:
+def _disturb(server: MlflowServer, regime: str, trial: "_Steps", steps: int) -> None:
     """Kill and start the server as the trial reaches a part of its steps."""
     match regime:
         case "down at the start":
-            _await_step(run_dir, steps * 2 // 10)
-            server.start(wait=False)
+            trial.reach(steps * 2 // 10)
+            server.start()
         case "down in the middle":
-            _await_step(run_dir, steps * 3 // 10)
+            trial.reach(steps * 3 // 10)
             server.kill()
-            _await_step(run_dir, steps * 6 // 10)
-            server.start(wait=False)
+            trial.reach(steps * 6 // 10)
+            server.start()
         case "down at the end":
-            _await_step(run_dir, steps * 8 // 10)
+            trial.reach(steps * 8 // 10)
             server.kill()
         case _:
             pass
@@ -119,10 +121,23 @@ def _train_s(store: RunStore) -> float:
     return float(times["select_winner"] - times["assign"])
 
 
-def _await_step(run_dir: Path, step: int) -> None:
-    rows = JsonLinesTail(run_dir / "trials" / "000" / "progress.jsonl")
-    while all(row["step"] < step for row in rows.read()):
-        time.sleep(POLL_S)
+class _Steps:
+    """How far the trial of a run folder is."""
+
+    def __init__(self, run_dir: Path, command: subprocess.Popen[bytes]) -> None:
+        self._rows = JsonLinesTail(run_dir / "trials" / "000" / "progress.jsonl")
+        self._command = command
+
+    def reach(self, step: int) -> None:
+        """Wait until the trial is there, or its command is over."""
+        while all(row["step"] < step for row in self._rows.read()):
+            if self._command.poll() is not None:
+                return
+            time.sleep(POLL_S)
+
+
+def _store(folder: Path) -> str:
+    return empty_store(folder / "mlflow", folder.parent / "template")
 
 
 def free_port() -> int:

@@ -34,12 +34,14 @@ VALUES_PER_ROW = len(PROGRESS_METRICS) + 1  # train_loss a second time, by token
 
 def measure_rate(folder: Path, num_trials: int, points: int) -> Row:
     """`points`: metric values of each trial, in rows of six."""
-    store = _make_run(folder / "run", num_trials, points)
-    with MlflowServer(empty_store(folder / "raw"), free_port()) as server:
+    store, template = _make_run(folder / "run", num_trials, points), folder / "template"
+    with MlflowServer(empty_store(folder / "raw", template), free_port()) as server:
         server.start()
+        server.wait()
         raw_s = _send_raw(store, client(server.address))
-    with MlflowServer(empty_store(folder / "ours"), free_port()) as server:
+    with MlflowServer(empty_store(folder / "ours", template), free_port()) as server:
         server.start()
+        server.wait()
         view = MlflowView(store, server.address)
         began = time.monotonic()
         view.sync()
