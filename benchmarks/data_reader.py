@@ -120,6 +120,7 @@ def _write_shards(folder: Path, block_length: int) -> Manifest:
         write_blocks(path, blocks)
         shard = ShardRecord(
             file=path.name,
+            max_documents=blocks.max_documents,
             num_bytes=path.stat().st_size,
             digest=file_digest(path),
             num_blocks=len(blocks.input_ids),
