@@ -61,6 +61,11 @@ def bars(rows: Sequence[Row]) -> dict[str, Bar]:
             slowdown = seconds / median["undisturbed"] - 1
             name = f"slowdown, {regime}, at most"
             found[name] = Bar(round(slowdown, 4), MAX_SLOWDOWN_FRACTION, at_most=True)
+    if "down" in median and "undisturbed" in median:
+        # What tracking itself costs: with no server there is nothing to do but to try.
+        cost = median["undisturbed"] / median["down"] - 1
+        name = "slowdown by tracking, undisturbed against down, at most"
+        found[name] = Bar(round(cost, 4), MAX_SLOWDOWN_FRACTION, at_most=True)
     if runs:
         lost = sum(row["lost"] + row["doubled"] for row in runs)
         found["points lost or doubled after sync, at most"] = Bar(lost, 0, at_most=True)

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.children import Part, end, measure, start
 from benchmarks.flops import flops_per_token
+from benchmarks.forwarding import bars as forwarding_bars
 from benchmarks.models import SHAPES
 from benchmarks.pack_bars import bars, with_ratios
 from benchmarks.packs_equality import bars as equality_bars
@@ -128,3 +129,17 @@ def test_a_part_that_fails_takes_nothing_from_the_others() -> None:
     first, second = measure([wrong, right], timeout_s=100)
     assert first == []
     assert [part["tflops"] > 0 for part in second] == [True, True]
+
+
+def test_the_forwarding_bars_compare_medians_with_the_undisturbed_runs() -> None:
+    seconds = {"undisturbed": (10.0, 10.2, 30.0), "down": (10.0, 10.1, 10.3)}
+    rows: list[Row] = [
+        {"what": "disturb", "regime": regime, "train_s": value, "lost": 0, "doubled": 0}
+        for regime, values in seconds.items()
+        for value in values
+    ]
+    rows.append({"what": "rate", "trials": 10, "points": 100, "raw_s": 2.0, "ours_s": 5.0})
+    found = forwarding_bars(rows)
+    assert found["slowdown, down, at most"].value == pytest.approx(10.1 / 10.2 - 1, abs=1e-4)
+    assert found["points lost or doubled after sync, at most"].holds
+    assert not found["10 trials x 100 points, times raw log_batch, at most"].holds
