@@ -16,7 +16,8 @@ RUN useradd --uid 1000 --gid 100 --create-home ray
 
 
 FROM base AS builder
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_CACHE_DIR=/var/cache/pip
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
@@ -26,7 +27,7 @@ COPY constraints.txt pyproject.toml ./
 
 
 FROM builder AS mlflow-builder
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install -c constraints.txt "mlflow[auth]" "psycopg[binary]==3.3.9" "boto3==1.44.5" "flask-wtf==1.3.0"
 
 
@@ -36,7 +37,7 @@ FROM builder AS dependencies
 # --build-arg PIP_EXTRA_INDEX_URL. Otherwise pip's index brings CUDA, 5 GB of it.
 ARG TORCH=torch==2.13.0
 ARG PIP_EXTRA_INDEX_URL
-RUN --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=cache,target=/var/cache/pip \
     pip install -c constraints.txt "${TORCH}" \
     && python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
