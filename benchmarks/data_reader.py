@@ -20,11 +20,11 @@ import numpy as np
 from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
 from orchestrator.config import TrialConfig
 from orchestrator.data.block_files import write_blocks
-from orchestrator.data.manifest import Manifest, Recipe, Repeats, ShardRecord
+from orchestrator.data.manifest import Manifest, Recipe, Repeats
 from orchestrator.data.packing import build_blocks
 from orchestrator.data.reader import BlockReader
+from orchestrator.data.shards import describe_shard
 from orchestrator.data.tokenizing import Document
-from orchestrator.files import file_digest
 from orchestrator.training.feed import Feed, ReadAhead
 
 CORES = 2
@@ -118,23 +118,7 @@ def _write_shards(folder: Path, block_length: int) -> Manifest:
         blocks = build_blocks(documents, block_length, pad_id=0, vocab_size=VOCAB_SIZE)
         path = folder / f"train-{index:05d}.safetensors"
         write_blocks(path, blocks)
-        shard = ShardRecord(
-            file=path.name,
-            max_documents=blocks.max_documents,
-            num_bytes=path.stat().st_size,
-            digest=file_digest(path),
-            num_blocks=len(blocks.input_ids),
-            num_documents=len(documents),
-            num_tokens=blocks.num_tokens,
-            num_loss_tokens=blocks.num_labels,
-            rows=len(documents),
-            truncated=0,
-            split=0,
-            dropped=0,
-            without_loss=0,
-            bad_rows=0,
-        )
-        records.append(shard)
+        records.append(describe_shard(path, blocks, rows=len(documents)))
     recipe = Recipe(settings={}, tokenizer="", train_files=(), held_out_files=())
     return Manifest(folder, "train", block_length, recipe, tuple(records), Repeats(0, 0))
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.data.block_files import write_blocks
-from orchestrator.data.manifest import Manifest, Recipe, Repeats, ShardRecord
-from orchestrator.data.packing import Blocks, build_blocks
+from orchestrator.data.manifest import Manifest, Recipe, Repeats
+from orchestrator.data.packing import build_blocks
+from orchestrator.data.shards import describe_shard
 from orchestrator.data.tokenizing import Document
-from orchestrator.files import file_digest
 
 PAD_ID = 0
 
@@ -35,25 +35,6 @@ def write_shards(
         path = folder / f"train-{index:05d}.safetensors"
         blocks = build_blocks(documents, block_length, PAD_ID, vocab_size)
         write_blocks(path, blocks)
-        records.append(_record(path, blocks))
+        records.append(describe_shard(path, blocks, rows=len(documents)))
     recipe = Recipe(settings={}, tokenizer="", train_files=(), held_out_files=())
     return Manifest(folder, "train", block_length, recipe, tuple(records), Repeats(0, 0))
-
-
-def _record(path: Path, blocks: Blocks) -> ShardRecord:
-    return ShardRecord(
-        max_documents=blocks.max_documents,
-        file=path.name,
-        num_bytes=path.stat().st_size,
-        digest=file_digest(path),
-        num_blocks=len(blocks.input_ids),
-        num_documents=len(blocks.document_keys),
-        num_tokens=blocks.num_tokens,
-        num_loss_tokens=blocks.num_labels,
-        rows=len(blocks.document_keys),
-        truncated=0,
-        split=0,
-        dropped=0,
-        without_loss=0,
-        bad_rows=0,
-    )

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from orchestrator.data.block_files import map_blocks, write_blocks
 from orchestrator.data.formats import Tokenizer, example_key, segments
 from orchestrator.data.keys import KeyOrders, key_order, key_orders
 from orchestrator.data.manifest import Role, ShardRecord
-from orchestrator.data.packing import build_blocks
+from orchestrator.data.packing import Blocks, build_blocks
 from orchestrator.data.selection import Portion
 from orchestrator.data.slices import RowProblem, read_options
 from orchestrator.data.sources import place, read_slice
@@ -93,15 +94,9 @@ def prepare_shard(task: ShardTask) -> ShardRecord:
     )
     store = open_store(task.place)
     path = store.write(task.file, lambda temporary: write_blocks(temporary, blocks))
-    record = ShardRecord(
-        file=task.file,
-        max_documents=blocks.max_documents,
-        num_bytes=path.stat().st_size,
-        digest=file_digest(path),
-        num_blocks=len(blocks.input_ids),
-        num_documents=len(blocks.document_keys),
-        num_tokens=blocks.num_tokens,
-        num_loss_tokens=blocks.num_labels,
+    record = describe_shard(
+        path,
+        blocks,
         rows=reading.rows,
         truncated=tokenized.truncated,
         split=tokenized.split,
@@ -114,6 +109,36 @@ def prepare_shard(task: ShardTask) -> ShardRecord:
         {"shard": asdict(record), "bad_rows": reading.bad, "rows": task.rows_digest},
     )
     return record
+
+
+def describe_shard(
+    path: Path,
+    blocks: Blocks,
+    *,
+    rows: int,
+    truncated: int = 0,
+    split: int = 0,
+    dropped: int = 0,
+    without_loss: int = 0,
+    bad_rows: int = 0,
+) -> ShardRecord:
+    """The record of blocks that were written to a path; the counts are of their making."""
+    return ShardRecord(
+        file=path.name,
+        max_documents=blocks.max_documents,
+        num_bytes=path.stat().st_size,
+        digest=file_digest(path),
+        num_blocks=len(blocks.input_ids),
+        num_documents=len(blocks.document_keys),
+        num_tokens=blocks.num_tokens,
+        num_loss_tokens=blocks.num_labels,
+        rows=rows,
+        truncated=truncated,
+        split=split,
+        dropped=dropped,
+        without_loss=without_loss,
+        bad_rows=bad_rows,
+    )
 
 
 def document_orders(task: ShardTask) -> KeyOrders:
