@@ -6,9 +6,9 @@
 The sides train the same trials (ranks x rates x bit-widths) on the same base, rows, number of steps
 and tokens, each with caches of its own, so that none profits from what another compiled or sharded:
 
-    packs               orchestrator sweep
-    one after another   the same with one slot per pack and one worker
-    tune                Ray Tune + HF Trainer, one trial per GPU (benchmarks.tune_baseline)
+    packs          orchestrator sweep
+    packs of one   the same with one slot per pack: one trial after another on each GPU
+    tune           Ray Tune + HF Trainer, one trial per GPU (benchmarks.tune_baseline)
 """
 
 import argparse
@@ -24,8 +24,8 @@ from benchmarks import children
 from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
 
 SWEEP = [sys.executable, "-c", "from jobs.cli import main; main()", "sweep"]
-ALONE = ["--set", "resources.slots_per_pack=1", "--set", "resources.num_workers=1"]
-SIDES = ("packs", "one after another", "tune")
+ALONE = ["--set", "resources.slots_per_pack=1"]
+SIDES = ("packs", "packs of one", "tune")
 HELD_OUT_BLOCKS = 8
 TAIL_LINES = 15
 
@@ -114,14 +114,14 @@ def _run(side: str, config: Path, folder: Path, timeout_s: float) -> Row:
 
 
 # What each side's log says of a trial that is over.
-DONE = {"packs": ": finished, held-out loss", "one after another": ": finished, held-out loss"}
+DONE = {"packs": ": finished, held-out loss", "packs of one": ": finished, held-out loss"}
 DONE |= {"tune": "trial done: "}
 
 
 def _command(side: str, config: Path, folder: Path) -> list[str]:
     if side == "tune":
         return [sys.executable, "-m", "benchmarks.tune_baseline", str(config), str(folder / "tune")]
-    extra = ALONE if side == "one after another" else []
+    extra = ALONE if side == "packs of one" else []
     return [*SWEEP, str(config), "--run-dir", str(folder / "run"), *extra]
 
 

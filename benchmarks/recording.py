@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"1 x {torch.cuda.get_device_name()}" if cuda else f"CPU, {_threads()}",
+        "hardware": _gpus() if cuda else f"CPU, {_threads()}",
         "versions": {"python": platform.python_version()} | _versions(),
     }
 
@@ -82,6 +82,12 @@ def command() -> str:
     """As it was called, with folders by their names: paths say nothing on another machine."""
     arguments = [word.rpartition("/")[2] if "/" in word else word for word in sys.argv[1:]]
     return " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments])
+
+
+def _gpus() -> str:
+    import torch
+
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
 def _threads() -> str:
