@@ -27,9 +27,9 @@ def bars(rows: Sequence[Row]) -> dict[str, Bar]:
     """Those for which something was measured, with NF4 and the default optimizer."""
     found = {}
     for (shape, tokens, adapters), goals in GOALS.items():
-        like = partial(_like, shape, 4, tokens, "adamw")
-        pack = best(rows, like("pack", adapters))
-        stock, single = best(rows, like("stock", 1)), best(rows, like("pack", 1))
+        of = partial(like, shape, 4, tokens, "adamw")
+        pack = best(rows, of("pack", adapters))
+        stock, single = best(rows, of("stock", 1)), best(rows, of("pack", 1))
         for other, name, goal in zip((stock, single), RIVALS, goals, strict=True):
             if pack and other:
                 title = f"{shape.upper()} at {tokens:,}, K={adapters}, against {name}"
@@ -52,12 +52,12 @@ def _ratios(row: Row, rows: Sequence[Row], card_tflops: float | None) -> Row:
     if card_tflops:
         ratios["matmul_share_fraction"] = round(tflops / card_tflops, 4)
     for name, who in (("ratio_to_stock", "stock"), ("ratio_to_own_best_single", "pack")):
-        if other := best(rows, _like(shape, bits, tokens, row["optimizer"], who, 1)):
+        if other := best(rows, like(shape, bits, tokens, row["optimizer"], who, 1)):
             ratios[name] = round(rate / other, 2)
     return ratios
 
 
-def _like(
+def like(
     shape: str, bits: int, tokens: int, optimizer: str, who: str, adapters: int
 ) -> Callable[[Row], bool]:
     wanted = {

@@ -8,6 +8,7 @@ use the same optimizer, adamw being torch's fused one. Parts, each in processes 
 
     matmul      the card's rate on a square bf16 product
     stock       PEFT + bitsandbytes with gradient checkpointing, one adapter at a time
+    stock-plain the same without gradient checkpointing
     pack        this project's engine at each of --slots; at K=1 with each of --single-programs, of
                 which the best is "own best single"
     shared      --processes processes on one card at once, each stock, and each a pack of one: what
@@ -27,7 +28,8 @@ from benchmarks import children
 from benchmarks.pack_bars import bars, with_ratios
 from benchmarks.recording import Row, append_row, read_rows, record
 
-PARTS = ("matmul", "stock", "pack", "shared")
+PARTS = ("matmul", "stock", "stock-plain", "pack", "shared")
+DEFAULT_PARTS = ("matmul", "stock", "pack", "shared")
 OPTIMIZERS = ("adamw", "paged_adamw_8bit")
 
 
@@ -65,6 +67,9 @@ def _parts(options: argparse.Namespace) -> Iterator[tuple[Row, list[str], int]]:
     stock = ["stock", f"--steps={options.stock_steps}"]
     if "stock" in options.parts:
         yield {"who": "stock", "adapters": 1}, stock, 1
+    if "stock-plain" in options.parts:
+        row = {"who": "stock, no checkpointing", "adapters": 1}
+        yield row, [*stock, "--no-checkpointing"], 1
     if "pack" in options.parts:
         for slots in options.slots:
             for program in options.single_programs if slots == 1 else [options.program]:
@@ -108,7 +113,7 @@ def _options() -> argparse.Namespace:
     run.add_argument("--bits", type=int, nargs="+", default=[4])
     run.add_argument("--tokens", type=int, nargs="+", default=[1024])
     run.add_argument("--slots", type=int, nargs="+", default=[1, 16])
-    run.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    run.add_argument("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS)
     run.add_argument("--program", default="graph", help="of packs of several")
     run.add_argument("--single-programs", nargs="+", default=["graph", "compiled"])
     run.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0])

@@ -37,6 +37,7 @@ def main() -> None:
                 options.optimizer,
                 options.steps,
                 ready,
+                not options.no_checkpointing,
             )
         )
     else:
@@ -63,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shards", type=Path, help="folder of the manifests")
     parser.add_argument("--bits", type=int)
     parser.add_argument("--tokens", type=int, help="in a block of the stock recipe")
+    parser.add_argument("--no-checkpointing", action="store_true", help="of the stock recipe")
     parser.add_argument("--slots", type=int, default=1)
     parser.add_argument("--program", default="eager")
     parser.add_argument("--optimizer", default="adamw")

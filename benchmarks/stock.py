@@ -1,8 +1,8 @@
 """Tokens per second of one adapter trained the usual way, with PEFT and bitsandbytes.
 
-QLoRA's recipe: prepare_model_for_kbit_training, gradient checkpointing, bf16 autocast, gradient
-clipping; which optimizer, the caller says. A 16-bit base is not prepared for k-bit training, which
-would turn it to fp32; it gets gradient checkpointing alone.
+QLoRA's recipe: prepare_model_for_kbit_training, gradient checkpointing unless the caller does
+without, bf16 autocast, gradient clipping; which optimizer, the caller says. A 16-bit base is not
+prepared for k-bit training, which would turn it to fp32; it gets gradient checkpointing alone.
 """
 
 import time
@@ -24,10 +24,11 @@ def measure(
     optimizer_name: str,
     steps: int,
     ready: Callable[[], None],
+    checkpointing: bool = True,
 ) -> Measurement:
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.monotonic()
-    model = load_for_training(folder, bit_width, RANK, ALPHA)
+    model = load_for_training(folder, bit_width, RANK, ALPHA, checkpointing)
     load_s = time.monotonic() - started
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[optimizer_name](parameters, 1e-4)
@@ -55,7 +56,9 @@ def measure(
     )
 
 
-def load_for_training(folder: Path, bit_width: int, rank: int, alpha: float) -> Any:
+def load_for_training(
+    folder: Path, bit_width: int, rank: int, alpha: float, checkpointing: bool = True
+) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -74,8 +77,8 @@ def load_for_training(folder: Path, bit_width: int, rank: int, alpha: float) -> 
     )
     recompute = {"use_reentrant": False}
     if bit_width == 4:
-        model = prepare_model_for_kbit_training(model, True, recompute)
-    else:
+        model = prepare_model_for_kbit_training(model, checkpointing, recompute)
+    elif checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=recompute)
         model.enable_input_require_grads()
     config = LoraConfig(

@@ -118,7 +118,8 @@ class ScheduleConfig(Strict):
 
 class StrategyConfig(Strict):
     kind: Literal["replicated", "zero"] = "replicated"
-    """replicated: the GPU holds base, adapters and optimizer. zero: a DeepSpeed engine."""
+    """replicated: each GPU holds base, adapters and optimizer. zero: a DeepSpeed engine, whose
+    parts the workers of a pack share."""
 
     stage: Literal[1, 2, 3] | None = None
     """ZeRO stage: 1 partitions optimizer states, 2 gradients too, 3 parameters too."""

@@ -20,15 +20,7 @@ def problems(trial: TrialConfig, workers_per_pack: int | None = None) -> list[st
 
 
 def _workers_share_a_step(trial: TrialConfig, workers_per_pack: int) -> Iterator[str]:
-    if workers_per_pack == 1:
-        return
-    if trial.strategy.kind == "zero":
-        yield (
-            "resources.workers_per_pack needs strategy.kind: replicated, but got "
-            f"resources.workers_per_pack={workers_per_pack}, strategy.kind=zero: "
-            "set resources.workers_per_pack: 1"
-        )
-    elif trial.batch_size % (workers_per_pack * (trial.micro_batch_size or 1)):
+    if trial.batch_size % (workers_per_pack * (trial.micro_batch_size or 1)):
         yield (
             "resources.workers_per_pack times micro_batch_size must divide batch_size, but got "
             f"resources.workers_per_pack={workers_per_pack}, "

@@ -231,7 +231,7 @@ def _world_size(
         return wanted, words
     # Every waiting trial gets a pack of its own before any pack gets a second worker.
     spare = free_workers // num_waiting
-    if key.zero or premises.device == "cpu" or spare < 2:
+    if premises.device == "cpu" or spare < 2:
         return 1, f"1 worker, {len(trials)} waiting over {free_workers} free"
     parts = math.gcd(*(_num_passes(trial.config) for trial in trials))
     size = max(count for count in range(1, spare + 1) if parts % count == 0)

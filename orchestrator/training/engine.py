@@ -17,6 +17,7 @@ from orchestrator.training.optimizers import (
     States,
     build_optimizer,
     clip_and_step,
+    num_state_bytes,
     optimizer_states,
     restore_optimizer,
 )
@@ -32,9 +33,12 @@ class Stepper(Protocol):
 
     copies: int
     """fp32 values that each adapter parameter takes, optimizer states apart."""
+    layout: str
+    """How the states lie, where that is not as in the row: others cannot be restored."""
 
     def gather(self) -> Tensor:
-        """The slot's row of `Slots.rows`, holding the adapter's present values."""
+        """The slot's row of `Slots.rows`, holding the adapter's present values. All workers of the
+        pack must call this, and `states`."""
         ...
 
     def scatter(self) -> None:
@@ -43,12 +47,19 @@ class Stepper(Protocol):
 
     def states(self) -> States: ...
 
+    def state_bytes(self) -> int:
+        """On this worker."""
+        ...
+
     def restore(self, states: States) -> None: ...
 
 
 class Engine(Protocol):
     program: Program
     """May be replaced between steps."""
+    in_step: bool
+    """Whether all workers must call each of the model's modules equally often, as under ZeRO-3,
+    where they gather its parameters together."""
 
     def forward(self, run: Callable[[], Result]) -> Result:
         """What `run` returns; every use of the base model happens inside such a call."""
@@ -74,6 +85,8 @@ class Engine(Protocol):
 
 class RowEngine:
     """Autograd's gradients go into the slots' rows; any number of slots."""
+
+    in_step = False
 
     def __init__(self, slots: Slots, program: Program, replicas: Replicas) -> None:
         self.program = program
@@ -113,6 +126,7 @@ class RowEngine:
 
 class RowStepper:
     copies = 2  # the row and its gradient
+    layout = ""
 
     def __init__(self, row: Tensor, gradient: Tensor, config: OptimizerConfig) -> None:
         self._row = nn.Parameter(row)
@@ -131,6 +145,9 @@ class RowStepper:
 
     def states(self) -> States:
         return optimizer_states(self._optimizer)
+
+    def state_bytes(self) -> int:
+        return num_state_bytes(self._optimizer)
 
     def restore(self, states: States) -> None:
         restore_optimizer(self._optimizer, states)

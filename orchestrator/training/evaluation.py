@@ -17,7 +17,7 @@ from orchestrator.data.reader import IGNORED, BlockReader
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.engine import Engine
 from orchestrator.training.lanes import Served
-from orchestrator.training.loss import token_losses
+from orchestrator.training.loss import num_chunks, token_losses
 from orchestrator.training.replicas import Replicas
 
 Indices = npt.NDArray[np.int64]
@@ -57,7 +57,10 @@ def evaluate(
     """
     program = engine.program
     size = program.blocks_per_lane or _even_part(reader.num_blocks, batch_size)
-    starts = range(replicas.world_rank * size, reader.num_blocks, replicas.world_size * size)
+    # Under ZeRO-3 all workers gather a layer's parameters together, so all make as many passes: one
+    # that has no block left makes an empty part of them.
+    passes = range(0, reader.num_blocks, replicas.world_size * size)
+    starts = [start + replicas.world_rank * size for start in passes]
     work = [
         (member, np.arange(start, min(start + size, reader.num_blocks)))
         for start in starts
@@ -95,15 +98,17 @@ def _add_group(
     size: int,
     totals: npt.NDArray[np.float64],
 ) -> None:
-    # A last part is filled up with its own last block, whose second result is dropped.
-    padded = [np.pad(indices, (0, size - len(indices)), mode="edge") for _, indices in group]
+    # A part is filled up with blocks whose results are dropped.
+    padded = [np.pad(indices, (0, size - len(indices))) for _, indices in group]
     batch = reader.blocks(np.concatenate(padded))
     counts = np.concatenate([np.arange(size) < len(indices) for _, indices in group])
     hidden = engine.program.hidden(batch)  # [lanes*size, S, H]
     blocks, places = np.nonzero((batch.labels != IGNORED) & counts[:, None])
     targets = base.on_device(batch.labels[blocks, places])
     at = base.on_device(blocks * batch.labels.shape[1] + places)
-    losses = token_losses(hidden.flatten(0, 1)[at], targets, base.head).double().cpu().numpy()
+    least_chunks = num_chunks(batch.labels.size) if engine.in_step else 0
+    nll = token_losses(hidden.flatten(0, 1)[at], targets, base.head, least_chunks)
+    losses = nll.double().cpu().numpy()
     member = np.repeat([member for member, _ in group], size)[blocks]
     examples = batch.document_ids[blocks, places]
     np.add.at(totals[0], (member, examples), losses)

@@ -21,17 +21,21 @@ CHUNK_TOKENS = 2048
 
 @torch.no_grad()
 def losses_and_gradient(
-    hidden: Tensor, labels: Tensor, lanes: Tensor, weights: Tensor, head: Head
+    hidden: Tensor,
+    labels: Tensor,
+    lanes: Tensor,
+    weights: Tensor,
+    head: Head,
+    least_chunks: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Each lane's weighted sum of token losses, [n], and the gradient of their sum by `hidden`.
 
     hidden [N, H]; labels and lanes [N]; weights [n]. With weights[i] = 1 / (lane i's labels in the
-    whole step), micro-batches add up to the mean.
+    whole step), micro-batches add up to the mean. The head is called at least `least_chunks` times.
     """
     losses = torch.zeros_like(weights)
     gradient = torch.empty_like(hidden)
-    for start in range(0, len(hidden), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    for part in _chunks(len(hidden), least_chunks):
         factors = weights[lanes[part]]
         with torch.enable_grad():
             inputs = hidden[part].detach().requires_grad_()
@@ -43,17 +47,25 @@ def losses_and_gradient(
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
+def token_losses(hidden: Tensor, labels: Tensor, head: Head, least_chunks: int = 0) -> Tensor:
     """Negative log likelihood of each label, [N], in fp32 (fp64 under fp64 arithmetic)."""
     losses = [
         torch.nn.functional.cross_entropy(
-            _upcast(head(hidden[start : start + CHUNK_TOKENS])),
-            labels[start : start + CHUNK_TOKENS],
-            reduction="none",
+            _upcast(head(hidden[part])), labels[part], reduction="none"
         )
-        for start in range(0, len(hidden), CHUNK_TOKENS)
+        for part in _chunks(len(hidden), least_chunks)
     ]
     return torch.cat(losses) if losses else torch.zeros(0, device=hidden.device)
+
+
+def num_chunks(tokens: int) -> int:
+    return -(-tokens // CHUNK_TOKENS)
+
+
+def _chunks(tokens: int, least: int) -> list[slice]:
+    """The last of them may be empty."""
+    count = max(least, num_chunks(tokens))
+    return [slice(n * CHUNK_TOKENS, (n + 1) * CHUNK_TOKENS) for n in range(count)]
 
 
 def _fastest(logits: Tensor) -> Losses:

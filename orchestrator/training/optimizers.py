@@ -63,6 +63,11 @@ def optimizer_states(optimizer: torch.optim.Optimizer) -> States:
     return tensors, numbers
 
 
+def num_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    tensors, _ = optimizer_states(optimizer)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, states: States) -> None:
     """Put saved states back where the optimizer itself would have made them.
 

@@ -150,7 +150,13 @@ class PackWorker:
             self.base, self.rows, Lanes(self.rows, 1, self.base.dtype, over_rows=True)
         )
         return ZeroEngine(
-            self.base.model, self.rows, program, strategy, spec.micro_batch_size, spec.device
+            self.base.model,
+            self.rows,
+            program,
+            strategy,
+            spec.micro_batch_size,
+            spec.device,
+            self.replicas,
         )
 
     def _open(self, directive: Assign) -> list[Event]:
@@ -303,8 +309,8 @@ class PackWorker:
         )
 
     def _save(self, slot: Slot) -> Checkpointed:
-        folder = str(slot.save()) if self._writes else ""
-        return Checkpointed(slot.task.trial, slot.task.attempt, slot.step, folder)
+        folder = slot.save(self._writes) or ""
+        return Checkpointed(slot.task.trial, slot.task.attempt, slot.step, str(folder))
 
     def _stop(self, slot: Slot, error: TrialFailed) -> TrialStopped:
         self._close(slot)

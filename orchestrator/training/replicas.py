@@ -1,4 +1,4 @@
-"""The seam for what the workers of a pack do together: adding up their gradients.
+"""The seam for what the workers of a pack do together: adding up and gathering tensors.
 
 In: a worker's GroupPlace. Out: its Replicas. A worker that is alone takes the same path, and its
 sums are what they were.
@@ -14,6 +14,9 @@ from torch import Tensor
 from orchestrator.records import Device, GroupPlace
 from orchestrator.training.process_group import PARTNER_TIMEOUT_S, join_group, leave_group
 
+# At once: what is gathered may be more than the GPU has left.
+GATHERED_ELEMENTS = 2**24
+
 
 class Replicas(Protocol):
     world_rank: int
@@ -28,6 +31,16 @@ class Replicas(Protocol):
         Raises:
             ConnectionError: a partner is gone, or did not come in time. On a GPU this may come
                 later, as the end of the process: NCCL's watchdog ends it.
+        """
+        ...
+
+    def gather(self, tensor: Tensor) -> Tensor | None:
+        """All workers' tensors, [W, ...] on the CPU, for worker 0; None for the others.
+
+        All workers must call this equally often, each time with equal shapes and types.
+
+        Raises:
+            ConnectionError: as `sum`.
         """
         ...
 
@@ -54,6 +67,9 @@ class Alone:
     def sum(self, tensor: Tensor) -> None:
         pass
 
+    def gather(self, tensor: Tensor) -> Tensor | None:
+        return tensor.detach().cpu()[None]
+
     def close(self) -> None:
         pass
 
@@ -69,6 +85,18 @@ class ProcessGroupReplicas:
     def sum(self, tensor: Tensor) -> None:
         with self._partners_needed():
             torch.distributed.all_reduce(tensor)
+
+    def gather(self, tensor: Tensor) -> Tensor | None:
+        flat = tensor.detach().reshape(-1)
+        gathered = torch.empty(self.world_size, len(flat), dtype=flat.dtype)
+        for start in range(0, len(flat), GATHERED_ELEMENTS):
+            part = flat[start : start + GATHERED_ELEMENTS].to(self._device)
+            parts = [torch.empty_like(part) for _ in range(self.world_size)]
+            with self._partners_needed():
+                torch.distributed.all_gather(parts, part)
+            for rank, other in enumerate(parts):
+                gathered[rank, start : start + len(part)] = other
+        return gathered.view(-1, *tensor.shape) if self.world_rank == 0 else None
 
     def close(self) -> None:
         leave_group()

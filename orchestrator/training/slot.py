@@ -130,12 +130,11 @@ class Slot:
 
     def state_bytes_per_param(self) -> float:
         """Bytes of weight, gradient and optimizer states per adapter parameter."""
-        tensors, _ = self._stepper.states()
-        state_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         row = self._slots.rows[self.number]
-        return self._stepper.copies * row.element_size() + state_bytes / row.numel()
+        return self._stepper.copies * row.element_size() + self._stepper.state_bytes() / row.numel()
 
-    def save(self) -> Path:
+    def save(self, writes: bool) -> Path | None:
+        """All workers of the pack must call this; one `writes`, and returns the folder."""
         checkpoint = Checkpoint(
             self.step,
             self.tokens,
@@ -144,18 +143,15 @@ class Slot:
             self._stepper.states(),
             self._program,
         )
+        if not writes:
+            return None
         return save_checkpoint(
-            Path(self.task.attempt_dir),
-            checkpoint,
-            self._config_digest(),
-            self._slots.layout_key(),
+            Path(self.task.attempt_dir), checkpoint, self._config_digest(), self._layout()
         )
 
     def _restore(self) -> list[str]:
         folders = [Path(folder) for folder in self.task.checkpoint_dirs]
-        checkpoint, refused = latest_checkpoint(
-            folders, self._config_digest(), self._slots.layout_key()
-        )
+        checkpoint, refused = latest_checkpoint(folders, self._config_digest(), self._layout())
         if checkpoint is not None:
             self._slots.rows[self.number].copy_(checkpoint.row)
             self._stepper.scatter()
@@ -169,6 +165,9 @@ class Slot:
                     "to rounding, not to the bit"
                 )
         return refused
+
+    def _layout(self) -> str:
+        return "; ".join(filter(None, [self._slots.layout_key(), self._stepper.layout]))
 
     def _config_digest(self) -> str:
         return record_digest(self.trial.model_dump(mode="json"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from orchestrator.data.reader import IGNORED, Batch
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.engine import Engine
-from orchestrator.training.loss import losses_and_gradient
+from orchestrator.training.loss import losses_and_gradient, num_chunks
 from orchestrator.training.replicas import Replicas
 from orchestrator.training.slot import Slot
 
@@ -81,6 +81,7 @@ class StepRunner:
             self._base.on_device(kept // lane_size),
             weights.to(self._base.device, non_blocking=True),
             self._base.head,
+            num_chunks(batch.labels.size) if self._engine.in_step else 0,
         )
         gradient = torch.zeros_like(flat).index_copy_(0, places, by_kept)
         return losses, hidden, gradient.view_as(hidden)

@@ -4,8 +4,8 @@ In: a loaded base with its one slot. Out: an Engine (see engine.py). One DeepSpe
 trials of the pack: a second one on the same modules would meet the first one's hooks.
 
 The optimizer that DeepSpeed steps is `_TrialOptimizer`: it clips and steps the optimizer of the
-present trial on DeepSpeed's flat fp32 partition, which is to ZeRO what a row is to `Slots`. So both
-ways share their optimizers, their clipping and their checkpoints.
+present trial on this worker's flat fp32 partition, which is to ZeRO what a row is to `Slots`. So
+both ways share their optimizers, their clipping and their checkpoints.
 """
 
 import math
@@ -24,12 +24,14 @@ from orchestrator.training.optimizers import (
     States,
     build_optimizer,
     clip_and_step,
+    num_state_bytes,
     optimizer_states,
     restore_optimizer,
 )
 from orchestrator.training.process_group import start_deepspeed
 from orchestrator.training.program import Program
 from orchestrator.training.quiet import quiet_libraries
+from orchestrator.training.replicas import Replicas
 from orchestrator.training.slots import Slots
 
 Result = TypeVar("Result")
@@ -39,6 +41,8 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", m
 
 
 class ZeroEngine:
+    in_step = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -47,13 +51,16 @@ class ZeroEngine:
         strategy: StrategyConfig,
         micro_batch_size: int,
         device: Device,
+        replicas: Replicas,
     ) -> None:
         assert len(slots.rows) == 1, "ZeRO serves one slot"
         deepspeed = start_deepspeed(device)
         slots.give_up_gradients()
         self.program = program
         self._slots = slots
-        self._optimizer = _TrialOptimizer(program.lanes.parameters)
+        self._replicas = replicas
+        self._stage = cast(int, strategy.stage)
+        self._optimizer = _TrialOptimizer(program.lanes.parameters, replicas, slots.rows.device)
         config = zero_config(strategy, slots.rows.shape[1], micro_batch_size, device)
         self._whole = _Whole(model)
         with quiet_libraries():
@@ -75,14 +82,18 @@ class ZeroEngine:
         return result
 
     def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
-        # DeepSpeed starts from a scalar; this one's gradient by `hidden` is `gradient`, exactly.
-        self._engine.backward((hidden * gradient).sum(), scale_wrt_gas=False)
+        # DeepSpeed starts from a scalar; this one's gradient by `hidden` is `gradient`, exactly. It
+        # takes the workers' mean, where their sum is wanted.
+        loss = (hidden * gradient).sum() * self._replicas.world_size
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def stepper(self, slot: int, config: OptimizerConfig) -> Stepper:
         master = self._master()
         self._optimizer.trial = build_optimizer(master, config)
         self._optimizer.max_norm = config.max_grad_norm
-        stepper = ZeroStepper(self._optimizer, self._slots, self.program.lanes.parameters)
+        stepper = ZeroStepper(
+            self._optimizer, self._slots, self.program.lanes.parameters, self._replicas, self._stage
+        )
         stepper.scatter()
         return stepper
 
@@ -113,11 +124,18 @@ class ZeroStepper:
     copies = 3  # the layers' parameters, the fp32 partition and its gradient
 
     def __init__(
-        self, optimizer: "_TrialOptimizer", slots: Slots, parameters: list[nn.Parameter]
+        self,
+        optimizer: "_TrialOptimizer",
+        slots: Slots,
+        parameters: list[nn.Parameter],
+        replicas: Replicas,
+        stage: int,
     ) -> None:
+        self.layout = f"partitions of ZeRO-{stage} on {replicas.world_size}"
         self._optimizer = optimizer
         self._slots = slots
         self._parameters = parameters
+        self._replicas = replicas
 
     @torch.no_grad()
     def gather(self) -> Tensor:
@@ -145,10 +163,18 @@ class ZeroStepper:
             safe_set_full_fp32_param(parameter, values)
 
     def states(self) -> States:
-        return optimizer_states(self._optimizer.trial)
+        """All workers' partitions: each tensor is [W, ...]. Only worker 0 has them."""
+        tensors, numbers = optimizer_states(self._optimizer.trial)
+        gathered = {name: self._replicas.gather(tensor) for name, tensor in tensors.items()}
+        return {name: parts for name, parts in gathered.items() if parts is not None}, numbers
+
+    def state_bytes(self) -> int:
+        return num_state_bytes(self._optimizer.trial)
 
     def restore(self, states: States) -> None:
-        restore_optimizer(self._optimizer.trial, states)
+        tensors, numbers = states
+        own = {name: tensor[self._replicas.world_rank] for name, tensor in tensors.items()}
+        restore_optimizer(self._optimizer.trial, (own, numbers))
 
     def _parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter, and the place of its values in the slot's row."""
@@ -177,12 +203,18 @@ class _TrialOptimizer(torch.optim.Optimizer):
     rate: float
     norm: float
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], replicas: Replicas, device: torch.device
+    ) -> None:
         super().__init__(parameters, {"lr": 0.0})
+        self._replicas = replicas
+        self._device = device  # of sums over workers; the partition may lie on a CPU
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         (master,) = self.param_groups[0]["params"]  # DeepSpeed put its flat partition here
-        self.norm = float(torch.linalg.vector_norm(master.grad))
+        square = torch.linalg.vector_norm(master.grad).to(self._device, torch.float64).square()
+        self._replicas.sum(square)
+        self.norm = float(square.sqrt())
         if math.isfinite(self.norm):
             clip_and_step(self.trial, master.grad, self.norm, self.max_norm, self.rate)
 

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import Adapter, assert_equal, train
 from tests.training.test_replicas import free_address
 
-TIMEOUT_S = 200.0
+Work = Callable[[GroupPlace, PackSpec, Sequence[TrialConfig], Path], None]
+
+TIMEOUT_S = 400.0
 TRIALS = [
     trial_config(batch_size=4, seed=1, adapter__rank=2, adapter__dropout=0.1),
     trial_config(batch_size=2, seed=2, optimizer__max_grad_norm=0.05, steps=8),
@@ -35,12 +37,18 @@ def train_together(
     spec: PackSpec, trials: Sequence[TrialConfig], folder: Path
 ) -> list[tuple[dict[int, Adapter], list[Event]]]:
     """What each of two workers ends with."""
-    folder.mkdir()
+    run_together(worker, spec, trials, folder)
+    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(2)]
+
+
+def run_together(work: Work, spec: PackSpec, trials: Sequence[TrialConfig], folder: Path) -> None:
+    """The work of two workers of one pack, in processes of their own."""
+    folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     address = free_address()
     workers = [
         context.Process(
-            target=worker,
+            target=work,
             args=(GroupPlace(rank, 2, address), replace(spec, world_size=2), trials, folder),
             daemon=True,
         )
@@ -51,7 +59,6 @@ def train_together(
     for process in workers:
         process.join(TIMEOUT_S)
         assert process.exitcode == 0
-    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(2)]
 
 
 def check_pair(alone_spec: PackSpec, pair_spec: PackSpec, folder: Path, tolerance: float) -> None:

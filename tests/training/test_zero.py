@@ -34,11 +34,14 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 OPTIMIZERS = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 
 
+def zero_strategy(name: str) -> dict[str, Any]:
+    return {"kind": "zero", **STRATEGIES[name]}
+
+
 @pytest.fixture
 def zero_spec(make_spec: MakeSpec) -> MakeSpec:
     def make(name: str, **changes: Any) -> PackSpec:
-        strategy = {"kind": "zero", **STRATEGIES[name]}
-        return make_spec(num_slots=1, strategy=strategy, **changes)
+        return make_spec(num_slots=1, strategy=zero_strategy(name), **changes)
 
     return make
 

@@ -115,7 +115,7 @@ def test_no_pack_has_a_second_worker_while_a_trial_waits_for_its_first() -> None
         ({"trial__batch_size": 6}, [3]),
         ({"trial__batch_size": 1}, [1]),
         ({"trial__batch_size": 8, "trial__micro_batch_size": 4}, [2]),
-        ({"trial__strategy__kind": "zero", "trial__strategy__stage": 2}, [1]),
+        ({"trial__strategy__kind": "zero", "trial__strategy__stage": 2}, [4]),
     ],
 )
 def test_workers_of_a_pack_share_a_step_evenly(changes: dict[str, Any], sizes: list[int]) -> None:
@@ -228,7 +228,6 @@ def test_a_refill_goes_only_to_workers_that_can_share_its_batch() -> None:
     [
         {"trial__batch_size": 3},
         {"trial__batch_size": 3, "trial__micro_batch_size": 1},
-        {"trial__strategy": {"kind": "zero", "stage": 2}},
     ],
 )
 def test_no_pack_is_started_that_no_waiting_trial_can_use(changes: dict[str, Any]) -> None:

@@ -56,10 +56,6 @@ def test_what_cannot_work_is_refused_with_both_fields(changes: dict[str, Any], w
     [
         ({"trial__batch_size": 6}, "workers_per_pack=4, micro_batch_size=None, batch_size=6"),
         ({"trial__micro_batch_size": 4}, "workers_per_pack=4, micro_batch_size=4, batch_size=8"),
-        (
-            {"trial__strategy__kind": "zero", "trial__strategy__stage": 2},
-            "workers_per_pack=4, strategy.kind=zero",
-        ),
     ],
 )
 def test_workers_that_cannot_share_a_step_evenly_are_refused(

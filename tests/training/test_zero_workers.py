@@ -1,0 +1,86 @@
+"""A trial whose states two workers share under DeepSpeed's ZeRO is the replicated one."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config import TrialConfig
+from orchestrator.records import Checkpointed, GroupPlace, PackSpec, TrialDone
+from orchestrator.training.pack import PackWorker
+from tests.training.conftest import MakeSpec, trial_config
+from tests.training.test_data_parallel import outcomes, run_together, train_together
+from tests.training.test_pack import assert_equal, task, train
+from tests.training.test_zero import zero_strategy
+
+TRIALS = [
+    trial_config(batch_size=4, adapter__rank=3, optimizer__max_grad_norm=0.05),
+    trial_config(batch_size=8, seed=2, adapter__dropout=0.1, steps=3),
+]
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "bit_width"),
+    [
+        ("stage 2", 4),
+        ("stage 3", 16),
+        pytest.param("stage 1, optimizer on the CPU", 16, marks=slow),
+        pytest.param("stage 2", 8, marks=slow),
+        pytest.param("stage 3", 4, marks=slow),
+        pytest.param("stage 3, all on the CPU", 4, marks=slow),
+    ],
+)
+def test_two_workers_train_a_trial_under_zero_as_one_does_replicated(
+    make_spec: MakeSpec, tmp_path: Path, name: str, bit_width: int
+) -> None:
+    spec = make_spec(num_slots=1, bit_width=bit_width, micro_batch_size=1)
+    alone, alone_events = train(spec, TRIALS, tmp_path / "alone")
+    strategy = zero_strategy(name)
+    zero = make_spec(num_slots=1, bit_width=bit_width, micro_batch_size=1, strategy=strategy)
+    (pair, events), (_, other_events) = train_together(zero, TRIALS, tmp_path / "pair")
+    for number in range(len(TRIALS)):
+        assert_equal(pair[number], alone[number])
+    assert outcomes(events) == pytest.approx(outcomes(alone_events), rel=1e-5)
+    assert outcomes(other_events) == outcomes(events)
+
+
+@slow
+@pytest.mark.parametrize("name", ["stage 2", "stage 3"])
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+def test_two_workers_killed_and_resumed_end_with_the_same_adapter_bytes(
+    make_spec: MakeSpec, tmp_path: Path, name: str, optimizer: str
+) -> None:
+    trials = [trial_config(batch_size=2, optimizer__name=optimizer, adapter__dropout=0.1)]
+    spec = make_spec(
+        num_slots=1, max_rank=4, dropout=True, micro_batch_size=1, strategy=zero_strategy(name)
+    )
+    (_, events), _ = train_together(spec, trials, tmp_path / "whole")
+    run_together(end_at_step_4, spec, trials, tmp_path / "cut")
+    run_together(resume, spec, trials, tmp_path / "cut")
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    assert (tmp_path / "cut" / "digest").read_text() == done.adapter_digest
+
+
+def end_at_step_4(
+    place: GroupPlace, spec: PackSpec, trials: Sequence[TrialConfig], folder: Path
+) -> None:
+    worker = PackWorker(spec, place)
+    worker.load()
+    events: list[Any] = worker.advance([task(0, trials[0], folder)])
+    while not any(isinstance(event, Checkpointed) and event.step == 4 for event in events):
+        events += worker.advance([])
+    os._exit(0)
+
+
+def resume(place: GroupPlace, spec: PackSpec, trials: Sequence[TrialConfig], folder: Path) -> None:
+    worker = PackWorker(spec, place)
+    worker.load()
+    events: list[Any] = worker.advance([task(0, trials[0], folder, attempt=2)])
+    assert worker.slots[0].step == 4
+    while not (done := [event for event in events if isinstance(event, TrialDone)]):
+        events += worker.advance([])
+    if place.world_rank == 0:
+        (folder / "digest").write_text(done[0].adapter_digest)
