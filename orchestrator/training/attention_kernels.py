@@ -23,6 +23,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 COUNTS = ("num_rows", "num_heads", "group", "num_blocks", "num_key_heads", "parts")
 
 
+@triton.constexpr_function  # type: ignore[untyped-decorator]
+def padded(width: int) -> int:
+    """A power of two, as tiles need, and no less than a tensor core multiplies."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
 @triton.jit(do_not_specialize=COUNTS)  # type: ignore[untyped-decorator]
 def forward(  # type: ignore[no-untyped-def]
     query,
@@ -40,7 +46,6 @@ def forward(  # type: ignore[no-untyped-def]
     length,
     scale,
     WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
@@ -53,11 +58,11 @@ def forward(  # type: ignore[no-untyped-def]
     starts = extents + block * length
     tokens = first_query + tl.arange(0, OWN)
     document = tl.load(starts + tokens, mask=tokens < length, other=0)
-    q = _rows(query, tokens, query_strides[2], length, WIDTH, PADDED, True)
+    q = _rows(query, tokens, query_strides[2], length, WIDTH, True)
     first, whole, after, last = _keys_read(starts, first_query, length, OWN, OTHER)
     highest = tl.full([OWN], -float("inf"), tl.float32)
     total = tl.zeros([OWN], tl.float32)
-    mean = tl.zeros([OWN, PADDED], tl.float32)
+    mean = tl.zeros([OWN, padded(WIDTH)], tl.float32)
     for masked in tl.static_range(2):
         begin = first if masked else whole
         count = (last - after + whole - first if masked else after - whole) // OTHER
@@ -66,7 +71,7 @@ def forward(  # type: ignore[no-untyped-def]
             if masked:
                 start += tl.where(start < whole, 0, after - whole)
             keys = start + tl.arange(0, OTHER)
-            k = _rows(key, keys, key_strides[2], length, WIDTH, PADDED, masked)
+            k = _rows(key, keys, key_strides[2], length, WIDTH, masked)
             scores = tl.dot(q, tl.trans(k))
             if masked:
                 seen = (keys[None, :] >= document[:, None]) & (keys[None, :] <= tokens[:, None])
@@ -76,11 +81,11 @@ def forward(  # type: ignore[no-untyped-def]
             weights = tl.exp2(scores * (scale * LOG2_E) - base[:, None])
             shrink = tl.exp2(highest - base)
             total = total * shrink + tl.sum(weights, 1)
-            v = _rows(value, keys, value_strides[2], length, WIDTH, PADDED, masked)
+            v = _rows(value, keys, value_strides[2], length, WIDTH, masked)
             mean = tl.dot(weights.to(v.dtype), v, mean * shrink[:, None])
             highest = new
     output += (block * length * num_heads + head) * WIDTH
-    _store_rows(output, mean / total[:, None], tokens, num_heads * WIDTH, length, WIDTH, PADDED)
+    _store_rows(output, mean / total[:, None], tokens, num_heads * WIDTH, length, WIDTH)
     at = normaliser + row.to(tl.int64) * length + tokens
     tl.store(at, highest + tl.log2(total), mask=tokens < length)
 
@@ -107,70 +112,56 @@ def backward(  # type: ignore[no-untyped-def]
     length,
     scale,
     WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
-    num_tiles = tl.cdiv(length, OWN)
-    group = num_heads // num_key_heads
-    num_rows = num_blocks * num_key_heads * parts
+    num_by_keys = num_blocks * num_key_heads * parts * tl.cdiv(length, OWN)
     program = tl.program_id(0)
-    if program < num_rows * num_tiles:
-        row, tile = _place(program, num_rows, num_tiles, KEY_ROWS)
-        part, key_head = row % parts, row // parts % num_key_heads
-        block = (row // (parts * num_key_heads)).to(tl.int64)
-        heads = group // parts
-        head = key_head * group + part * heads
-        numbers = (block * num_heads + head) * length
-        place = ((part * num_blocks + block) * length * num_key_heads + key_head) * WIDTH
+    if program < num_by_keys:
         _gradients_by_keys(
-            query + block * query_strides[0] + head * query_strides[1],
-            key + block * key_strides[0] + key_head * key_strides[1],
-            value + block * value_strides[0] + key_head * value_strides[1],
-            extents + (num_blocks + block) * length,
-            gradient + (block * length * num_heads + head) * WIDTH,
-            normaliser + numbers,
-            delta + numbers,
-            by_key + place,
-            by_value + place,
+            program,
+            query,
+            key,
+            value,
+            extents,
+            gradient,
+            normaliser,
+            delta,
+            by_key,
+            by_value,
             query_strides,
-            key_strides[2],
-            value_strides[2],
-            num_heads * WIDTH,
-            num_key_heads * WIDTH,
-            heads,
-            tile * OWN,  # the first ones are read by the most queries
+            key_strides,
+            value_strides,
+            num_blocks,
+            num_heads,
+            num_key_heads,
+            parts,
             length,
             scale,
             WIDTH,
-            PADDED,
             OWN,
             OTHER,
         )
     else:
-        program -= num_rows * num_tiles
-        row, tile = _place(program, num_blocks * num_heads, num_tiles, QUERY_ROWS)
-        block, head = (row // num_heads).to(tl.int64), row % num_heads
-        numbers = row.to(tl.int64) * length
-        place = (block * length * num_heads + head) * WIDTH
         _gradient_by_queries(
-            query + block * query_strides[0] + head * query_strides[1],
-            key + block * key_strides[0] + head // group * key_strides[1],
-            value + block * value_strides[0] + head // group * value_strides[1],
-            extents + block * length,
-            gradient + place,
-            normaliser + numbers,
-            delta + numbers,
-            by_query + place,
-            query_strides[2],
-            key_strides[2],
-            value_strides[2],
-            num_heads * WIDTH,
-            (num_tiles - 1 - tile) * OWN,
+            program - num_by_keys,
+            query,
+            key,
+            value,
+            extents,
+            gradient,
+            normaliser,
+            delta,
+            by_query,
+            query_strides,
+            key_strides,
+            value_strides,
+            num_blocks,
+            num_heads,
+            num_key_heads,
             length,
             scale,
             WIDTH,
-            PADDED,
             OWN,
             OTHER,
         )
@@ -178,36 +169,51 @@ def backward(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gradients_by_keys(  # type: ignore[no-untyped-def]
+    program,
     query,
     key,
     value,
-    ends,
+    extents,
     gradient,
     normaliser,
     delta,
     by_key,
     by_value,
     query_strides,
-    key_stride,
-    value_stride,
-    gradient_stride,
-    own_stride,
-    heads,
-    first_key,
+    key_strides,
+    value_strides,
+    num_blocks,
+    num_heads,
+    num_key_heads,
+    parts,
     length,
     scale,
     WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
+    num_rows = num_blocks * num_key_heads * parts
+    row, tile = _place(program, num_rows, tl.cdiv(length, OWN), KEY_ROWS)
+    part, key_head = row % parts, row // parts % num_key_heads
+    block = (row // (parts * num_key_heads)).to(tl.int64)
+    heads = num_heads // num_key_heads // parts
+    head = (key_head * parts + part) * heads  # the first of its own
+    query += block * query_strides[0] + head * query_strides[1]
+    key += block * key_strides[0] + key_head * key_strides[1]
+    value += block * value_strides[0] + key_head * value_strides[1]
+    gradient += (block * length * num_heads + head) * WIDTH
+    normaliser += (block * num_heads + head) * length
+    delta += (block * num_heads + head) * length
+    place = ((part * num_blocks + block) * length * num_key_heads + key_head) * WIDTH
+    ends = extents + (num_blocks + block) * length
+    first_key = tile * OWN  # the first ones are read by the most queries
     keys = first_key + tl.arange(0, OWN)
     document_end = tl.load(ends + keys, mask=keys < length, other=0)
-    k = _rows(key, keys, key_stride, length, WIDTH, PADDED, True)
-    v = _rows(value, keys, value_stride, length, WIDTH, PADDED, True)
+    k = _rows(key, keys, key_strides[2], length, WIDTH, True)
+    v = _rows(value, keys, value_strides[2], length, WIDTH, True)
     first, whole, after, last = _queries_reading(ends, first_key, length, OWN, OTHER)
-    dk = tl.zeros([OWN, PADDED], tl.float32)
-    dv = tl.zeros([OWN, PADDED], tl.float32)
+    dk = tl.zeros([OWN, padded(WIDTH)], tl.float32)
+    dv = tl.zeros([OWN, padded(WIDTH)], tl.float32)
     for masked in tl.static_range(2):
         begin = first if masked else whole
         count = (last - after + whole - first if masked else after - whole) // OTHER
@@ -217,15 +223,8 @@ def _gradients_by_keys(  # type: ignore[no-untyped-def]
             if masked:
                 start += tl.where(start < whole, 0, after - whole)
             tokens = start + tl.arange(0, OTHER)
-            q = _rows(
-                query + head * query_strides[1],
-                tokens,
-                query_strides[2],
-                length,
-                WIDTH,
-                PADDED,
-                masked,
-            )
+            at = query + head * query_strides[1]
+            q = _rows(at, tokens, query_strides[2], length, WIDTH, masked)
             weights = tl.exp2(
                 tl.dot(k, tl.trans(q)) * (scale * LOG2_E)
                 - _numbers(normaliser + head * length, tokens, length, masked)[None, :]
@@ -234,47 +233,59 @@ def _gradients_by_keys(  # type: ignore[no-untyped-def]
                 seen = tokens[None, :] >= keys[:, None]
                 seen &= tokens[None, :] < document_end[:, None]
                 weights = tl.where(seen, weights, 0.0)
-            do = _rows(
-                gradient + head * WIDTH, tokens, gradient_stride, length, WIDTH, PADDED, masked
-            )
+            at = gradient + head * WIDTH
+            do = _rows(at, tokens, num_heads * WIDTH, length, WIDTH, masked)
             dv = tl.dot(weights.to(do.dtype), do, dv)
             by_weight = tl.dot(v, tl.trans(do))
             by_weight -= _numbers(delta + head * length, tokens, length, masked)[None, :]
             dk = tl.dot((weights * by_weight).to(q.dtype), q, dk)
-    _store_rows(by_key, dk * scale, keys, own_stride, length, WIDTH, PADDED)
-    _store_rows(by_value, dv, keys, own_stride, length, WIDTH, PADDED)
+    stride = num_key_heads * WIDTH
+    _store_rows(by_key + place, dk * scale, keys, stride, length, WIDTH)
+    _store_rows(by_value + place, dv, keys, stride, length, WIDTH)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gradient_by_queries(  # type: ignore[no-untyped-def]
+    program,
     query,
     key,
     value,
-    starts,
+    extents,
     gradient,
     normaliser,
     delta,
     by_query,
-    query_stride,
-    key_stride,
-    value_stride,
-    own_stride,
-    first_query,
+    query_strides,
+    key_strides,
+    value_strides,
+    num_blocks,
+    num_heads,
+    num_key_heads,
     length,
     scale,
     WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
+    num_tiles = tl.cdiv(length, OWN)
+    row, tile = _place(program, num_blocks * num_heads, num_tiles, QUERY_ROWS)
+    block, head = (row // num_heads).to(tl.int64), row % num_heads
+    key_head = head // (num_heads // num_key_heads)
+    query += block * query_strides[0] + head * query_strides[1]
+    key += block * key_strides[0] + key_head * key_strides[1]
+    value += block * value_strides[0] + key_head * value_strides[1]
+    place = (block * length * num_heads + head) * WIDTH
+    own_stride = num_heads * WIDTH
+    starts = extents + block * length
+    first_query = (num_tiles - 1 - tile) * OWN
     tokens = first_query + tl.arange(0, OWN)
     document = tl.load(starts + tokens, mask=tokens < length, other=0)
-    q = _rows(query, tokens, query_stride, length, WIDTH, PADDED, True)
-    do = _rows(gradient, tokens, own_stride, length, WIDTH, PADDED, True)
-    normaliser = _numbers(normaliser, tokens, length, True)
-    delta = _numbers(delta, tokens, length, True)
+    q = _rows(query, tokens, query_strides[2], length, WIDTH, True)
+    do = _rows(gradient + place, tokens, own_stride, length, WIDTH, True)
+    normaliser = _numbers(normaliser + row.to(tl.int64) * length, tokens, length, True)
+    delta = _numbers(delta + row.to(tl.int64) * length, tokens, length, True)
     first, whole, after, last = _keys_read(starts, first_query, length, OWN, OTHER)
-    dq = tl.zeros([OWN, PADDED], tl.float32)
+    dq = tl.zeros([OWN, padded(WIDTH)], tl.float32)
     for masked in tl.static_range(2):
         begin = first if masked else whole
         count = (last - after + whole - first if masked else after - whole) // OTHER
@@ -283,16 +294,16 @@ def _gradient_by_queries(  # type: ignore[no-untyped-def]
             if masked:
                 start += tl.where(start < whole, 0, after - whole)
             keys = start + tl.arange(0, OTHER)
-            k = _rows(key, keys, key_stride, length, WIDTH, PADDED, masked)
+            k = _rows(key, keys, key_strides[2], length, WIDTH, masked)
             scores = tl.dot(q, tl.trans(k)) * (scale * LOG2_E)
             weights = tl.exp2(scores - normaliser[:, None])
             if masked:
                 seen = (keys[None, :] >= document[:, None]) & (keys[None, :] <= tokens[:, None])
                 weights = tl.where(seen, weights, 0.0)
-            v = _rows(value, keys, value_stride, length, WIDTH, PADDED, masked)
+            v = _rows(value, keys, value_strides[2], length, WIDTH, masked)
             by_weight = tl.dot(do, tl.trans(v)) - delta[:, None]
             dq = tl.dot((weights * by_weight).to(k.dtype), k, dq)
-    _store_rows(by_query, dq * scale, tokens, own_stride, length, WIDTH, PADDED)
+    _store_rows(by_query + place, dq * scale, tokens, own_stride, length, WIDTH)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -329,12 +340,12 @@ def _queries_reading(ends, first_key, length, OWN: tl.constexpr, OTHER: tl.const
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(  # type: ignore[no-untyped-def]
-    of, rows, stride, length, WIDTH: tl.constexpr, PADDED: tl.constexpr, PARTLY: tl.constexpr
+    of, rows, stride, length, WIDTH: tl.constexpr, PARTLY: tl.constexpr
 ):
-    """[rows, PADDED], zero beyond the width and, where rows may lie beyond the length, there."""
-    columns = tl.arange(0, PADDED)
+    """[rows, padded], zero beyond the width and, where rows may lie beyond the length, there."""
+    columns = tl.arange(0, padded(WIDTH))
     places = of + rows[:, None] * stride + columns[None, :]
-    if PARTLY or PADDED != WIDTH:
+    if PARTLY or padded(WIDTH) != WIDTH:
         inside = (rows[:, None] < length) & (columns[None, :] < WIDTH)
         return tl.load(places, mask=inside, other=0.0)
     else:
@@ -351,9 +362,9 @@ def _numbers(of, rows, length, PARTLY: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _store_rows(  # type: ignore[no-untyped-def]
-    to, values, rows, stride, length, WIDTH: tl.constexpr, PADDED: tl.constexpr
+    to, values, rows, stride, length, WIDTH: tl.constexpr
 ):
-    columns = tl.arange(0, PADDED)
+    columns = tl.arange(0, padded(WIDTH))
     inside = (rows[:, None] < length) & (columns[None, :] < WIDTH)
     places = to + rows[:, None] * stride + columns[None, :]
     tl.store(places, values.to(to.dtype.element_ty), mask=inside)
@@ -367,7 +378,6 @@ def multiply_outputs(  # type: ignore[no-untyped-def]
     num_heads,
     length,
     WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     row = tl.program_id(1)
@@ -375,8 +385,8 @@ def multiply_outputs(  # type: ignore[no-untyped-def]
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     place = (block * length * num_heads + head) * WIDTH
     stride = num_heads * WIDTH
-    do = _rows(gradient + place, tokens, stride, length, WIDTH, PADDED, True).to(tl.float32)
-    o = _rows(output + place, tokens, stride, length, WIDTH, PADDED, True).to(tl.float32)
+    do = _rows(gradient + place, tokens, stride, length, WIDTH, True).to(tl.float32)
+    o = _rows(output + place, tokens, stride, length, WIDTH, True).to(tl.float32)
     at = delta + row.to(tl.int64) * length + tokens
     tl.store(at, tl.sum(do * o, 1), mask=tokens < length)
 

@@ -140,7 +140,7 @@ def _output_products(gradient: Tensor, output: Tensor, normaliser: Tensor) -> Te
     num_blocks, length, num_heads, width = output.shape
     delta = torch.empty_like(normaliser)
     attention_kernels.multiply_outputs[(_cdiv(length, 64), num_blocks * num_heads)](
-        gradient, output, delta, num_heads, length, width, _padded(width), 64
+        gradient, output, delta, num_heads, length, width, 64
     )
     return delta
 
@@ -153,14 +153,9 @@ def _cdiv(number: int, by: int) -> int:
     return -(-number // by)
 
 
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())  # the shortest product of a tensor core
-
-
 def _settings(width: int, tiles: Tiles) -> dict[str, int]:
     return {
         "WIDTH": width,
-        "PADDED": _padded(width),
         "OWN": tiles.own,
         "OTHER": tiles.other,
         "num_warps": tiles.warps,
@@ -171,7 +166,7 @@ def _settings(width: int, tiles: Tiles) -> dict[str, int]:
 def _tiles(query: Tensor, large: dict[int, Tiles], small: dict[int, Tiles]) -> Tiles:
     capability = _card(query.device).major, _card(query.device).minor
     table = large if capability in LARGE_SHARED_MEMORY else small
-    return table[max(64, _padded(query.shape[-1]))]
+    return table[max(64, attention_kernels.padded(query.shape[-1]))]
 
 
 def _parts(key_tiles: int, group: int, device: torch.device) -> int:
