@@ -21,6 +21,8 @@ class Tiles(NamedTuple):
     """Rows of the other kind that it reads at a time."""
     warps: int
     stages: int
+    registers: int | None = None
+    """Most of a thread: with 128 or fewer, two programs of 8 warps share a multiprocessor."""
 
 
 # By head width, for cards that give a program 160 KiB of shared memory or more (sm_80, sm_90), and
@@ -153,13 +155,14 @@ def _cdiv(number: int, by: int) -> int:
     return -(-number // by)
 
 
-def _settings(width: int, tiles: Tiles) -> dict[str, int]:
+def _settings(width: int, tiles: Tiles) -> dict[str, int | None]:
     return {
         "WIDTH": width,
         "OWN": tiles.own,
         "OTHER": tiles.other,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
+        "maxnreg": tiles.registers,
     }
 
 
