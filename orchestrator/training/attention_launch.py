@@ -27,8 +27,8 @@ class Tiles(NamedTuple):
 
 # By head width, for cards that give a program 160 KiB of shared memory or more (sm_80, sm_90), and
 # for those that give it 99 KiB. Those for 64 and 128 are meant for an H200.
-FORWARD = {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)}
-BACKWARD = {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 1)}
+FORWARD = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(128, 32, 8, 2)}
+BACKWARD = {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 8, 1)}
 SMALL_FORWARD = {64: Tiles(128, 64, 4, 2), 128: Tiles(64, 32, 4, 2), 256: Tiles(64, 32, 4, 1)}
 SMALL_BACKWARD = {64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 4, 1), 256: Tiles(32, 16, 4, 1)}
 LARGE_SHARED_MEMORY = frozenset({(8, 0), (9, 0), (10, 0), (10, 3)})  # compute capabilities

@@ -79,8 +79,8 @@ def test_outputs_and_gradients_are_the_references(
         assert found.shape == plain.shape
         assert float((found - plain).norm() / plain.norm()) < 1e-2
         # No row is wrong where most are right; rows that cancel out are all rounding.
-        wrong = (found - plain).norm(dim=-1) / plain.norm(dim=-1).clamp_min(0.1)
-        assert float(wrong.max()) < 0.1
+        wrong = (found - plain).norm(dim=-1)
+        assert bool((wrong < 0.05 * plain.norm(dim=-1) + 0.05).all())
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(14, 2, 64), (32, 8, 128)])
