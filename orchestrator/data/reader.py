@@ -71,11 +71,6 @@ class BlockReader:
         shards = (self._shard(index) for index in range(len(self.manifest.shards)))
         return tuple(bytes(key).hex() for shard in shards for key in shard.blocks.document_keys)
 
-    @property
-    def max_documents(self) -> int:
-        """Most documents in one block, padding counted as one."""
-        return max((shard.max_documents for shard in self.manifest.shards), default=0) or 1
-
     @cached_property
     def examples_digest(self) -> str:
         """Names the documents as keys, tokens and labels, however they are packed and ordered: with

@@ -19,7 +19,7 @@ from orchestrator.records import BaseModel, Device
 from orchestrator.training.attention import (
     BY_DOCUMENT,
     NotByDocument,
-    document_borders,
+    document_extents,
     set_attention,
     why_not_by_document,
 )
@@ -54,7 +54,7 @@ class LoadedBase:
     dtype: torch.dtype
     """In what it computes."""
     why_not_by_document: str
-    """Why its attention needs transformers' masks; empty where it goes by document borders."""
+    """Why its attention needs transformers' masks; empty where it goes by documents' extents."""
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -69,25 +69,25 @@ class LoadedBase:
         return tensor.to(self.device, non_blocking=True)
 
     def hidden(
-        self, input_ids: Tensor, position_ids: Tensor, borders: Tensor | None = None
+        self, input_ids: Tensor, position_ids: Tensor, extents: Tensor | None = None
     ) -> Tensor:
         """Last hidden states, [B, S, H]. Positions that start again at 0 start a new document;
-        attention does not cross it. `borders` are those of attention.document_borders; without
-        them transformers finds packed documents by their positions."""
+        attention does not cross it. `extents` are attention.document_extents of the positions,
+        made of them here if left out."""
         decoder = self.model.get_decoder()  # type: ignore[operator]
-        output: Tensor = decoder(**self.inputs(input_ids, position_ids, borders)).last_hidden_state
+        output: Tensor = decoder(**self.inputs(input_ids, position_ids, extents)).last_hidden_state
         return output
 
     def inputs(
-        self, input_ids: Tensor, position_ids: Tensor, borders: Tensor | None = None
+        self, input_ids: Tensor, position_ids: Tensor, extents: Tensor | None = None
     ) -> dict[str, Any]:
         """What the model's own forward takes for packed blocks."""
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": None}
         if self.why_not_by_document:
             return inputs | {"use_cache": False}
-        if borders is None:
-            borders = self.on_device(document_borders(position_ids.cpu().numpy()))
-        return inputs | {"use_cache": False, "borders": borders}
+        if extents is None:
+            extents = self.on_device(document_extents(position_ids.cpu().numpy()))
+        return inputs | {"use_cache": False, "extents": extents}
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [n, V] of hidden states [n, H]."""
@@ -204,7 +204,7 @@ def _check_family(base: LoadedBase) -> None:
 
 @torch.no_grad()
 def _with_fastest_attention(base: LoadedBase, strategy: StrategyConfig) -> LoadedBase:
-    """The base with attention by document borders, where that gives what its own gives."""
+    """The base with attention by documents' extents, where that gives what its own gives."""
     why_not = why_not_by_document(base.model, base.device, base.dtype)
     if strategy.kind == "zero":
         why_not = "under ZeRO the base may lie on the CPU"
@@ -221,7 +221,7 @@ def _with_fastest_attention(base: LoadedBase, strategy: StrategyConfig) -> Loade
             why_not = str(error).splitlines()[0]
         else:
             if not change < MAX_ATTENTION_ERROR:
-                why_not = f"the flash kernel's hidden states differ by {change:.2g}"
+                why_not = f"attention by document: hidden states differ by {change:.2g}"
     if why_not:
         set_attention(base.model, own)
         return replace(base, why_not_by_document=why_not)

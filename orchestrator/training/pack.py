@@ -361,8 +361,10 @@ class PackWorker:
 
 
 def _compute_alike() -> None:
-    """A resumed trial ends with the same bits on a GPU too: flash attention's backward pass adds up
-    in a fixed order. On an H200 that costs under 1 % of a step (0.5B and 8B shapes at 1,024)."""
+    """A resumed trial ends with the same bits on a GPU too. This is for torch's own operators, such
+    as the loss's index_add_; attention's kernels have one order in any case. It only warns where an
+    operator has none, and it changes nothing in torch's flash attention, whose backward pass takes
+    its one-order path only if that is an error."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     # It would fill every new tensor, which is only to find reads of what was never written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

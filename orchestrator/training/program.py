@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from orchestrator.data.reader import Batch
 from orchestrator.errors import BaseModelError
 from orchestrator.records import StepProgram
-from orchestrator.training.attention import document_borders
+from orchestrator.training.attention import document_extents
 from orchestrator.training.base_model import LoadedBase, difference, max_leak, probe
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.slots import Slots
@@ -94,10 +94,10 @@ class EagerProgram:
         self.lanes.serve(served)
 
     def hidden(self, batch: Batch) -> Tensor:
-        put, borders = self._base.on_device, None
+        put, extents = self._base.on_device, None
         if not self._base.why_not_by_document:
-            borders = put(document_borders(batch.position_ids))
-        return self._base.hidden(put(batch.input_ids), put(batch.position_ids), borders)
+            extents = put(document_extents(batch.position_ids))
+        return self._base.hidden(put(batch.input_ids), put(batch.position_ids), extents)
 
     def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
         return _gradients(hidden, self.lanes, gradient)
@@ -121,7 +121,6 @@ class FixedProgram:
         num_lanes: int,
         blocks_per_lane: int,
         block_length: int,
-        max_documents: int,
     ) -> None:
         self.num_lanes, self.blocks_per_lane = num_lanes, blocks_per_lane
         self._base = base
@@ -130,14 +129,15 @@ class FixedProgram:
         self.lanes = Lanes(slots, num_lanes, base.dtype, masked_blocks)
         self.lanes.attach(base.model)
         num_blocks = num_lanes * blocks_per_lane
-        self._idle = np.arange(block_length, dtype=np.int64)
-        self._room = num_blocks * max_documents
+        # An idle lane's documents have one token each: attention does next to nothing for them.
+        self._idle = np.zeros(block_length, dtype=np.int64)
         device = base.device
         self._input_ids = torch.zeros(num_blocks, block_length, dtype=torch.long, device=device)
         self._position_ids = self._input_ids.clone()
-        self._borders: Tensor | None = None
+        self._extents: Tensor | None = None
         if not base.why_not_by_document:
-            self._borders = torch.zeros(self._room + 1, dtype=torch.int32, device=device)
+            shape = (2, num_blocks, block_length)
+            self._extents = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def serve(self, served: Sequence[Served]) -> None:
         dropping = any(lane.drops.rate for lane in served)
@@ -152,23 +152,23 @@ class FixedProgram:
         return _gradients(hidden, self.lanes, gradient)
 
     def _forward(self) -> Tensor:
-        return self._base.hidden(self._input_ids, self._position_ids, self._borders)
+        return self._base.hidden(self._input_ids, self._position_ids, self._extents)
 
     def _fill(self, batch: Batch) -> None:
         idle = len(self._input_ids) - len(batch.input_ids)
         positions = np.concatenate([batch.position_ids, np.tile(self._idle, (idle, 1))])
         _copy(self._position_ids, positions)
         _copy(self._input_ids, np.pad(batch.input_ids, ((0, idle), (0, 0))))
-        if self._borders is not None:
-            _copy(self._borders, document_borders(positions, self._room))
+        if self._extents is not None:
+            _copy(self._extents, document_extents(positions))
 
 
 class RecordedProgram(FixedProgram):
-    """The same, recorded in CUDA graphs. Needs attention by document borders."""
+    """The same, recorded in CUDA graphs. Needs attention by document."""
 
     def __init__(self, base: LoadedBase, *args: Any) -> None:
         super().__init__(base, *args)
-        assert self._borders is not None, base.why_not_by_document
+        assert self._extents is not None, base.why_not_by_document
         no_blocks = np.zeros((0, len(self._idle)), dtype=np.int64)
         self._fill(Batch(no_blocks, no_blocks, no_blocks, no_blocks))
         self._warm_up()

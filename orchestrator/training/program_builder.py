@@ -64,7 +64,7 @@ class ProgramBuilder:
                 log.warning("pack %s: %s", self._spec.pack, self.note)
         return FixedProgram(*self._arguments(num_lanes))
 
-    def _arguments(self, num_lanes: int) -> tuple[LoadedBase, Slots, bool, int, int, int, int]:
+    def _arguments(self, num_lanes: int) -> tuple[LoadedBase, Slots, bool, int, int, int]:
         spec = self._spec
         return (
             self._base,
@@ -73,5 +73,4 @@ class ProgramBuilder:
             num_lanes,
             spec.micro_batch_size,
             self._readers[0].manifest.block_length,
-            max(reader.max_documents for reader in self._readers),
         )

@@ -1,16 +1,14 @@
-"""Compiled and recorded programs, kernels and attention, against the plain ones."""
+"""Compiled and recorded programs, and their kernels, against the plain ones."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.data.prepare import prepare
 from orchestrator.records import BaseModel, TrialDone
-from orchestrator.training.attention import document_borders
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from orchestrator.training.loss import weighted_losses
 from orchestrator.training.pack import PackWorker
@@ -99,7 +97,7 @@ def test_a_program_built_anew_with_other_lanes_goes_on_where_the_last_one_stoppe
 def test_long_blocks_give_the_same_bits_every_time(
     make_spec: MakeSpec, base_folder: Path, tmp_path: Path
 ) -> None:
-    """The flash kernel's backward pass splits them, and would add the parts up in any order."""
+    """Attention's gradient by queries has a part from each tile of keys, added up in one order."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(json.dumps({"text": f"{row} " * 9}) + "\n" for row in question_rows(99))
@@ -132,23 +130,6 @@ def test_dequantised_once_the_base_computes_the_same_bits(base_folder: Path) -> 
     words = torch.arange(48, device="cuda").view(1, 48)
     positions = torch.arange(48, device="cuda").view(1, 48)
     assert torch.equal(once.hidden(words, positions), packed.hidden(words, positions))
-
-
-def test_attention_by_document_borders_is_attention_under_masks(base_folder: Path) -> None:
-    by_document = load(base_folder, 16, "bfloat16")
-    masked = load(base_folder, 16, "float32")
-    assert by_document.why_not_by_document == ""
-    assert "bfloat16" in masked.why_not_by_document
-    words = torch.randint(260, (3, 64), device="cuda")
-    lengths = [[20, 30, 14], [64], [1, 62, 1]]
-    positions = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
-    found = by_document.hidden(
-        words,
-        torch.from_numpy(positions).cuda(),
-        torch.from_numpy(document_borders(positions, room=20)).cuda(),
-    )
-    expected = masked.hidden(words, torch.from_numpy(positions).cuda())
-    assert float((found.float() - expected).norm() / expected.norm()) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -181,7 +181,7 @@ def test_a_family_that_cannot_be_trained_is_refused_before_zero_takes_its_parame
         ("llama", {"head_dim": 12}, "12 wide"),
     ],
 )
-def test_attention_by_document_borders_is_for_families_of_plain_causal_attention(
+def test_attention_by_document_is_for_families_of_plain_causal_attention(
     name: str, changes: dict[str, Any], reason: str
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -97,12 +97,6 @@ def test_a_block_that_is_not_there_is_noticed(manifest: Manifest) -> None:
         reader.blocks([reader.num_blocks])
 
 
-def test_the_most_documents_of_a_block_are_known_without_its_tokens(manifest: Manifest) -> None:
-    reader = BlockReader(manifest)
-    positions = reader.blocks(range(reader.num_blocks)).position_ids
-    assert reader.max_documents == np.count_nonzero(positions == 0, axis=1).max()
-
-
 def flip_last_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
