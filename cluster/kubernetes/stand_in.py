@@ -40,8 +40,12 @@ class StandIn:
     """API groups that are not installed."""
     forbidden: set[tuple[str, str]] = field(default_factory=set)
     """Verbs and plurals that the user has no right to."""
+    quotas: dict[str, int] = field(default_factory=dict)
+    """The most objects of a kind that there may be, by the plural and its group."""
     services: dict[str, Backend] = field(default_factory=dict)
     """What answers behind the service proxy, by the service's name."""
+    token: str = TOKEN
+    """What requests must carry."""
     is_down: bool = False
 
     def __post_init__(self) -> None:
@@ -95,7 +99,7 @@ class StandIn:
 
         if self.is_down:
             raise httpx2.ConnectError("Connection refused", request=request)
-        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if request.headers.get("Authorization") != f"Bearer {self.token}":
             return _status(401, "Unauthorized", "Unauthorized")
         path = request.url.path
         if found := PROXY.fullmatch(path):
@@ -150,6 +154,12 @@ class StandIn:
         plural = KINDS[kind][1]
         if (kind, namespace, name) in self._objects:
             return _status(409, "AlreadyExists", f'{plural} "{name}" already exists', name=name)
+        counted = f"{plural}.{KINDS[kind][0].split('/')[2]}"
+        if len(self._matching(kind, namespace, {})) >= self.quotas.get(counted, 2**31):
+            most = self.quotas[counted]
+            words = f'{counted} "{name}" is forbidden: exceeded quota: objects, requested: '
+            words += f"count/{counted}=1, used: count/{counted}={most}, limited: "
+            return _status(403, "Forbidden", f"{words}count/{counted}={most}", name=name)
         if resource["metadata"].get("namespace", namespace) != namespace:
             message = "the namespace of the provided object does not match the namespace sent"
             return _status(400, "BadRequest", message)
@@ -188,7 +198,8 @@ class StandIn:
         if service not in self.services:
             words = f'no endpoints available for service "{service}"'
             return _status(503, "ServiceUnavailable", words)
-        return self.services[service](request, path)
+        query = str(request.url.query, "ascii")
+        return self.services[service](request, f"{path}?{query}" if query else path)
 
     def _stamp(self, resource: Object, old: Object | None) -> None:
         metadata = resource["metadata"]
