@@ -86,6 +86,8 @@ class RayJobs:
     def workers(self, job: str) -> Sequence["RayWorker"]:
         """Of the job's packs, as long as Ray remembers them."""
         driver = (self.info(job) or {}).get("job_id")
+        if driver is None:  # it has not attached to Ray yet
+            return []
         query: dict[str, Any] = {"limit": MAX_ACTORS, "detail": True}
         query |= {"filter_keys": "job_id", "filter_predicates": "=", "filter_values": driver}
         answer = self._ask("GET", f"/api/v0/actors?{urlencode(query)}")
