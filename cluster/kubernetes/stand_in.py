@@ -138,9 +138,15 @@ class StandIn:
             words = f'{KINDS[kind][1]} "{name}" not found'
             return _status(404, "NotFound", words, name=name)
         if verb == "delete":
-            del self._objects[key]
+            if stored["metadata"].get("finalizers"):
+                stored["metadata"]["deletionTimestamp"] = now()
+            else:
+                del self._objects[key]
         elif verb == "patch":
-            changed = _merged(stored, json.loads(request.content))
+            changes = json.loads(request.content)
+            changed = _merged(stored, {key: changes[key] for key in changes if key != "status"})
+            if problems := [p for p in self._problems(changed) if "unexpected" not in p]:
+                return _invalid(kind, name, problems)
             self._stamp(changed, stored)
             self._objects[key] = stored = changed
         return _json(200, stored)
@@ -163,20 +169,23 @@ class StandIn:
         if resource["metadata"].get("namespace", namespace) != namespace:
             message = "the namespace of the provided object does not match the namespace sent"
             return _status(400, "BadRequest", message)
-        if self.definitions is not None and self.definitions.knows(resource):
-            problems = self.definitions.problems(resource)
-            if unknown := [_unknown_field(text) for text in problems if "unexpected" in text]:
-                words = f'{kind} in version "v1" cannot be handled: strict decoding error: '
-                return _status(400, "BadRequest", words + ", ".join(unknown))
-            if problems:
-                words = f'{kind} "{name}" is invalid: {"; ".join(problems)}'
-                return _status(422, "Invalid", words, name=name)
-        stored = copy.deepcopy(resource)
+        problems = self._problems(resource)
+        if unknown := [_unknown_field(text) for text in problems if "unexpected" in text]:
+            words = f'{kind} in version "v1" cannot be handled: strict decoding error: '
+            return _status(400, "BadRequest", words + ", ".join(unknown))
+        if problems:
+            return _invalid(kind, name, problems)
+        # Only controllers write a status, by a path of its own.
+        stored = copy.deepcopy({key: resource[key] for key in resource if key != "status"})
         stored["metadata"]["namespace"] = namespace
         self._stamp(stored, None)
         if params.get("dryRun") != "All":
             self._objects[kind, namespace, name] = stored
         return _json(201, stored)
+
+    def _problems(self, resource: Object) -> list[str]:
+        known = self.definitions
+        return known.problems(resource) if known is not None and known.knows(resource) else []
 
     def _matching(self, kind: str, namespace: str, params: dict[str, str]) -> list[Object]:
         places = self._objects.items()
@@ -234,6 +243,10 @@ def _verb(method: str, name: str | None) -> str:
     if method == "GET":
         return "get" if name else "list"
     return {"POST": "create", "PATCH": "patch", "DELETE": "delete"}[method]
+
+
+def _invalid(kind: str, name: str, problems: list[str]) -> "httpx2.Response":
+    return _status(422, "Invalid", f'{kind} "{name}" is invalid: {"; ".join(problems)}', name=name)
 
 
 def _merged(old: Any, changes: Any) -> Any:

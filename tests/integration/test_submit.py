@@ -1,5 +1,6 @@
 """`orchestrator submit` and `jobs` against a real Ray cluster on this machine, by its job API."""
 
+import json
 import os
 import pty
 import re
@@ -183,9 +184,9 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     tracked = store.read("tracking")["run_id"]  # type: ignore[index]
     assert "driver.log" in [file.path for file in client.list_artifacts(tracked)]
 
-    listed = orchestrator("jobs", "list", *arguments(cluster), cwd=tmp_path)
-    assert "sums" in listed.stdout
-    assert "succeeded" in listed.stdout
+    listed = orchestrator("jobs", "list", "--json", *arguments(cluster), cwd=tmp_path)
+    (sums,) = [job for job in json.loads(listed.stdout) if job["name"] == "sums"]
+    assert (sums["state"], sums["run_dir"]) == ("succeeded", run_dir)
     logs = orchestrator("jobs", "logs", "sums", *arguments(cluster), cwd=tmp_path)
     assert "winner: trial" in logs.stdout
     assert "training from step" in logs.stdout

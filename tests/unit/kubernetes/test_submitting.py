@@ -18,7 +18,7 @@ from jobs.submitted import (
     show_status,
     show_worker_log,
 )
-from orchestrator.errors import ClusterError, ConfigError
+from orchestrator.errors import ClusterError, ConfigError, NeverStarted
 from tests.stage import (
     CLUSTER,
     NAME,
@@ -143,6 +143,32 @@ def test_a_sweep_that_failed_is_submitted_again_from_its_run_folder(stage: Stage
     assert "goes on from its run folder" in stage.output
 
 
+def finalized(stage: Stage) -> None:
+    """The operator takes the cluster of a deleted job down before it lets the job go."""
+    job = rayjob(stage)
+    job["metadata"]["finalizers"] = ["ray.io/rayjob-finalizer"]
+
+
+def test_the_old_job_is_gone_before_the_new_one_is_made(stage: Stage) -> None:
+    def lets_go(stage: Stage) -> None:
+        assert rayjob(stage)["metadata"]["deletionTimestamp"]
+        rayjob(stage)["metadata"]["finalizers"] = []
+        stage.cluster.api().delete("RayJob", NAME)
+
+    stage.submit(running, failed("exit code 1"))
+    before = rayjob(stage)["metadata"]["uid"]
+    finalized(stage)
+    assert stage.submit(wait, lets_go, running, succeeded) == 0
+    assert rayjob(stage)["metadata"]["uid"] != before
+
+
+def test_an_old_job_that_does_not_go_is_named(stage: Stage) -> None:
+    stage.submit(running, failed("exit code 1"))
+    finalized(stage)
+    with pytest.raises(NeverStarted, match="the old RayJob test is not gone after 180 s"):
+        stage.submit()
+
+
 def test_a_sweep_that_is_done_is_not_done_again(stage: Stage) -> None:
     stage.submit(running, succeeded)
     before = rayjob(stage)["metadata"]["uid"]
@@ -218,6 +244,12 @@ def test_a_pause_with_a_queue_makes_the_workload_inactive(tmp_path: Path) -> Non
     assert workload is not None
     assert workload["spec"]["active"] is False
     assert rayjob(stage)["spec"]["suspend"] is True  # Kueue's own; suspending would restart it
+    assert show_status(stage.target, NAME, False, stage.person) == 0
+    assert "test is suspended" in stage.said[-2]
+    resume_job(stage.target, NAME, True, stage.person)
+    workload = stage.cluster.object("Workload", "rayjob-test")
+    assert workload is not None
+    assert workload["spec"]["active"] is True
 
 
 def interrupt(stage: Stage) -> None:
@@ -366,6 +398,7 @@ def queued(why: str) -> Scene:
         stage.cluster.api().patch("RayJob", NAME, {"spec": {"suspend": True}})
         stage.status("Suspended")
         condition = {"type": "QuotaReserved", "status": "False", "message": why}
+        condition |= {"reason": "Pending", "lastTransitionTime": stage.stamp()}
         stage.put(
             "kueue.x-k8s.io/v1beta2",
             "Workload",
@@ -379,7 +412,8 @@ def queued(why: str) -> Scene:
 
 
 def admitted(stage: Stage) -> None:
-    conditions = [{"type": "Admitted", "status": "True", "message": "The workload is admitted"}]
+    condition = {"type": "Admitted", "status": "True", "message": "The workload is admitted"}
+    conditions = [{**condition, "reason": "Admitted", "lastTransitionTime": stage.stamp()}]
     stage.cluster.set_status("Workload", "rayjob-test", {"conditions": conditions})
     stage.cluster.api().patch("RayJob", NAME, {"spec": {"suspend": False}})
     starting(stage)
@@ -401,7 +435,8 @@ def test_a_preempted_sweep_waits_and_comes_back(tmp_path: Path) -> None:
 
     def evicted(stage: Stage) -> None:
         condition = {"type": "Evicted", "status": "True", "reason": "Preempted"}
-        conditions = [{**condition, "message": "Preempted to accommodate a workload"}]
+        condition |= {"message": "Preempted to accommodate a workload"}
+        conditions = [{**condition, "lastTransitionTime": stage.stamp()}]
         stage.cluster.set_status("Workload", "rayjob-test", {"conditions": conditions})
         stage.cluster.api().patch("RayJob", NAME, {"spec": {"suspend": True}})
         stage.status("Suspended")
