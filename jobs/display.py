@@ -115,7 +115,7 @@ class SweepDisplay:
         return (event.time - first.time) / (event.step - first.step) * (row.steps - event.step)
 
     def _table(self) -> Table:
-        return sweep_table(self._store.folder.name, self._rows.values())
+        return sweep_table(self._store.folder.name, self._rows.values(), self._console.height)
 
     def _print(self, event: Notice) -> None:
         match event:

@@ -36,4 +36,6 @@ class FollowedSweep:
                 self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def table(self) -> RenderableType:
-        return sweep_table(self._title, self._rows.values()) if self._rows else ""
+        if not self._rows:
+            return ""
+        return sweep_table(self._title, self._rows.values(), self._console.height)

@@ -6,6 +6,7 @@ another version wrote in other words is no harm: it is shown as it is.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,10 @@ from typing import Any, Literal
 from rich.table import Table
 
 State = Literal["waiting", "training", "finished", "failed"]
+# What is worth a line of the screen, most of all first.
+URGENCY: tuple[State, ...] = ("training", "failed", "waiting", "finished")
+# Of the table itself: title, borders, names of columns, caption; and one for the cursor.
+TABLE_LINES = 7
 
 
 @dataclass
@@ -44,11 +49,18 @@ class _Field:
     read: Callable[[str], Any]
 
 
-def sweep_table(title: str, rows: Iterable[Row]) -> Table:
-    table = Table(title=title)
+def sweep_table(title: str, rows: Iterable[Row], height: int) -> Table:
+    """Where a screen of this height has no room for all trials, those that train come first."""
+    everything = list(rows)
+    room = max(1, height - TABLE_LINES)
+    shown = sorted(everything, key=lambda row: (URGENCY.index(row.state), row.number))[:room]
+    counts = Counter(row.state for row in everything)
+    total = ", ".join(f"{counts[state]} {state}" for state in URGENCY if counts[state])
+    hidden = f"{len(everything)} trials: {total}" if len(everything) > room else None
+    table = Table(title=title, caption=hidden)
     for name in ("trial", "bits", "rank", "step", "loss", "eval loss", "tokens/s", "state", "ETA"):
         table.add_column(name, justify="left" if name == "state" else "right")
-    for row in sorted(rows, key=lambda row: row.number):
+    for row in sorted(shown, key=lambda row: row.number):
         table.add_row(
             str(row.number),
             str(row.bit_width),

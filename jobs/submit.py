@@ -107,7 +107,8 @@ def submit_sweep(
         return 0
     target = reach()
     action = decide_submission(plan.submission, target.find(plan.submission.name))
-    person.say(action.reason)
+    if action.kind != "create":
+        person.say(action.reason)
     if action.kind == "nothing":
         return 0
     if action.kind != "attach":

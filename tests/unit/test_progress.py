@@ -122,9 +122,21 @@ def test_a_trial_that_starts_again_trains_again() -> None:
     read_line(line(row, TRAINED), known)
     read_line("trial 1 (4-bit, rank 8): training from step 2/6", known)
     console = screen()
-    console.print(sweep_table("t", known.values()))
+    console.print(sweep_table("t", known.values(), 25))
     assert "2/6" in shown(console)
     assert "training" in shown(console)
+
+
+def test_a_small_screen_has_the_trials_that_train_and_counts_the_others() -> None:
+    known = {number: Row(number, 4, 8, 6, "finished", 6, eval_loss=1.0) for number in range(50)}
+    known |= {number: Row(number, 4, 8, 6) for number in range(50, 60)}
+    known[37].state = "training"
+    console = screen()
+    console.print(sweep_table("t", known.values(), 12))
+    text = shown(console)
+    assert len(text.splitlines()) < 12
+    assert "37" in text
+    assert "60 trials: 1 training, 10 waiting, 49 finished" in text
 
 
 def test_failed_trials_of_the_run_folder_keep_their_reason(
