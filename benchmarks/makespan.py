@@ -114,7 +114,7 @@ def _run(side: str, config: Path, folder: Path, timeout_s: float) -> Row:
 
 
 # What each side's log says of a trial that is over.
-DONE = {"packs": ": finished, held-out loss", "packs of one": ": finished, held-out loss"}
+DONE = {"packs": ": finished at step", "packs of one": ": finished at step"}
 DONE |= {"tune": "trial done: "}
 
 

@@ -1,6 +1,6 @@
 """Follow a submitted sweep to its end: its story, then its driver's log.
 
-In: a Target and a place to print. Out: how it ended. The end of a log, or of contact, is never
+In: a Target and places to print. Out: how it ended. The end of a log, or of contact, is never
 taken for the end of the job: only the job's own state is.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from cluster.submission import BEFORE, OVER, JobView, Story
 from cluster.target import Target
-from orchestrator.errors import ContactLost, NeverStarted
+from orchestrator.errors import ClusterError, ContactLost, NeverStarted
 from orchestrator.sweep.run_store import DRIVER_LOG
 
 POLL_S = 2.0
@@ -33,6 +33,8 @@ class Follower:
     clock: Callable[[], float] = time.time
     max_wait_s: float | None = None
     """None: until the cluster's own deadline."""
+    log: Callable[[str], None] | None = None
+    """Takes what the driver has printed, in whole lines; None: say it."""
     _told: set[str] = field(default_factory=set)
     _shown: int = 0
     _tail: str = ""
@@ -43,7 +45,8 @@ class Follower:
 
         Raises:
             NeverStarted: it cannot start, or did not in `max_wait_s`; with the cause.
-            ContactLost: the cluster has not answered for a minute.
+            ContactLost: the cluster has not answered for a minute, or does not let us look any
+                more, such as by a login that has expired.
         """
         started = answered = self.clock()
         hopeless_since: float | None = None
@@ -52,11 +55,10 @@ class Follower:
             try:
                 story = self.target.story(self.name)
                 answered = self.clock()
-            except ContactLost as error:
-                self._tell_once(f"lost {answered}", f"no contact, trying again: {error}")
-                if self.clock() - answered > LOST_AFTER_S:
+            except (ContactLost, NeverStarted) as error:
+                if last is None and isinstance(error, NeverStarted):
                     raise
-                self.sleep(POLL_S)
+                self._lose(error, answered)
                 continue
             if story is None:
                 return self._gone(last)
@@ -69,6 +71,13 @@ class Follower:
             hopeless_since = (hopeless_since or self.clock()) if story.is_hopeless else None
             self._check_start(story, started, hopeless_since)
             self.sleep(POLL_S)
+
+    def _lose(self, error: ClusterError, answered: float) -> None:
+        """A refusal where it was allowed before says nothing about the job either."""
+        self._tell_once(f"lost {answered}", f"no contact, trying again: {error}")
+        if self.clock() - answered > LOST_AFTER_S:
+            raise ContactLost(str(error)) from error
+        self.sleep(POLL_S)
 
     def _tell(self, story: Story, started: float) -> None:
         for line in story.lines:
@@ -100,6 +109,8 @@ class Follower:
             self._tell_once(str(error), f"the driver's log cannot be read: {error}")
             return
         if text is None:
+            if is_last:
+                self._tell_once("end of log", "the end of the driver's log cannot be read here")
             return
         self._log_due = self.clock() + len(text) / 2**20 * LOG_POLL_S_PER_MIB
         begins = self._shown - len(self._tail)
@@ -109,7 +120,7 @@ class Follower:
         # A line that is not whole yet is shown when it is.
         end = len(text) if is_last else text.rfind("\n") + 1
         if end > self._shown:
-            self.say(text[self._shown : end].rstrip("\n"))
+            (self.log or self.say)(text[self._shown : end].rstrip("\n"))
             self._shown = end
             self._tail = text[max(0, end - REMEMBERED) : end]
 

@@ -31,6 +31,10 @@ class _PackActor:
         self._worker: Worker
         self._reserved: socket.socket
 
+    def __repr__(self) -> str:
+        """What Ray's dashboard calls it, and `jobs logs --worker` finds it by."""
+        return f"pack {self._spec.pack} worker {self._world_rank}"
+
     def meeting_point(self) -> str:
         """An init_method at this node, with a port that is kept free for this process."""
         # Bound but not listening: nobody else is given the port, while torch, which sets

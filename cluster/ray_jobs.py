@@ -8,19 +8,23 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
-from cluster.submission import JobState, JobView
-from orchestrator.errors import ClusterError, ContactLost, NeverStarted
+from cluster.submission import NO_ROOM, JobState, JobView
+from orchestrator.errors import ClusterError, ConfigError, ContactLost, NeverStarted
 
 TIMEOUT_S = 30.0
 NO_AGENT = "No available agent to submit job"
 # The dashboard itself waits some seconds for one before it answers so.
 AGENT_TIMEOUT_S = 45.0
 AGENT_POLL_S = 1.0
+# Of its state API; more than packs of any sweep.
+MAX_ACTORS = 10_000
+WORKER = re.compile(r"pack (\d+) worker (\d+)")
 SWEEP = "qlora_orchestrator_sweep"
 DIGEST = "qlora_orchestrator_config_digest"
 RUN_DIR = "qlora_orchestrator_run_dir"
@@ -79,6 +83,44 @@ class RayJobs:
         """All that the driver has printed."""
         return str(self._ask("GET", f"/api/jobs/{job}/logs")["logs"])
 
+    def workers(self, job: str) -> Sequence["RayWorker"]:
+        """Of the job's packs, as long as Ray remembers them."""
+        driver = (self.info(job) or {}).get("job_id")
+        if driver is None:  # it has not attached to Ray yet
+            return []
+        query: dict[str, Any] = {"limit": MAX_ACTORS, "detail": True}
+        query |= {"filter_keys": "job_id", "filter_predicates": "=", "filter_values": driver}
+        answer = self._ask("GET", f"/api/v0/actors?{urlencode(query)}")
+        actors = [ray_worker(actor) for actor in answer["data"]["result"]["result"]]
+        found = [actor for actor in actors if actor is not None]
+        return sorted(found, key=lambda worker: (worker.pack, worker.world_rank, worker.is_alive))
+
+    def worker_log(self, job: str, pack: int, world_rank: int) -> str:
+        """What a worker of a pack has printed, its errors last; of several, the one that lives.
+
+        Raises:
+            ConfigError: there is no such worker; with those that there are.
+        """
+        workers = self.workers(job)
+        meant = [w for w in workers if (w.pack, w.world_rank) == (pack, world_rank)]
+        if not meant:
+            known = dict.fromkeys(f"{worker.pack}.{worker.world_rank}" for worker in workers)
+            raise ConfigError(
+                f"there is no worker {pack}.{world_rank} that Ray remembers, but "
+                f"{', '.join(known) or 'none'}: name one of them with --worker"
+            )
+        texts = []
+        for suffix in ("out", "err"):
+            query = {"actor_id": meant[-1].actor, "suffix": suffix, "lines": -1}
+            answer = self._send("GET", f"/api/v0/logs/file?{urlencode(query)}", None)
+            if answer.code >= 300:
+                raise ClusterError(
+                    f"the log of worker {pack}.{world_rank} of {job} cannot be read: "
+                    f"{_error(answer.text)}: it goes with its node"
+                )
+            texts.append(answer.text)
+        return "".join(texts)
+
     def stop(self, job: str) -> None:
         """Its driver gets SIGTERM, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S of the cluster."""
         self._ask("POST", f"/api/jobs/{job}/stop")
@@ -91,10 +133,29 @@ class RayJobs:
         return _checked(self._send(method, path, body))
 
 
+@dataclass(frozen=True)
+class RayWorker:
+    """A worker of a pack, as Ray's state API shows it."""
+
+    pack: int
+    world_rank: int
+    actor: str
+    is_alive: bool
+
+
+def ray_worker(actor: Mapping[str, Any]) -> RayWorker | None:
+    """None: an actor that does something else."""
+    found = WORKER.fullmatch(actor.get("repr_name") or "")
+    if found is None:
+        return None
+    return RayWorker(int(found[1]), int(found[2]), actor["actor_id"], actor["state"] == "ALIVE")
+
+
 def job_view(info: Mapping[str, Any]) -> JobView:
     metadata = info.get("metadata") or {}
     state = STATES[info["status"]]
-    ended_without_driver = state == "failed" and info.get("driver_exit_code") is None
+    code = info.get("driver_exit_code")
+    has_no_driver = code is None and info.get("driver_agent_http_address") is None
     return JobView(
         name=info["submission_id"],
         sweep=metadata.get(SWEEP, ""),
@@ -103,8 +164,8 @@ def job_view(info: Mapping[str, Any]) -> JobView:
         message=_first_line(info.get("message") or ""),
         run_dir=metadata.get(RUN_DIR, ""),
         created=(info.get("start_time") or 0) / 1000 or None,
-        exit_code=info.get("driver_exit_code"),
-        never_ran=ended_without_driver and info.get("driver_agent_http_address") is None,
+        exit_code=code,
+        never_ran=state == "failed" and (has_no_driver or code == NO_ROOM),
     )
 
 

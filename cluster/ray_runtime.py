@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, NeverStarted
 from orchestrator.planning.capacity import Node
 from orchestrator.planning.machine import gpu_memory_bytes, this_machine
 
@@ -45,7 +45,8 @@ def ray_cluster(address: str | None, awaited: Awaited | None = None) -> Iterator
     """Attach to `address` (or RAY_ADDRESS; `auto` finds a running one), else start a local Ray.
 
     Raises:
-        ClusterError: Ray cannot be reached or started, or has no room for what is awaited.
+        ClusterError: Ray cannot be reached or started; NeverStarted: it has no room for what is
+            awaited.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     # Ray 2.60 warns on every start about a future default for actors without GPUs.
@@ -109,7 +110,7 @@ def _await_room(awaited: Awaited) -> None:
         if room >= awaited.num_workers:
             return
         if time.monotonic() >= deadline:
-            raise ClusterError(
+            raise NeverStarted(
                 f"the cluster has room for {room} of {awaited.num_workers} workers of {worker} "
                 f"after {awaited.timeout_s:.0f} s: ask for fewer, or see why no node is added"
             )

@@ -7,6 +7,7 @@ test says what a driver prints and how it ends.
 import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 from cluster.ray_jobs import Answer
 
@@ -22,10 +23,15 @@ class RayStandIn:
     """What requests must carry, if anything."""
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     logs: dict[str, str] = field(default_factory=dict)
+    actors: list[dict[str, Any]] = field(default_factory=list)
+    """As the state API lists them; what each has printed is in its `out` and `err`."""
 
     def send(self, method: str, path: str, body: Any) -> Answer:
         """A `Send` of ray_jobs.py."""
-        return self._answer(method, path.strip("/").split("/")[2:], body)
+        parts, _, query = path.partition("?")
+        if parts.startswith("/api/v0/"):
+            return self._state(parts.removeprefix("/api/v0/"), dict(parse_qsl(query)))
+        return self._answer(method, parts.strip("/").split("/")[2:], body)
 
     def handle(self, request: "httpx2.Request", path: str) -> "httpx2.Response":
         """Behind the service proxy of the Kubernetes stand-in."""
@@ -46,6 +52,15 @@ class RayStandIn:
 
     def end(self, job: str, status: str, driver_exit_code: int | None = None) -> None:
         self._set(job, status=status, driver_exit_code=driver_exit_code)
+
+    def _state(self, what: str, query: dict[str, str]) -> Answer:
+        if what == "actors":
+            of_job = [a for a in self.actors if a["job_id"] == query["filter_values"]]
+            return _json({"result": True, "data": {"result": {"result": of_job}}})
+        for actor in self.actors:
+            if actor["actor_id"] == query["actor_id"]:
+                return Answer(200, actor[query["suffix"]])
+        return Answer(500, f"Actor ID {query['actor_id']} not found.")
 
     def _answer(self, method: str, parts: list[str], body: Any) -> Answer:
         match method, parts:

@@ -79,6 +79,9 @@ class RayTarget:
         except ClusterError:  # its driver has no log yet
             return None
 
+    def worker_log(self, name: str, pack: int, world_rank: int) -> str:
+        return self._jobs.worker_log(name, pack, world_rank)
+
     def cancel(self, name: str) -> None:
         if self._existing(name).state not in OVER:
             self._jobs.stop(name)

@@ -35,6 +35,8 @@ JobState = Literal[
     "failed",
     "stopped",  # cancelled
 ]
+# How a driver ends that never had room for its workers.
+NO_ROOM = 4
 BEFORE: frozenset[JobState] = frozenset({"queued", "starting"})
 OVER: frozenset[JobState] = frozenset({"succeeded", "failed", "stopped"})
 
@@ -55,7 +57,7 @@ class JobView:
     exit_code: int | None = None
     """The driver's, where it is known."""
     never_ran: bool = False
-    """It is over and its driver was not started."""
+    """It is over, and its driver was not started or never had its workers."""
 
 
 @dataclass(frozen=True)

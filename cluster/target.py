@@ -17,6 +17,8 @@ class Plan:
 
     submission: Submission
     request: dict[str, Any]
+    shape: str = ""
+    """What it takes of the cluster, in words."""
 
 
 Planner = Callable[[SweepConfig, str | None], Plan]
@@ -42,6 +44,9 @@ class Target(Protocol):
 
     def log(self, name: str) -> str | None:
         """What the driver has printed so far; None while it cannot be read."""
+
+    def worker_log(self, name: str, pack: int, world_rank: int) -> str:
+        """What a worker of a pack has printed. Raises ConfigError if there is none such."""
 
     def cancel(self, name: str) -> None:
         """Ask the driver to save and stop, or take out a job that has not started."""

@@ -337,7 +337,7 @@ def run(arguments: list[str]) -> int:
     except typer.Abort:
         return 130
     except TyperException as error:
-        print(f"error: {error}: see `orchestrator --help`", file=sys.stderr)
+        print(f"error: {error.format_message()}: see `orchestrator --help`", file=sys.stderr)
         return 2
     except OrchestratorError as error:
         print(f"error: {error}", file=sys.stderr)

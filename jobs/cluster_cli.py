@@ -26,16 +26,22 @@ TargetOption = Annotated[
 ]
 Namespace = Annotated[str | None, typer.Option(help="Default: the kubeconfig's.")]
 Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig.")]
-JobName = Annotated[str, typer.Argument(help="The job's name, as `jobs list` shows it.")]
+KeepFailed = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Keep the cluster of a sweep that fails, for a look."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the sweep."),
+]
+JobName = Annotated[str, typer.Argument(help="The sweep's name, or its job's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For a program to read.")]
 
 
 def submit(
     config: Annotated[Path, typer.Argument(help="The sweep's YAML file.")],
     target: TargetOption = "kubernetes",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the sweep."),
-    ] = None,
+    overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="The job's name; default: the sweep's.")] = None,
     namespace: Namespace = None,
     context: Context = None,
@@ -60,6 +66,7 @@ def submit(
     max_wait: Annotated[
         str, typer.Option(metavar="TIME", help="For pods to start, once out of the queue.")
     ] = "30m",
+    keep_failed: KeepFailed = None,
     retries: Annotated[int, typer.Option(min=0, max=1, help="New clusters after a failure.")] = 0,
     template: Annotated[
         Path | None, typer.Option(help="A RayJob to start from; default: k8s/base/rayjob.yaml.")
@@ -78,7 +85,8 @@ def submit(
 ) -> int:
     """Send a sweep to a cluster, follow it to its end, and end as it did."""
     from cluster.kubernetes.options import KubernetesOptions
-    from jobs.submit import Sending, connect, planner, submit_sweep, terminal
+    from jobs.submit import Sending, connect, planner, submit_sweep
+    from jobs.terminal import terminal
 
     options = KubernetesOptions(
         namespace=namespace,
@@ -96,6 +104,7 @@ def submit(
         max_runtime_s=seconds("--max-runtime", max_runtime),
         max_wait_s=seconds("--max-wait", max_wait),
         retries=retries,
+        keep_failed_s=seconds("--keep-failed", keep_failed) if keep_failed else 0,
         template=template,
     )
     sending = Sending(name, dry_run, render_to, crds, detach)
@@ -111,39 +120,57 @@ def submit(
 
 @jobs_app.command("list")
 def list_(
-    target: TargetOption = "kubernetes", namespace: Namespace = None, context: Context = None
+    as_json: AsJson = False,
+    target: TargetOption = "kubernetes",
+    namespace: Namespace = None,
+    context: Context = None,
 ) -> int:
     """The sweeps that were submitted, the newest first."""
-    from jobs.submit import connect, list_jobs, terminal
+    from jobs.submit import connect
+    from jobs.submitted import list_jobs
+    from jobs.terminal import terminal
 
-    return list_jobs(connect(target, namespace, context), terminal())
+    return list_jobs(connect(target, namespace, context), as_json, terminal())
 
 
 @jobs_app.command()
 def status(
     name: JobName,
+    as_json: AsJson = False,
     target: TargetOption = "kubernetes",
     namespace: Namespace = None,
     context: Context = None,
 ) -> int:
     """What has happened to a sweep so far, and why it does not start, if it does not."""
-    from jobs.submit import connect, show_status, terminal
+    from jobs.submit import connect
+    from jobs.submitted import show_status
+    from jobs.terminal import terminal
 
-    return show_status(connect(target, namespace, context), name, terminal())
+    return show_status(connect(target, namespace, context), name, as_json, terminal())
 
 
 @jobs_app.command()
 def logs(
     name: JobName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="To the sweep's end.")] = False,
+    worker: Annotated[
+        str | None,
+        typer.Option(metavar="PACK[.WORLD_RANK]", help="What a pack's worker has printed instead."),
+    ] = None,
     target: TargetOption = "kubernetes",
     namespace: Namespace = None,
     context: Context = None,
 ) -> int:
     """What the sweep's driver has printed."""
-    from jobs.submit import connect, show_log, terminal
+    from jobs.submit import connect
+    from jobs.submitted import show_log, show_worker_log
+    from jobs.terminal import terminal
 
-    return show_log(connect(target, namespace, context), name, follow, terminal())
+    if worker is None:
+        return show_log(connect(target, namespace, context), name, follow, terminal())
+    if follow:
+        raise ConfigError("--worker shows what is there now: leave --follow out")
+    return show_worker_log(connect(target, namespace, context), name, worker, terminal())
 
 
 @jobs_app.command()
@@ -155,7 +182,9 @@ def cancel(
     context: Context = None,
 ) -> int:
     """Ask a sweep to save and stop."""
-    from jobs.submit import cancel_job, connect, terminal
+    from jobs.submit import connect
+    from jobs.submitted import cancel_job
+    from jobs.terminal import terminal
 
     return cancel_job(connect(target, namespace, context), name, pause, terminal())
 
@@ -169,6 +198,8 @@ def resume(
     context: Context = None,
 ) -> int:
     """Go on with a sweep that failed or was stopped, from its run folder."""
-    from jobs.submit import connect, resume_job, terminal
+    from jobs.submit import connect
+    from jobs.submitted import resume_job
+    from jobs.terminal import terminal
 
     return resume_job(connect(target, namespace, context), name, detach, terminal())

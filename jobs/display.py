@@ -5,16 +5,25 @@ A Display (orchestrator/sweep/flow.py). In: events. Out: text on stdout, nothing
 
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from jobs.progress import (
+    EVALUATED,
+    FAILED,
+    FINISHED,
+    OPENED,
+    TRAINED,
+    Row,
+    line,
+    number,
+    sweep_table,
+)
 from orchestrator.records import (
     Evaluated,
     Notice,
@@ -32,32 +41,13 @@ from orchestrator.sweep.run_store import RunStore
 PLAIN_PROGRESS_EVERY_S = 15.0
 
 
-@dataclass
-class _Row:
-    trial: TrialSpec
-    state: str = "waiting"
-    step: int = 0
-    train_loss: float | None = None
-    eval_loss: float | None = None
-    tokens_per_s: float | None = None
-    started: tuple[float, int] | None = None
-    """Time and step of the first report of this process."""
-
-    @property
-    def eta_s(self) -> float | None:
-        if self.state != "training" or self.started is None:
-            return None
-        since, first = self.started
-        if self.step <= first:
-            return None
-        return (time.time() - since) / (self.step - first) * (self.trial.config.steps - self.step)
-
-
 class SweepDisplay:
     def __init__(self, store: RunStore) -> None:
         self._store = store
         self._console = Console()
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, Row] = {}
+        self._first: dict[int, Progress] = {}
+        """First report of this process, by trial: what it is from there to the end is guessed."""
         self._live: Live | None = None
         self._printed: dict[int, float] = {}
         self._refresh_rows()
@@ -65,6 +55,9 @@ class SweepDisplay:
     @contextmanager
     def shown(self) -> Iterator[None]:
         if not sys.stdout.isatty():
+            for row in self._rows.values():  # what is over before this process begins
+                if row.state in ("finished", "failed"):
+                    self.say(line(row, FINISHED if row.state == "finished" else FAILED))
             yield
             return
         with Live(
@@ -77,68 +70,52 @@ class SweepDisplay:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def observe(self, event: Notice) -> None:
-        number = getattr(event, "trial", None)
-        if isinstance(event, PackReady) or (number is not None and number not in self._rows):
+        trial = getattr(event, "trial", None)
+        if isinstance(event, PackReady) or (trial is not None and trial not in self._rows):
             self._refresh_rows()
-        if number is not None:
-            self._update(self._rows[number], event)
+        if trial is not None:
+            self._update(self._rows[trial], event)
         if self._live is None or isinstance(event, PackReady | PackLost | TrialStopped):
             self._print(event)
 
     def _refresh_rows(self) -> None:
         for trial in self._store.trials:
-            self._rows.setdefault(trial.number, _Row(trial))
+            config = trial.config
+            row = Row(trial.number, config.quant.bit_width, config.adapter.rank, config.steps)
+            self._rows.setdefault(trial.number, row)
         for result in self._store.results:
             row = self._rows[result.number]
             row.state, row.step, row.eval_loss = result.state, result.steps, result.eval_loss
+            row.tokens_per_s = result.tokens_per_s or None
+            row.reason, row.message = result.reason, result.message
 
-    @staticmethod
-    def _update(row: _Row, event: Notice) -> None:
+    def _update(self, row: Row, event: Notice) -> None:
         match event:
             case TrialOpened():
                 row.state, row.step = "training", event.step
+                self._first.pop(row.number, None)
             case Progress():
                 row.state, row.step = "training", event.step
                 row.train_loss, row.tokens_per_s = event.train_loss, event.tokens_per_s
-                row.started = row.started or (event.time, event.step)
+                row.eta_s = self._eta_s(row, event)
             case Evaluated():
-                row.eval_loss = event.eval_loss
+                row.step, row.eval_loss = event.step, event.eval_loss
             case TrialDone():
-                row.state, row.eval_loss = "finished", event.eval_loss
+                row.state, row.step, row.eval_loss = "finished", event.steps, event.eval_loss
                 row.tokens_per_s = event.tokens_per_s
             case TrialStopped():
-                row.state = f"failed: {event.reason}"
+                row.state, row.reason, row.message = "failed", event.reason, event.message
             case _:
                 pass
 
+    def _eta_s(self, row: Row, event: Progress) -> float | None:
+        first = self._first.setdefault(row.number, event)
+        if event.step <= first.step:
+            return None
+        return (event.time - first.time) / (event.step - first.step) * (row.steps - event.step)
+
     def _table(self) -> Table:
-        table = Table(title=self._store.folder.name)
-        for name in (
-            "trial",
-            "bits",
-            "rank",
-            "step",
-            "loss",
-            "eval loss",
-            "tokens/s",
-            "state",
-            "ETA",
-        ):
-            table.add_column(name, justify="left" if name == "state" else "right")
-        for number, row in sorted(self._rows.items()):
-            config = row.trial.config
-            table.add_row(
-                str(number),
-                str(config.quant.bit_width),
-                str(config.adapter.rank),
-                f"{row.step}/{config.steps}",
-                _number(row.train_loss, ".3f"),
-                _number(row.eval_loss, ".4f"),
-                _number(row.tokens_per_s, ",.0f"),
-                row.state,
-                _duration(row.eta_s),
-            )
-        return table
+        return sweep_table(self._store.folder.name, self._rows.values(), self._console.height)
 
     def _print(self, event: Notice) -> None:
         match event:
@@ -152,22 +129,16 @@ class SweepDisplay:
                 )
             case PackLost():
                 self.say(f"pack {event.pack}: lost: {event.reason}: {event.message}")
+            case TrialOpened():
+                self.say(line(self._rows[event.trial], OPENED))
             case Progress() if self._is_due(event):
-                row = self._rows[event.trial]
-                eta = f", ETA {_duration(row.eta_s)}" if row.eta_s is not None else ""
-                self.say(
-                    f"{_title(row.trial)}: step {event.step}/{row.trial.config.steps}, "
-                    f"loss {event.train_loss:.3f}, {event.tokens_per_s:,.0f} tokens/s{eta}"
-                )
+                self.say(line(self._rows[event.trial], TRAINED))
             case Evaluated() if event.step:
-                title = _title(self._rows[event.trial].trial)
-                self.say(f"{title}: step {event.step}: held-out loss {event.eval_loss:.4f}")
+                self.say(line(self._rows[event.trial], EVALUATED))
             case TrialDone():
-                title = _title(self._rows[event.trial].trial)
-                self.say(f"{title}: finished, held-out loss {event.eval_loss:.4f}")
+                self.say(line(self._rows[event.trial], FINISHED))
             case TrialStopped():
-                title = _title(self._rows[event.trial].trial)
-                self.say(f"{title}: failed: {event.reason}: {event.message}")
+                self.say(line(self._rows[event.trial], FAILED))
             case _:
                 pass
 
@@ -192,9 +163,9 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
             str(result.number),
             str(config.quant.bit_width),
             str(config.adapter.rank),
-            _number(result.eval_loss, ".4f"),
-            _number(gain if finished else None, ".4f"),
-            _number(result.tokens_per_s if finished else None, ",.0f"),
+            number(result.eval_loss, ".4f"),
+            number(gain if finished else None, ".4f"),
+            number(result.tokens_per_s if finished else None, ",.0f"),
             f"{result.adapter_bytes / 2**20:.1f} MiB" if finished else "",
             result.state if finished else f"failed: {result.reason}",
         )
@@ -213,20 +184,3 @@ def command_name() -> str:
 def shown_path(path: Path) -> Path:
     """Relative to the working folder where that is shorter to read."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _title(trial: TrialSpec) -> str:
-    config = trial.config
-    return f"trial {trial.number} ({config.quant.bit_width}-bit, rank {config.adapter.rank})"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from cluster.kubernetes.options import KubernetesOptions
 from cluster.kubernetes.stand_in import TOKEN, StandIn
 from cluster.kubernetes.target import KubernetesTarget, plan_rayjob
 from cluster.ray_stand_in import RayStandIn
-from jobs.submit import Sending, Terminal, submit_sweep
+from jobs.submit import Sending, submit_sweep
+from jobs.terminal import Terminal
 from tests.manifests import definitions, hub_sweep
 
 KNOWN = definitions()
@@ -37,6 +39,8 @@ class Stage:
     answers: list[str] = field(default_factory=list)
     """What the person answers when asked."""
     said: list[str] = field(default_factory=list)
+    screen: Console | None = None
+    """Where the live table is shown, if anywhere."""
     now: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -56,7 +60,7 @@ class Stage:
     @property
     def person(self) -> Terminal:
         ask = (lambda _: self.answers.pop(0)) if self.answers else None
-        return Terminal(self.said.append, ask, self._sleep, lambda: self.now)
+        return Terminal(self.said.append, ask, self._sleep, lambda: self.now, self.screen)
 
     @property
     def output(self) -> str:

@@ -176,7 +176,7 @@ class KubernetesApi:
             response = self._http.request(
                 method,
                 path,
-                params=dict(params or {}),
+                params=params,  # None leaves the path's own
                 content=content,
                 headers={**given, **(headers or {})},
             )

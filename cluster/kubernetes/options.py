@@ -59,6 +59,8 @@ class KubernetesOptions:
     max_runtime_s: int = 86_400
     max_wait_s: int = 1_800
     retries: int = 0
+    keep_failed_s: int = 0
+    """How long the cluster of a sweep that failed stays, for a look."""
     template: Path | None = None
 
     @property
@@ -72,6 +74,16 @@ class KubernetesOptions:
     @property
     def memory_gib(self) -> int:
         return self.memory_gib_per_node or (64 * self.gpus_per_node if self.gpus else 16)
+
+
+def shape(options: KubernetesOptions) -> str:
+    """What a sweep takes of the cluster, in words."""
+    card = f" ({options.gpu_type})" if options.gpu_type else ""
+    gpus = f"{options.gpus_per_node} GPU{card}, " if options.gpus else ""
+    size = f"{gpus}{options.cpus} CPU cores and {options.memory_gib} GiB"
+    place = f", in the queue {options.queue}" if options.queue else ""
+    pods = "1 pod" if options.num_nodes == 1 else f"{options.num_nodes} pods"
+    return f"a head and {pods} of {size}{place}"
 
 
 def check_options(options: KubernetesOptions) -> KubernetesOptions:
@@ -93,6 +105,11 @@ def check_options(options: KubernetesOptions) -> KubernetesOptions:
         raise ConfigError(
             "--capacity spot-first needs the autoscaler, which a job of a queue does not have: "
             "use spot or on-demand, or leave --queue out"
+        )
+    if options.queue and options.keep_failed_s:
+        raise ConfigError(
+            "--keep-failed holds what a job of a queue must give back: leave --queue or "
+            "--keep-failed out"
         )
     if options.image is not None:
         check_image(options.image)

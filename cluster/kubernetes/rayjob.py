@@ -60,6 +60,7 @@ def render_rayjob(
     """Raises ConfigError if the options or the configuration cannot be meant for a cluster."""
     options = check_options(options)
     _check_paths(config)
+    _check_tracking(config.tracking.uri)
     config = _for_cluster(config, options)
     submission = plan_submission(config, STORAGE, options.max_wait_s, name)
     job = load_template(options.template)
@@ -69,6 +70,8 @@ def render_rayjob(
     spec["backoffLimit"] = options.retries
     spec["preRunningDeadlineSeconds"] = options.max_wait_s
     spec["activeDeadlineSeconds"] = options.max_runtime_s
+    if options.keep_failed_s:
+        _keep_failed(spec, options.keep_failed_s)
     cluster = spec["rayClusterSpec"]
     (prototype,) = cluster["workerGroupSpecs"]
     cluster["workerGroupSpecs"] = _worker_groups(prototype, options)
@@ -132,6 +135,23 @@ def _name(job: Object, submission: Submission, options: KubernetesOptions) -> No
         pod.setdefault("metadata", {}).setdefault("labels", {}).update(labels)
 
 
+def _keep_failed(spec: Object, keep_s: int) -> None:
+    """Rules in place of a shutdown, for the operator takes no job that has both."""
+    spec.pop("shutdownAfterJobFinishes", None)
+    done_s = spec.pop("ttlSecondsAfterFinished", 0)
+    ends = [
+        ({"jobStatus": "SUCCEEDED"}, done_s),
+        ({"jobStatus": "FAILED"}, keep_s),
+        ({"jobDeploymentStatus": "Failed"}, keep_s),  # by a deadline: Ray knows of no failure
+    ]
+    spec["deletionStrategy"] = {
+        "deletionRules": [
+            {"condition": {**end, "ttlSeconds": ttl_s}, "policy": "DeleteCluster"}
+            for end, ttl_s in ends
+        ]
+    }
+
+
 def _for_cluster(config: SweepConfig, options: KubernetesOptions) -> SweepConfig:
     """With the workers that are paid for, unless the file names fewer."""
     content = config.model_dump()
@@ -174,6 +194,15 @@ def _check_paths(config: SweepConfig) -> None:
                 f"{field}: {value} is a path of this machine, which no pod has: copy it to the "
                 f"shared volume and name it {STORAGE}/..., or use a hub id or a URL"
             )
+
+
+def _check_tracking(uri: str | None) -> None:
+    found = re.fullmatch(r"(?:sqlite|file):/{0,3}(/.*)|([^:]+)", uri or "")
+    if found and not PurePosixPath(found[1] or found[2]).is_relative_to(STORAGE):
+        raise ConfigError(
+            f"tracking.uri: {uri} is a place of this machine, which no pod has: leave it out for "
+            "the MLflow of the namespace, or name a server's http:// address"
+        )
 
 
 def _worker_groups(prototype: Object, options: KubernetesOptions) -> list[Object]:

@@ -40,8 +40,12 @@ class StandIn:
     """API groups that are not installed."""
     forbidden: set[tuple[str, str]] = field(default_factory=set)
     """Verbs and plurals that the user has no right to."""
+    quotas: dict[str, int] = field(default_factory=dict)
+    """The most objects of a kind that there may be, by the plural and its group."""
     services: dict[str, Backend] = field(default_factory=dict)
     """What answers behind the service proxy, by the service's name."""
+    token: str = TOKEN
+    """What requests must carry."""
     is_down: bool = False
 
     def __post_init__(self) -> None:
@@ -95,7 +99,7 @@ class StandIn:
 
         if self.is_down:
             raise httpx2.ConnectError("Connection refused", request=request)
-        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if request.headers.get("Authorization") != f"Bearer {self.token}":
             return _status(401, "Unauthorized", "Unauthorized")
         path = request.url.path
         if found := PROXY.fullmatch(path):
@@ -134,9 +138,15 @@ class StandIn:
             words = f'{KINDS[kind][1]} "{name}" not found'
             return _status(404, "NotFound", words, name=name)
         if verb == "delete":
-            del self._objects[key]
+            if stored["metadata"].get("finalizers"):
+                stored["metadata"]["deletionTimestamp"] = now()
+            else:
+                del self._objects[key]
         elif verb == "patch":
-            changed = _merged(stored, json.loads(request.content))
+            changes = json.loads(request.content)
+            changed = _merged(stored, {key: changes[key] for key in changes if key != "status"})
+            if problems := [p for p in self._problems(changed) if "unexpected" not in p]:
+                return _invalid(kind, name, problems)
             self._stamp(changed, stored)
             self._objects[key] = stored = changed
         return _json(200, stored)
@@ -150,23 +160,32 @@ class StandIn:
         plural = KINDS[kind][1]
         if (kind, namespace, name) in self._objects:
             return _status(409, "AlreadyExists", f'{plural} "{name}" already exists', name=name)
+        counted = f"{plural}.{KINDS[kind][0].split('/')[2]}"
+        if len(self._matching(kind, namespace, {})) >= self.quotas.get(counted, 2**31):
+            most = self.quotas[counted]
+            words = f'{counted} "{name}" is forbidden: exceeded quota: objects, requested: '
+            words += f"count/{counted}=1, used: count/{counted}={most}, limited: "
+            return _status(403, "Forbidden", f"{words}count/{counted}={most}", name=name)
         if resource["metadata"].get("namespace", namespace) != namespace:
             message = "the namespace of the provided object does not match the namespace sent"
             return _status(400, "BadRequest", message)
-        if self.definitions is not None and self.definitions.knows(resource):
-            problems = self.definitions.problems(resource)
-            if unknown := [_unknown_field(text) for text in problems if "unexpected" in text]:
-                words = f'{kind} in version "v1" cannot be handled: strict decoding error: '
-                return _status(400, "BadRequest", words + ", ".join(unknown))
-            if problems:
-                words = f'{kind} "{name}" is invalid: {"; ".join(problems)}'
-                return _status(422, "Invalid", words, name=name)
-        stored = copy.deepcopy(resource)
+        problems = self._problems(resource)
+        if unknown := [_unknown_field(text) for text in problems if "unexpected" in text]:
+            words = f'{kind} in version "v1" cannot be handled: strict decoding error: '
+            return _status(400, "BadRequest", words + ", ".join(unknown))
+        if problems:
+            return _invalid(kind, name, problems)
+        # Only controllers write a status, by a path of its own.
+        stored = copy.deepcopy({key: resource[key] for key in resource if key != "status"})
         stored["metadata"]["namespace"] = namespace
         self._stamp(stored, None)
         if params.get("dryRun") != "All":
             self._objects[kind, namespace, name] = stored
         return _json(201, stored)
+
+    def _problems(self, resource: Object) -> list[str]:
+        known = self.definitions
+        return known.problems(resource) if known is not None and known.knows(resource) else []
 
     def _matching(self, kind: str, namespace: str, params: dict[str, str]) -> list[Object]:
         places = self._objects.items()
@@ -188,7 +207,8 @@ class StandIn:
         if service not in self.services:
             words = f'no endpoints available for service "{service}"'
             return _status(503, "ServiceUnavailable", words)
-        return self.services[service](request, path)
+        query = str(request.url.query, "ascii")
+        return self.services[service](request, f"{path}?{query}" if query else path)
 
     def _stamp(self, resource: Object, old: Object | None) -> None:
         metadata = resource["metadata"]
@@ -223,6 +243,10 @@ def _verb(method: str, name: str | None) -> str:
     if method == "GET":
         return "get" if name else "list"
     return {"POST": "create", "PATCH": "patch", "DELETE": "delete"}[method]
+
+
+def _invalid(kind: str, name: str, problems: list[str]) -> "httpx2.Response":
+    return _status(422, "Invalid", f'{kind} "{name}" is invalid: {"; ".join(problems)}', name=name)
 
 
 def _merged(old: Any, changes: Any) -> Any:

@@ -14,8 +14,15 @@ from cluster.submission import BEFORE, JobView, Line, Story
 
 # The scheduler says again every 5 minutes at most that a pod does not fit.
 RECENT_S = 320.0
+# An operator takes a job up within a second; one that is replaced may take a minute or two.
+OPERATOR_LATE_S = 20.0
+OPERATOR_PATIENCE_S = 120.0
 # A registry's hiccup passes by itself in less.
 IMAGE_PATIENCE_S = 45.0
+OPERATOR_SILENT = (
+    "no operator has taken the RayJob up: is KubeRay's running, and does it watch this namespace? "
+    "`orchestrator doctor --target kubernetes` looks"
+)
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 HOPELESS_REASONS = ("CreateContainerConfigError", "InvalidImageName", "ErrImageNeverPull")
 # What KubeRay records on the RayCluster when the API server refuses a pod.
@@ -72,6 +79,8 @@ def _lines(seen: Observed, view: JobView) -> Iterator[Line]:
     for event in seen.events:
         if line := _event_line(event):
             yield line
+    if _operator_late_s(seen) >= OPERATOR_LATE_S:
+        yield Line("operator", seen.now, OPERATOR_SILENT)
     status = seen.job.get("status") or {}
     if view.state == "running":
         yield Line(f"running {status.get('jobId')}", seen.now, "the driver runs")
@@ -141,6 +150,8 @@ def event_time(event: Object) -> float:
 
 
 def _causes(seen: Observed) -> Iterator[_Cause]:
+    if (late_s := _operator_late_s(seen)) >= OPERATOR_LATE_S:
+        yield _Cause(OPERATOR_SILENT, late_s >= OPERATOR_PATIENCE_S)
     for condition in (seen.workload or {}).get("status", {}).get("conditions", []):
         if condition.get("type") == "QuotaReserved" and condition.get("status") == "False":
             yield _Cause(f"waits for quota: {condition.get('message', '')}", False, 1)
@@ -181,6 +192,13 @@ def _pod_causes(pod: Object, now: float) -> Iterator[_Cause]:
             yield _Cause(f"pod {name}: {reason}: {words}", True, 5)
         elif reason == "CrashLoopBackOff":
             yield _Cause(f"pod {name} ends as soon as it starts: {words}", False, 4)
+
+
+def _operator_late_s(seen: Observed) -> float:
+    """How long the job has waited for its first status; Kueue's suspended jobs may have none."""
+    if (seen.job.get("status") or {}).get("jobDeploymentStatus") or seen.job["spec"].get("suspend"):
+        return 0.0
+    return seen.now - (seconds(seen.job["metadata"].get("creationTimestamp")) or seen.now)
 
 
 def _is_ready(pod: Object) -> bool:

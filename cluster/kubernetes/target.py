@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.kubernetes import linter
 from cluster.kubernetes.api import KubernetesApi
-from cluster.kubernetes.options import KubernetesOptions
+from cluster.kubernetes.options import KubernetesOptions, shape
 from cluster.kubernetes.quantities import Object
 from cluster.kubernetes.rayjob import QUEUE_LABEL, SWEEP_LABEL, pods, render_rayjob
 from cluster.kubernetes.story import Observed, tell
@@ -21,17 +21,21 @@ from cluster.ray_jobs import Answer, RayJobs
 from cluster.submission import OVER, Action, JobView, Story, driver_output
 from cluster.target import Plan
 from orchestrator.config import SweepConfig
-from orchestrator.errors import ClusterError, NeverStarted
+from orchestrator.errors import ClusterError, ConfigError, NeverStarted
 
 # The operator takes a deleted job's cluster down first.
 DELETION_TIMEOUT_S = 180.0
 POLL_S = 2.0
+# Kueue's label on a Workload.
+JOB_UID = "kueue.x-k8s.io/job-uid"
+# How a job ends that keeps nothing.
+SHUT_DOWN = {"deletionStrategy": None, "shutdownAfterJobFinishes": True}
 
 
 def plan_rayjob(options: KubernetesOptions, config: SweepConfig, name: str | None) -> Plan:
     rendered = render_rayjob(config, options, name)
     linter.check(rendered.rayjob)
-    return Plan(rendered.submission, rendered.rayjob)
+    return Plan(rendered.submission, rendered.rayjob, shape(options))
 
 
 class KubernetesTarget:
@@ -56,7 +60,10 @@ class KubernetesTarget:
 
     def list(self) -> "list[JobView]":
         jobs = self._api.list("RayJob", labels=SWEEP_LABEL)
-        views = [job_view(job, self._workload(job)) for job in jobs]
+        queued = any(QUEUE_LABEL in job["metadata"]["labels"] for job in jobs)
+        found = self._api.list("Workload", labels=JOB_UID) if queued else []
+        workloads = {workload["metadata"]["labels"][JOB_UID]: workload for workload in found}
+        views = [job_view(job, workloads.get(job["metadata"].get("uid", ""))) for job in jobs]
         return sorted(views, key=lambda view: view.created or 0.0, reverse=True)
 
     def send(self, plan: Plan, action: Action) -> None:
@@ -100,12 +107,21 @@ class KubernetesTarget:
         except ClusterError:  # no head yet, or none any more
             return None
 
+    def worker_log(self, name: str, pack: int, world_rank: int) -> str:
+        job_id = (self._existing(name).get("status") or {}).get("jobId")
+        if not job_id:
+            raise ConfigError(f"{name} has no workers yet: see `orchestrator jobs status {name}`")
+        return self._ray(name).worker_log(job_id, pack, world_rank)
+
     def cancel(self, name: str) -> None:
         job = self._existing(name)
         job_id = (job.get("status") or {}).get("jobId")
         if job_view(job).state in OVER:
             return
         if job_id and job_view(job).state == "running":
+            if "deletionStrategy" in job["spec"]:
+                # Its rules know no end by a stop: the cluster would stay for ever.
+                self._api.patch("RayJob", name, {"spec": SHUT_DOWN})
             try:
                 self._ray(name).stop(job_id)
                 return
@@ -119,7 +135,9 @@ class KubernetesTarget:
             # A suspended RayJob of a queue would be admitted and started again.
             self._api.patch("Workload", workload["metadata"]["name"], {"spec": {"active": False}})
         else:
-            self._api.patch("RayJob", name, {"spec": {"suspend": True}})
+            # The operator suspends no job that keeps its cluster.
+            kept = SHUT_DOWN if "deletionStrategy" in job["spec"] else {}
+            self._api.patch("RayJob", name, {"spec": {"suspend": True, **kept}})
 
     def resume(self, name: str) -> None:
         job = self._existing(name)
@@ -165,7 +183,7 @@ class KubernetesTarget:
         if QUEUE_LABEL not in job["metadata"].get("labels", {}):
             return None
         uid = job["metadata"].get("uid", "")
-        found = self._api.list("Workload", labels=f"kueue.x-k8s.io/job-uid={uid}")
+        found = self._api.list("Workload", labels=f"{JOB_UID}={uid}")
         return found[0] if found else None
 
     def _delete(self, name: str) -> None:

@@ -8,7 +8,7 @@ import re
 
 from cluster.kubernetes.quantities import Object
 from cluster.kubernetes.rayjob import DIGEST, QUEUE_LABEL, RUN_DIR, SWEEP_NAME
-from cluster.submission import JobState, JobView
+from cluster.submission import NO_ROOM, JobState, JobView
 
 # .status.jobDeploymentStatus -> state; Ray's .status.jobStatus refines Running and Complete.
 DEPLOYMENTS: dict[str, JobState] = {
@@ -44,6 +44,7 @@ def job_view(job: Object, workload: Object | None = None) -> JobView:
     state = _state(job, workload)
     message = status.get("message", "")
     exited = re.search(r"exit code (\d+)", message)
+    code = int(exited[1]) if exited else None
     reason = status.get("reason", "")
     if status.get("jobDeploymentStatus") == "ValidationFailed":
         reason = "ValidationFailed"
@@ -55,8 +56,8 @@ def job_view(job: Object, workload: Object | None = None) -> JobView:
         message=_explained(reason, message, job["spec"]),
         run_dir=annotations.get(RUN_DIR, ""),
         created=seconds(metadata.get("creationTimestamp")),
-        exit_code=int(exited[1]) if exited else None,
-        never_ran=state == "failed" and reason in NOT_RUN,
+        exit_code=code,
+        never_ran=state == "failed" and (reason in NOT_RUN or code == NO_ROOM),
     )
 
 

@@ -90,6 +90,37 @@ def test_a_merge_patch_takes_out_what_is_null(api: KubernetesApi, job: Object) -
     assert patched["metadata"]["annotations"]["b"] == "2"
 
 
+def test_a_status_is_not_for_users_to_write(api: KubernetesApi, job: Object) -> None:
+    status = {"jobDeploymentStatus": "Complete"}
+    assert api.create({**job, "status": status}).get("status", {}) != status
+    changed_job = api.patch("RayJob", "contract", {"status": status})
+    assert changed_job.get("status", {}) != status
+
+
+@pytest.mark.skipif(KNOWN is None, reason=NO_CRDS)
+def test_a_patch_is_validated_as_a_whole(api: KubernetesApi, job: Object) -> None:
+    api.create(job)
+    with pytest.raises(Refused, match="preRunningDeadlineSeconds") as caught:
+        api.patch("RayJob", "contract", {"spec": {"preRunningDeadlineSeconds": 0}})
+    assert (caught.value.code, caught.value.reason) == (422, "Invalid")
+    found = api.get("RayJob", "contract")
+    assert found is not None
+    assert found["spec"]["preRunningDeadlineSeconds"] > 0
+
+
+def test_what_has_a_finalizer_is_there_until_it_is_taken_off(
+    api: KubernetesApi, job: Object
+) -> None:
+    api.create(changed(job, "metadata/finalizers", ["example.com/last-words"]))
+    api.delete("RayJob", "contract")
+    found = api.get("RayJob", "contract")
+    assert found is not None
+    assert found["metadata"]["deletionTimestamp"]
+    api.patch("RayJob", "contract", {"metadata": {"finalizers": None}})
+    api.delete("RayJob", "contract")
+    assert api.get("RayJob", "contract") is None
+
+
 def test_a_machine_without_kubeconfig_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", "/nowhere/config")
     with pytest.raises(ContactLost, match="set KUBECONFIG"):

@@ -43,6 +43,19 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
 
 
 @pytest.fixture(scope="session")
+def as_on_a_node(
+    tmp_path_factory: pytest.TempPathFactory, environment: Mapping[str, str]
+) -> Mapping[str, str]:
+    """The environment, where `orchestrator` is a command of this source, as in the image."""
+    folder = tmp_path_factory.mktemp("bin")
+    command = folder / "orchestrator"
+    command.write_text(f"#!{sys.executable}\nfrom jobs.cli import main\nmain()\n")
+    command.chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    return {**environment, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.fixture(scope="session")
 def orchestrator(environment: Mapping[str, str]) -> Command:
     """Run `orchestrator ARGUMENTS` in a folder and wait for its end."""
 

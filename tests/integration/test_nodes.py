@@ -17,7 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.metrics import METRICS, ray_metrics
 from cluster.ray_executor import RayExecutor
 from cluster.ray_runtime import ray_cluster
+from cluster.ray_target import plan_ray_job
 from cluster.sharding import RayTasks
+from orchestrator.loading import load_config
 from orchestrator.planning.capacity import worker_count
 from orchestrator.records import (
     Decision,
@@ -29,7 +31,7 @@ from orchestrator.records import (
 )
 from orchestrator.sweep.run_store import RunStore
 from tests.contract.test_executor import spec
-from tests.integration.conftest import Command, program, write_config
+from tests.integration.conftest import write_config
 from tests.nodes import LocalCluster, NotingWorker, local_cluster, node_here
 from tests.sweeps import make_controller, make_store, sweep_config
 
@@ -270,8 +272,10 @@ def under_way(run_dir: Path) -> bool:
     return bool(over and saved - over)
 
 
-def lose_everything(command: list[str], cwd: Path, environment: Mapping[str, str]) -> None:
-    """Run the command on a cluster, and take both away in the middle of its sweep in `run`."""
+def lose_everything(
+    command: list[str], cwd: Path, run_dir: Path, environment: Mapping[str, str]
+) -> None:
+    """Run the command on a cluster, and take both away in the middle of its sweep."""
     with local_cluster(1) as cluster:
         driver = subprocess.Popen(
             command,
@@ -284,7 +288,7 @@ def lose_everything(command: list[str], cwd: Path, environment: Mapping[str, str
 
         def middle() -> bool:
             assert driver.poll() is None, driver.communicate()[0]
-            return under_way(cwd / "run")
+            return under_way(run_dir)
 
         wait_until(middle, "the middle of the sweep")
         cluster.lose_power()
@@ -308,7 +312,7 @@ def test_losing_the_head_with_the_driver_is_survived_by_starting_again_on_a_new_
 ) -> None:
     store = make_store(tmp_path / "run", sweep_config(search__space={"steps": [4, 100]}))
     driver = [sys.executable, "-m", "tests.integration.driver", "run"]
-    lose_everything(driver, tmp_path, environment)
+    lose_everything(driver, tmp_path, tmp_path / "run", environment)
     assert [result.number for result in store.results] == [0]
     with local_cluster(1) as cluster:
         subprocess.run(driver, cwd=tmp_path, env=at(cluster, environment), check=True)
@@ -316,17 +320,28 @@ def test_losing_the_head_with_the_driver_is_survived_by_starting_again_on_a_new_
 
 
 @pytest.mark.slow
-def test_the_real_command_survives_the_loss_of_the_head_too(
-    tmp_path: Path, tiny_base: Path, environment: Mapping[str, str], orchestrator: Command, uri: str
+def test_a_submitted_sweep_survives_the_loss_of_the_head_by_the_same_entrypoint_again(
+    tmp_path: Path, tiny_base: Path, as_on_a_node: Mapping[str, str], uri: str
 ) -> None:
+    """As the operator posts it to a new head, or a user submits it again to a new cluster."""
     changes: dict[str, Any] = {"tracking__uri": uri, "registry__register_winner": False}
     changes |= {"search__space": {"steps": [4, 120]}, "evaluation__every_steps": None}
-    write_config(tmp_path, tiny_base, **changes)
-    sweep = [*program(), "sweep", "sweep.yaml", "--run-dir", "run"]
-    lose_everything(sweep, tmp_path, environment)
+    config = load_config(write_config(tmp_path, tiny_base, **changes), [])
+    submission = plan_ray_job(str(tmp_path / "shared"), 60, config, None).submission
+    run_dir = Path(submission.run_dir)
+    driver = ["sh", "-c", submission.entrypoint]
+    lose_everything(driver, tmp_path, run_dir, as_on_a_node)
     with local_cluster(1) as cluster:
-        done = orchestrator("resume", "run", "--ray-address", cluster.address, cwd=tmp_path)
+        done = subprocess.run(
+            driver,
+            cwd=tmp_path,
+            env=at(cluster, as_on_a_node),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
-    store = RunStore.open(tmp_path / "run")
+    assert f"going on with {run_dir}" in done.stdout
+    store = RunStore.open(run_dir)
     assert_went_on(store)
     assert store.read("done")

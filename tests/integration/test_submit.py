@@ -1,6 +1,8 @@
 """`orchestrator submit` and `jobs` against a real Ray cluster on this machine, by its job API."""
 
+import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,6 @@ from orchestrator.errors import ClusterError
 from orchestrator.sweep.run_store import RunStore
 from tests.integration.conftest import Command, program, write_config
 
-ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 120
 # Ports of its own: with the usual one of the agent, a second Ray on a machine takes no jobs.
 RAY = """
@@ -44,20 +46,11 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(
-    tmp_path_factory: pytest.TempPathFactory, environment: Mapping[str, str]
+    tmp_path_factory: pytest.TempPathFactory, as_on_a_node: Mapping[str, str]
 ) -> Iterator[Cluster]:
-    """A Ray with a dashboard, in a process of its own, where `orchestrator` is a command."""
+    """A Ray with a dashboard, in a process of its own."""
     folder = tmp_path_factory.mktemp("cluster")
-    scripts = folder / "bin"
-    scripts.mkdir()
-    command = scripts / "orchestrator"
-    command.write_text(f"#!{sys.executable}\nfrom jobs.cli import main\nmain()\n")
-    command.chmod(0o755)
-    given = dict(environment) | {
-        "PATH": f"{scripts}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "RAY_JOB_STOP_WAIT_TIME_S": "60",
-    }
+    given = dict(as_on_a_node) | {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
     # Ray's sockets need a short path.
     temporary = Path("/tmp") / f"ray-{os.getpid()}"
     process = subprocess.Popen(
@@ -93,6 +86,7 @@ def test_a_job_is_there_until_it_is_deleted(jobs: RayJobs) -> None:
     assert info["entrypoint"] == "sleep 60"
     assert info["metadata"]["a"] == "b"
     assert "contract" in [job["submission_id"] for job in jobs.list()]
+    assert jobs.workers("contract") == []
     with pytest.raises(ClusterError, match="already exists"):
         jobs.submit("contract", "true", {})
     with pytest.raises(ClusterError, match="in a non-terminal state"):
@@ -111,6 +105,26 @@ def wait_for(holds: Callable[[], bool]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not come to pass in time"
         time.sleep(0.2)
+
+
+def in_a_terminal(command: list[str], cwd: Path, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Exit code, and what was on the screen, without how it was drawn."""
+    screen, terminal = pty.openpty()
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**environment, "COLUMNS": "160", "LINES": "50", "TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    shown = b""
+    with open(screen, "rb", buffering=0) as file, suppress(OSError):  # EIO: the other end closed
+        while part := file.read(4096):
+            shown += part
+    code = process.wait(START_TIMEOUT_S)
+    return code, re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
 
 
 def arguments(cluster: Cluster) -> list[str]:
@@ -155,16 +169,11 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
 
     resumed = orchestrator("jobs", "resume", "sums", "--detach", *arguments(cluster), cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    attached = subprocess.Popen(
-        [*program(), *sent],
-        cwd=tmp_path,
-        env=dict(environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output, _ = attached.communicate(timeout=START_TIMEOUT_S)
-    assert attached.returncode == 0, output
+    code, output = in_a_terminal([*program(), *sent], tmp_path, environment)
+    assert code == 0, output
+    # The sweep's own table, made of lines that are not shown themselves.
+    assert re.search(r"│ +\d+/150 │.*│ training", output)
+    assert "training from step" not in output
     assert re.search(r"sums is already (starting|running)", output)
     assert "going on with" in output
     assert "winner: trial" in output
@@ -175,11 +184,17 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     tracked = store.read("tracking")["run_id"]  # type: ignore[index]
     assert "driver.log" in [file.path for file in client.list_artifacts(tracked)]
 
-    listed = orchestrator("jobs", "list", *arguments(cluster), cwd=tmp_path)
-    assert "sums" in listed.stdout
-    assert "succeeded" in listed.stdout
+    listed = orchestrator("jobs", "list", "--json", *arguments(cluster), cwd=tmp_path)
+    (sums,) = [job for job in json.loads(listed.stdout) if job["name"] == "sums"]
+    assert (sums["state"], sums["run_dir"]) == ("succeeded", run_dir)
     logs = orchestrator("jobs", "logs", "sums", *arguments(cluster), cwd=tmp_path)
     assert "winner: trial" in logs.stdout
+    assert "training from step" in logs.stdout
+    worker = ["jobs", "logs", "sums", *arguments(cluster), "--worker"]
+    assert orchestrator(*worker, "0", cwd=tmp_path).returncode == 0
+    unknown = orchestrator(*worker, "99", cwd=tmp_path)
+    assert unknown.returncode == 2
+    assert re.search(r"no worker 99.0 that Ray remembers, but 0.0", unknown.stderr)
     again = orchestrator(*sent, cwd=tmp_path)
     assert again.returncode == 0
     assert "sums is done" in again.stdout
@@ -202,7 +217,7 @@ def test_a_cluster_that_does_not_grow_to_all_workers_is_told(
     config = write_config(tmp_path, tiny_base, name="wide", resources__num_workers=64)
     sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
     failed = orchestrator(*sent, "--max-wait", "1s", cwd=tmp_path)
-    assert failed.returncode == 1, failed.stdout + failed.stderr
+    assert failed.returncode == 4, failed.stdout + failed.stderr
     assert "the cluster has room for 2 of 64 workers of {'CPU': 1}" in failed.stdout
 
 

@@ -150,6 +150,7 @@ def test_the_template_has_no_problem() -> None:
         KubernetesOptions(nodes=3),
         KubernetesOptions(gpus=16, gpus_per_node=8, gpu_type="h200", capacity="spot-first"),
         KubernetesOptions(gpus=4, queue="team", priority="high", capacity="spot"),
+        KubernetesOptions(gpus=8, keep_failed_s=1800),
         KubernetesOptions(gpus=1, retries=1, image="r.io/x@sha256:" + "0" * 64),
     ],
 )

@@ -34,6 +34,7 @@ CASES = {
     "gpu_queue": KubernetesOptions(
         namespace="sweeps", gpus=16, gpus_per_node=8, gpu_type="h200", queue="team", priority="high"
     ),
+    "keep_failed": KubernetesOptions(namespace="sweeps", gpus=1, keep_failed_s=1800),
 }
 KNOWN = definitions()
 
@@ -133,6 +134,7 @@ def test_a_template_of_the_users_own_keeps_what_it_adds(tmp_path: Path) -> None:
         (KubernetesOptions(gpus=1, gpu_type="h10"), "--gpu-type must be one of a10,"),
         (KubernetesOptions(gpus=1, priority="high"), "needs --queue"),
         (KubernetesOptions(gpus=1, queue="q", capacity="spot-first"), "needs the autoscaler"),
+        (KubernetesOptions(gpus=1, queue="q", keep_failed_s=60), "--keep-failed holds what"),
         (KubernetesOptions(gpus=1, image="trainer"), "a tag other than latest"),
         (KubernetesOptions(gpus=1, image="trainer:latest"), "a tag other than latest"),
         (KubernetesOptions(nodes=1, cpus_per_node=1), None),
@@ -155,6 +157,17 @@ def test_options_that_cannot_be_met_are_refused(
 def test_a_path_of_this_machine_is_refused(field: str, value: str) -> None:
     with pytest.raises(ConfigError, match="which no pod has: copy it to the shared volume"):
         rendered(**{field: value})
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////home/me/mlflow.db", "file:///tmp/x", "mlruns"])
+def test_a_tracking_store_of_this_machine_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="tracking.uri: .* is a place of this machine"):
+        rendered(tracking__uri=uri)
+
+
+@pytest.mark.parametrize("uri", [None, "http://mlflow:5000", "sqlite:////mnt/orchestrator/m.db"])
+def test_a_tracking_store_that_pods_reach_is_not(uri: str | None) -> None:
+    rendered(tracking__uri=uri)
 
 
 def test_more_workers_than_gpus_are_refused() -> None:

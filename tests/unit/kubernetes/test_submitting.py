@@ -1,12 +1,23 @@
 """A sweep is submitted to the stand-in of Kubernetes and followed to its end, whatever happens."""
 
+import io
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from cluster.kubernetes.options import KubernetesOptions
-from jobs.submit import Sending, cancel_job, resume_job, show_log, show_status
+from jobs.submit import Sending
+from jobs.submitted import (
+    cancel_job,
+    list_jobs,
+    resume_job,
+    show_log,
+    show_status,
+    show_worker_log,
+)
 from orchestrator.errors import ClusterError, ConfigError, NeverStarted
 from tests.stage import (
     CLUSTER,
@@ -44,6 +55,20 @@ def test_a_sweep_is_followed_to_its_end_with_its_drivers_log(stage: Stage) -> No
     assert places == sorted(places)
     assert stage.output.count("trial 0") == 1
     assert "\ntrial 0: ste\n" not in stage.output  # a line is shown when it is whole
+
+
+def test_in_a_terminal_the_sweeps_own_table_is_shown(stage: Stage) -> None:
+    stage.screen = Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
+    trained = "trial 7 (4-bit, rank 16): step 5/32, loss 2.345, 1,234 tokens/s, ETA 1:05\n"
+    code = stage.submit(running, prints("base model: org/base\n"), prints(trained), succeeded)
+    assert code == 0
+    assert isinstance(stage.screen.file, io.StringIO)
+    shown = stage.screen.file.getvalue()
+    (row,) = {line for line in shown.splitlines() if "5/32" in line}
+    assert row.replace("│", " ").split() == "7 4 16 5/32 2.345 1,234 training 1:05".split()
+    assert "tokens/s" in shown
+    assert "base model: org/base" in shown
+    assert "test succeeded" in stage.output
 
 
 def test_the_story_has_times_since_the_submission(stage: Stage) -> None:
@@ -118,6 +143,32 @@ def test_a_sweep_that_failed_is_submitted_again_from_its_run_folder(stage: Stage
     assert "goes on from its run folder" in stage.output
 
 
+def finalized(stage: Stage) -> None:
+    """The operator takes the cluster of a deleted job down before it lets the job go."""
+    job = rayjob(stage)
+    job["metadata"]["finalizers"] = ["ray.io/rayjob-finalizer"]
+
+
+def test_the_old_job_is_gone_before_the_new_one_is_made(stage: Stage) -> None:
+    def lets_go(stage: Stage) -> None:
+        assert rayjob(stage)["metadata"]["deletionTimestamp"]
+        rayjob(stage)["metadata"]["finalizers"] = []
+        stage.cluster.api().delete("RayJob", NAME)
+
+    stage.submit(running, failed("exit code 1"))
+    before = rayjob(stage)["metadata"]["uid"]
+    finalized(stage)
+    assert stage.submit(wait, lets_go, running, succeeded) == 0
+    assert rayjob(stage)["metadata"]["uid"] != before
+
+
+def test_an_old_job_that_does_not_go_is_named(stage: Stage) -> None:
+    stage.submit(running, failed("exit code 1"))
+    finalized(stage)
+    with pytest.raises(NeverStarted, match="the old RayJob test is not gone after 180 s"):
+        stage.submit()
+
+
 def test_a_sweep_that_is_done_is_not_done_again(stage: Stage) -> None:
     stage.submit(running, succeeded)
     before = rayjob(stage)["metadata"]["uid"]
@@ -163,7 +214,7 @@ def test_cancelling_asks_the_driver_to_save_and_keeps_the_record(stage: Stage) -
     stage.play(lambda stage: stage.status("Complete", stage.ray.jobs["job-1"]["status"]))
     assert cancel_job(stage.target, NAME, False, stage.person) == 0
     assert stage.ray.jobs["job-1"]["status"] == "STOPPED"
-    assert show_status(stage.target, NAME, stage.person) == 3
+    assert show_status(stage.target, NAME, False, stage.person) == 3
     assert resume_job(stage.target, NAME, True, stage.person) == 0
     assert "status" not in rayjob(stage)
 
@@ -193,6 +244,12 @@ def test_a_pause_with_a_queue_makes_the_workload_inactive(tmp_path: Path) -> Non
     assert workload is not None
     assert workload["spec"]["active"] is False
     assert rayjob(stage)["spec"]["suspend"] is True  # Kueue's own; suspending would restart it
+    assert show_status(stage.target, NAME, False, stage.person) == 0
+    assert "test is suspended" in stage.said[-2]
+    resume_job(stage.target, NAME, True, stage.person)
+    workload = stage.cluster.object("Workload", "rayjob-test")
+    assert workload is not None
+    assert workload["spec"]["active"] is True
 
 
 def interrupt(stage: Stage) -> None:
@@ -228,11 +285,105 @@ def test_a_log_that_is_gone_is_said_to_be_in_the_run_folder(stage: Stage) -> Non
         show_log(stage.target, NAME, False, stage.person)
 
 
-def test_what_is_not_there_cannot_be_followed(stage: Stage) -> None:
-    with pytest.raises(ConfigError, match="there is no job nothing"):
+def test_what_is_not_there_is_wrong_input_for_every_verb(stage: Stage) -> None:
+    there_is_none = pytest.raises(ConfigError, match="there is no job nothing: see `orch")
+    with there_is_none:
         show_log(stage.target, "nothing", False, stage.person)
-    with pytest.raises(NeverStarted, match="there is no job nothing"):
-        show_status(stage.target, "nothing", stage.person)
+    with there_is_none:
+        show_log(stage.target, "nothing", True, stage.person)
+    with there_is_none:
+        show_status(stage.target, "nothing", False, stage.person)
+    with there_is_none:
+        cancel_job(stage.target, "nothing", False, stage.person)
+    with there_is_none:
+        resume_job(stage.target, "nothing", False, stage.person)
+
+
+def test_a_sweep_is_found_by_its_own_name_too(stage: Stage) -> None:
+    stage.submit(sending=Sending(detach=True), name="My_Sweep")
+    assert show_status(stage.target, "My_Sweep", False, stage.person) == 0
+    assert "my-sweep-" in stage.said[-2]
+
+
+def test_a_program_reads_what_people_read(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage.submit(running, failed("Job entrypoint command failed with exit code 2")) == 2
+    assert show_status(stage.target, NAME, True, stage.person) == 2
+    status = json.loads(capsys.readouterr().out)
+    assert list_jobs(stage.target, True, stage.person) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    for record in (status, listed):
+        assert (record["name"], record["sweep"], record["state"]) == (NAME, "test", "failed")
+        assert record["run_dir"].startswith("/mnt/orchestrator/runs/test-")
+        assert record["exit_code"] == 2
+    assert "RayJob test is there" in [line["text"] for line in status["story"]]
+
+
+def test_the_list_says_where_each_sweep_stands(
+    stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage.submit(running, failed("Job entrypoint command failed with exit code 1"))
+    stage.put("ray.io/v1", "RayJob", "of-somebody-else", spec={})
+    assert list_jobs(stage.target, False, stage.person) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "test" in line]
+    assert "failed" in line
+    assert "/mnt/orchestrator/runs/test-" in line
+    assert "its driver failed" in line
+
+
+def actor(pack: int, world_rank: int, state: str, **printed: str) -> dict[str, str]:
+    title = f"pack {pack} worker {world_rank}"
+    given = {"out": "", "err": "", **printed}
+    number = f"{pack}{world_rank}{state}"
+    return {"actor_id": number, "repr_name": title, "state": state, "job_id": "01000000", **given}
+
+
+def test_the_log_of_a_worker_is_read_through_the_api_server(stage: Stage) -> None:
+    stage.submit(sending=Sending(detach=True))
+    running(stage)
+    stage.ray.jobs["job-1"]["job_id"] = "01000000"
+    stage.ray.actors = [
+        actor(0, 0, "DEAD", out="the first\n"),
+        actor(0, 0, "ALIVE", out="the second\n", err="a warning\n"),
+        actor(0, 1, "ALIVE", out="its partner\n"),
+        {**actor(9, 9, "ALIVE"), "repr_name": "", "class_name": "Sharder"},
+        {**actor(5, 0, "ALIVE"), "job_id": "02000000"},
+    ]
+    assert show_worker_log(stage.target, NAME, "0", stage.person) == 0
+    assert stage.said[-1] == "the second\na warning"
+    show_worker_log(stage.target, NAME, "0.1", stage.person)
+    assert stage.said[-1] == "its partner"
+    with pytest.raises(ConfigError, match="no worker 5.0 that Ray remembers, but 0.0, 0.1:"):
+        show_worker_log(stage.target, NAME, "5", stage.person)
+    with pytest.raises(ConfigError, match="must be PACK or PACK.WORLD_RANK"):
+        show_worker_log(stage.target, NAME, "all", stage.person)
+
+
+def test_a_failed_sweeps_cluster_is_kept_but_not_that_of_one_that_is_cancelled(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(tmp_path, KubernetesOptions(gpus=2, keep_failed_s=1800))
+    stage.submit(sending=Sending(detach=True))
+    rules = rayjob(stage)["spec"]["deletionStrategy"]["deletionRules"]
+    ends = {rule["condition"].get("jobStatus", "deadline"): rule for rule in rules}
+    assert ends["SUCCEEDED"]["condition"]["ttlSeconds"] == 120
+    assert ends["FAILED"]["condition"]["ttlSeconds"] == 1800
+    assert ends["deadline"]["condition"]["ttlSeconds"] == 1800
+    assert {rule["policy"] for rule in rules} == {"DeleteCluster"}
+    running(stage)
+    stage.play(lambda stage: stage.status("Complete", stage.ray.jobs["job-1"]["status"]))
+    cancel_job(stage.target, NAME, False, stage.person)
+    assert "deletionStrategy" not in rayjob(stage)["spec"]
+    assert rayjob(stage)["spec"]["shutdownAfterJobFinishes"] is True
+
+
+def test_a_pause_gives_back_what_a_failure_would_keep(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, KubernetesOptions(gpus=2, keep_failed_s=1800))
+    stage.submit(sending=Sending(detach=True))
+    running(stage)
+    cancel_job(stage.target, NAME, True, stage.person)
+    spec = rayjob(stage)["spec"]
+    assert (spec["suspend"], spec["shutdownAfterJobFinishes"]) == (True, True)
+    assert "deletionStrategy" not in spec
 
 
 def queued_stage(tmp_path: Path) -> Stage:
@@ -247,6 +398,7 @@ def queued(why: str) -> Scene:
         stage.cluster.api().patch("RayJob", NAME, {"spec": {"suspend": True}})
         stage.status("Suspended")
         condition = {"type": "QuotaReserved", "status": "False", "message": why}
+        condition |= {"reason": "Pending", "lastTransitionTime": stage.stamp()}
         stage.put(
             "kueue.x-k8s.io/v1beta2",
             "Workload",
@@ -260,7 +412,8 @@ def queued(why: str) -> Scene:
 
 
 def admitted(stage: Stage) -> None:
-    conditions = [{"type": "Admitted", "status": "True", "message": "The workload is admitted"}]
+    condition = {"type": "Admitted", "status": "True", "message": "The workload is admitted"}
+    conditions = [{**condition, "reason": "Admitted", "lastTransitionTime": stage.stamp()}]
     stage.cluster.set_status("Workload", "rayjob-test", {"conditions": conditions})
     stage.cluster.api().patch("RayJob", NAME, {"spec": {"suspend": False}})
     starting(stage)
@@ -282,7 +435,8 @@ def test_a_preempted_sweep_waits_and_comes_back(tmp_path: Path) -> None:
 
     def evicted(stage: Stage) -> None:
         condition = {"type": "Evicted", "status": "True", "reason": "Preempted"}
-        conditions = [{**condition, "message": "Preempted to accommodate a workload"}]
+        condition |= {"message": "Preempted to accommodate a workload"}
+        conditions = [{**condition, "lastTransitionTime": stage.stamp()}]
         stage.cluster.set_status("Workload", "rayjob-test", {"conditions": conditions})
         stage.cluster.api().patch("RayJob", NAME, {"spec": {"suspend": True}})
         stage.status("Suspended")

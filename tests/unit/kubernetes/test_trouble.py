@@ -8,6 +8,7 @@ import pytest
 from cluster.kubernetes.options import KubernetesOptions
 from jobs.cli import EXIT_CODES
 from jobs.submit import Sending
+from jobs.submitted import show_log
 from orchestrator.errors import OrchestratorError
 from tests.manifests import NO_CRDS
 from tests.stage import (
@@ -59,6 +60,14 @@ def wrong_token(stage: Stage) -> None:
     stage.token = "expired"
 
 
+def no_quota(stage: Stage) -> None:
+    stage.cluster.quotas = {"rayjobs.ray.io": 0}
+
+
+def taken_name(stage: Stage) -> None:
+    stage.put("ray.io/v1", "RayJob", NAME, spec={})
+
+
 @pytest.mark.parametrize(
     ("trouble", "code", "words"),
     [
@@ -68,6 +77,7 @@ def wrong_token(stage: Stage) -> None:
         (no_namespace, 4, "there is no namespace default: make it"),
         (no_volume, 4, "there is no volume claim orchestrator-storage in default"),
         (wrong_token, 4, "the cluster refuses who you are (401)"),
+        (no_quota, 4, 'quota: rayjobs.ray.io "test" is forbidden: exceeded quota: objects'),
     ],
 )
 def test_what_stops_a_submission_is_said_at_once(
@@ -79,6 +89,14 @@ def test_what_stops_a_submission_is_said_at_once(
     assert words in said.splitlines()[-1]  # one line
     assert (ended, stage.waited_s) == (code, 0.0)
     assert stage.cluster.object("RayJob", NAME) is None
+
+
+def test_a_name_that_is_taken_is_said_at_once(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    taken_name(stage)
+    code, said = outcome(stage)
+    assert "the name test is taken by a job that is not a sweep" in said.splitlines()[-1]
+    assert (code, stage.waited_s) == (2, 0.0)
 
 
 def test_a_queue_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -145,6 +163,40 @@ def test_what_cannot_pass_ends_the_wait_with_its_cause_and_leaves_nothing(
     assert stage.cluster.object("RayJob", NAME) is None
 
 
+def test_an_operator_that_does_nothing_is_named_and_the_sweep_taken_out(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    told_at: list[float] = []
+
+    def is_told(stage: Stage) -> None:
+        if "no operator has taken the RayJob up" in stage.output and not told_at:
+            told_at.append(stage.waited_s)
+
+    code, said = outcome(stage, *[is_told] * 100)
+    assert told_at
+    assert told_at[0] <= A_MINUTE
+    assert "test cannot start: no operator has taken the RayJob up" in said.splitlines()[-1]
+    assert code == 4
+    assert stage.cluster.object("RayJob", NAME) is None
+
+
+def test_who_only_looks_on_takes_nothing_out(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.submit(sending=Sending(detach=True))
+    stage.play(image("ErrImageNeverPull"))
+    with pytest.raises(OrchestratorError, match="cannot be pulled"):
+        show_log(stage.target, NAME, True, stage.person)
+    assert stage.cluster.object("RayJob", NAME) is not None
+
+
+def test_what_may_not_be_taken_out_is_said_and_the_cause_is_still_the_error(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.cluster.forbidden = {("delete", "rayjobs")}
+    code, said = outcome(stage, image("ErrImageNeverPull"))
+    assert "test could not be taken out: no right to delete RayJob test" in said
+    assert "the image trainer:1 cannot be pulled" in said.splitlines()[-1]
+    assert code == 4
+
+
 def event_of_pod(reason: str, message: str) -> Scene:
     def scene(stage: Stage) -> None:
         starting(stage)
@@ -186,6 +238,41 @@ def test_what_may_pass_is_said_at_once_and_is_the_cause_when_the_time_is_over(
     assert told_at[0] <= A_MINUTE
     assert "it did not run in --max-wait (1800 s)" in said
     assert cause in said
+    assert code == 4
+
+
+def grown(scene: Scene) -> Scene:
+    """The head is there and the driver waits for workers, which the autoscaler adds in vain."""
+
+    def both(stage: Stage) -> None:
+        scene(stage)
+        running(stage)
+
+    return both
+
+
+@pytest.mark.parametrize(
+    ("scene", "cause"),
+    [
+        (event_of_pod("FailedScheduling", NO_NODE), f"no node fits: {NO_NODE}"),
+        (refused_pod(QUOTA), f"quota: {QUOTA}"),
+    ],
+)
+def test_workers_that_never_come_are_told_and_are_why_the_sweep_never_started(
+    tmp_path: Path, scene: Scene, cause: str
+) -> None:
+    stage = Stage(tmp_path)
+    told_at: list[float] = []
+
+    def is_told(stage: Stage) -> None:
+        if cause.partition(": ")[2] in stage.output and not told_at:
+            told_at.append(stage.waited_s)
+
+    late = failed("Job entrypoint command failed with exit code 4, last available logs")
+    code, said = outcome(stage, grown(scene), *[is_told] * 20, late)
+    assert told_at
+    assert told_at[0] <= A_MINUTE
+    assert cause in said.splitlines()[-2]  # the run folder is named last
     assert code == 4
 
 
@@ -254,6 +341,19 @@ def test_contact_that_does_not_come_back_is_lost(tmp_path: Path) -> None:
     assert code == 5
     assert "does not answer" in said.splitlines()[-1]
     assert A_MINUTE <= stage.waited_s <= A_MINUTE + 10
+
+
+def test_a_login_that_expires_while_a_sweep_runs_is_no_end_of_the_sweep(tmp_path: Path) -> None:
+    def expires(stage: Stage) -> None:
+        stage.cluster.token = "another"
+
+    stage = Stage(tmp_path)
+    code, said = outcome(stage, running, expires)
+    assert "the cluster refuses who you are (401)" in said.splitlines()[-1]
+    assert "test goes on where it is; come back with `orchestrator jobs logs test" in said
+    assert code == 5
+    assert A_MINUTE <= stage.waited_s <= A_MINUTE + 10
+    assert stage.cluster.object("RayJob", NAME) is not None
 
 
 def test_a_sweep_that_waits_longer_than_the_user_will_is_taken_out(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""What a driver prints of its trials is read back into the same table elsewhere."""
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from jobs.display import SweepDisplay
+from jobs.followed import FollowedSweep
+from jobs.progress import FORMS, TRAINED, Row, line, read_line, sweep_table
+from orchestrator.records import TrialResult
+from orchestrator.search.space import ask
+from orchestrator.sweep.executor import InProcessExecutor
+from orchestrator.sweep.simulated import SimulatedWorker
+from tests.sweeps import make_controller, make_store, sweep_config
+
+values = st.none() | st.floats(allow_nan=False, min_value=-1e9, max_value=1e9)
+words = st.from_regex(r"[^\n\r]*", fullmatch=True)
+counts = st.integers(0, 10**6)
+rows = st.builds(
+    Row,
+    number=counts,
+    bit_width=st.sampled_from([4, 8, 16]),
+    rank=counts,
+    steps=counts,
+    step=counts,
+    train_loss=values,
+    eval_loss=values,
+    tokens_per_s=values,
+    eta_s=st.none() | st.integers(0, 10**6),
+    reason=st.sampled_from(["out_of_memory", "raised"]),
+    message=words,
+)
+
+
+@given(rows, st.sampled_from(sorted(FORMS)))
+def test_a_line_that_is_printed_can_be_read(row: Row, form: str) -> None:
+    text = line(row, form)
+    read = read_line(text, {})
+    assert read is not None
+    assert line(read, form) == text
+    assert read.state == FORMS[form]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "trial 1",
+        "trial 1 (4-bit, rank 8): did something new at step 3/4",
+        "pack 0: base loaded in 1 s",
+        "| 0 | 4 | 16 | 2.1 |",
+    ],
+)
+def test_a_line_that_tells_of_no_trial_is_left_alone(text: str) -> None:
+    known: dict[int, Row] = {}
+    assert read_line(text, known) is None
+    assert known == {}
+
+
+def screen() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def cells(followed: FollowedSweep) -> str:
+    console = screen()
+    console.print(followed.table())
+    return shown(console)
+
+
+def test_a_sweep_that_is_followed_has_the_table_that_it_has_where_it_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    display = SweepDisplay(store)
+    with display.shown():
+        executor = InProcessExecutor(SimulatedWorker)
+        assert make_controller(store, executor, observe=display.observe).run()
+    console = screen()
+    followed = FollowedSweep("sums", console)
+    followed.take(capsys.readouterr().out)
+    table = cells(followed)
+    assert [result.state for result in store.results] == ["finished"] * 4
+    for result in store.results:
+        assert f"{result.eval_loss:.4f}" in table
+    assert table.count("6/6") == table.count("finished") == 4
+    assert "step 6/6" not in shown(console)
+    assert "base loaded" in shown(console)
+
+
+def test_a_driver_that_is_started_again_says_what_is_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    executor = InProcessExecutor(SimulatedWorker)
+    assert make_controller(store, executor).run()
+    with SweepDisplay(store).shown():
+        followed = FollowedSweep("sums", screen())
+        followed.take(capsys.readouterr().out)
+    assert cells(followed).count("finished") == 4
+
+
+def test_a_trial_that_failed_is_in_the_table_and_said_above_it() -> None:
+    console = screen()
+    followed = FollowedSweep("sums", console)
+    followed.take("trial 3 (4-bit, rank 8): failed at step 2/6: raised: it broke: badly")
+    assert "failed: raised" in cells(followed)
+    assert "it broke: badly" in shown(console)
+
+
+def test_a_trial_that_starts_again_trains_again() -> None:
+    row = Row(1, 4, 8, 6, step=3, train_loss=2.5, tokens_per_s=1234.0, eta_s=75)
+    known: dict[int, Row] = {}
+    read_line(line(row, TRAINED), known)
+    read_line("trial 1 (4-bit, rank 8): training from step 2/6", known)
+    console = screen()
+    console.print(sweep_table("t", known.values(), 25))
+    assert "2/6" in shown(console)
+    assert "training" in shown(console)
+
+
+def test_a_small_screen_has_the_trials_that_train_and_counts_the_others() -> None:
+    known = {number: Row(number, 4, 8, 6, "finished", 6, eval_loss=1.0) for number in range(50)}
+    known |= {number: Row(number, 4, 8, 6) for number in range(50, 60)}
+    known[37].state = "training"
+    console = screen()
+    console.print(sweep_table("t", known.values(), 12))
+    text = shown(console)
+    assert len(text.splitlines()) < 12
+    assert "37" in text
+    assert "60 trials: 1 training, 10 waiting, 49 finished" in text
+
+
+def test_failed_trials_of_the_run_folder_keep_their_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    store.add_trial(ask(store.sweep.config, [], []))
+    store.finish_trial(TrialResult(0, "failed", 1, 0.0, "loss_not_finite", "at step 2", steps=2))
+    with SweepDisplay(store).shown():
+        printed = capsys.readouterr().out
+    assert "failed at step 2/6: loss_not_finite: at step 2" in printed
