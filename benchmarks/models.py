@@ -41,6 +41,7 @@ SHAPES = {
     "tiny": Shape(64, 128, 2, 4, 2, 512, tied=True),
     "0.5b": Shape(896, 4864, 24, 14, 2, 151_936, tied=True),  # Qwen2.5-0.5B
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151_936, tied=True),  # Qwen2.5-1.5B
+    "3b": Shape(3072, 8192, 28, 24, 8, 128_256, tied=True),  # Llama-3.2-3B
     "8b": Shape(4096, 14336, 32, 32, 8, 128_256, tied=False),  # Llama-3-8B
 }
 

@@ -20,6 +20,9 @@ from orchestrator.files import cache_dir
 from orchestrator.records import Directive, Event, GroupPlace, PackLost, PackSpec
 from orchestrator.sweep.executor import Worker, WorkerFactory, answer, pack_worker
 
+# A node has 1 of its accelerator's type, whatever the number of GPUs: ray.util.accelerators.
+ACCELERATOR_PART = 0.001
+
 
 class _PackActor:
     """Runs in the worker process."""
@@ -80,6 +83,8 @@ class RayExecutor:
         bundle: dict[str, float] = {"CPU": spec.cpus}
         if spec.device == "cuda":
             bundle["GPU"] = 1
+        if spec.accelerator:
+            bundle[accelerator_resource(spec.accelerator)] = ACCELERATOR_PART
         # PACK: as few nodes as possible; more than one only if no node has room for all.
         group = placement_group([bundle] * spec.world_size, strategy="PACK")
         actors = []
@@ -87,6 +92,7 @@ class RayExecutor:
             options = {
                 "num_cpus": spec.cpus,
                 "num_gpus": bundle.get("GPU", 0),
+                "accelerator_type": spec.accelerator or None,
                 "max_restarts": 0,
                 "runtime_env": {"env_vars": worker_environment(spec)},
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
@@ -156,6 +162,10 @@ def _read(reference: Any, pack: int) -> list[Event]:
     except RayError as error:  # the process or its node is gone, or Ray ended it for memory
         message = str(error).strip().splitlines()[0]
         return [PackLost(pack, "worker_lost", f"{type(error).__name__}: {message}")]
+
+
+def accelerator_resource(kind: str) -> str:
+    return f"accelerator_type:{kind}"
 
 
 def worker_environment(spec: PackSpec) -> dict[str, str]:

@@ -10,7 +10,7 @@ asked by a task that takes neither.
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -128,9 +128,20 @@ def _nodes(asks: bool) -> list[Node]:
         machine = this_machine()
         memories = [(machine.gpu_memory_bytes, machine.memory_bytes)] * len(alive)
     return [
-        Node(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0), *memory)
+        Node(
+            node["Resources"].get("CPU", 0),
+            node["Resources"].get("GPU", 0),
+            *memory,
+            gpu_kind=_accelerator(node["Resources"]),
+        )
         for node, memory in zip(alive, memories, strict=True)
     ]
+
+
+def _accelerator(resources: Mapping[str, float]) -> str:
+    """H100 of `accelerator_type:H100`, which Ray gives a node with such GPUs."""
+    kinds = (name.partition(":")[2] for name in resources if name.startswith("accelerator_type:"))
+    return next(kinds, "")
 
 
 def _memories(node_ids: Sequence[str]) -> list[tuple[int, int]]:

@@ -96,6 +96,22 @@ def sweep(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="Such as 8xH100-80GB or 4xH200,8xL40S; default: those here."),
+    ] = None,
+) -> int:
+    """Show packs, memory, a schedule, hours and price of a sweep; start nothing."""
+    from jobs.plan import show
+    from orchestrator.planning.machine import this_machine
+
+    return show(config, overrides or [], gpus, this_machine())
+
+
+@app.command()
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="The run folder of an unfinished sweep.")],
     ray_address: RayAddress = None,

@@ -61,7 +61,7 @@ def show_plan(
     placement = _placement(config, ray_address or os.environ.get("RAY_ADDRESS"), machine)
     trials = first_trials(config)
     console = Console(soft_wrap=True)
-    console.print(_trials_table(config, trials))
+    console.print(trials_table(config, trials))
     for trial in trials:
         for problem in problems(trial.config, config.resources.workers_per_pack):
             console.print(f"trial {trial.number} will not be trained: {problem}", markup=False)
@@ -95,7 +95,7 @@ def _placement(config: SweepConfig, ray_address: str | None, machine: Node) -> P
     return Placement(device, num_workers, memory_bytes, words)
 
 
-def _trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
+def trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
     total = num_trials(config.search)
     more = "" if total == len(trials) else f", the first {len(trials)} shown"
     table = Table(title=f"{config.name}: {total} trials ({config.search.sampler}{more})")

@@ -33,6 +33,7 @@ from orchestrator.errors import (
 )
 from orchestrator.loading import load_config, override_config
 from orchestrator.planning.capacity import worker_count, worker_memory_bytes
+from orchestrator.planning.kinds import WorkerKind, worker_kinds
 from orchestrator.planning.machine import this_machine
 from orchestrator.records import Notice
 from orchestrator.search.space import check_space
@@ -77,6 +78,8 @@ class Backend:
     num_workers: int
     device: str
     worker_memory_bytes: int
+    kinds: tuple[WorkerKind, ...] = ()
+    """Of the workers, the fastest first; empty where all are alike."""
     before_training: Callable[[], None] = lambda: None
     watch: Callable[[Notice], None] = lambda notice: None
     """Makes metrics of what the controller tells."""
@@ -224,6 +227,7 @@ def _ray_backend(
             num_workers,
             device,
             memory_bytes,
+            worker_kinds(config.resources, nodes, num_workers) if device == "cuda" else (),
             # From here on what packs reserve is what the cluster keeps.
             release_room if awaited else lambda: None,
             ray_metrics(config.name),
@@ -313,6 +317,7 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
         before_training,
         backend.watch,
         backend.worker_memory_bytes,
+        backend.kinds,
     )
     with store.locked(lock_wait_s), interrupts.caught():
         with environment(FORWARDING_ENVIRONMENT):

@@ -244,6 +244,9 @@ class ResourcesConfig(Strict):
     """Keep the 4-bit base's values in memory as the arithmetic needs them, instead of making them
     again at every use: the same numbers, sooner. null: where the memory allows."""
 
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of a GPU's memory that a worker plans with and may take, where others use it too."""
+
     cost_per_hour: Annotated[float, Field(ge=0)] | None = None
     """Price of one worker, a GPU or its share of CPU cores, for an hour, in any currency. With it
     the report says what each trial cost."""

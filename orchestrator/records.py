@@ -95,6 +95,10 @@ class PackSpec:
     """Workers that train the pack together, each with a part of every step's blocks."""
     dequantise_once: bool = False
     step_program: StepProgram = "eager"
+    memory_fraction: float = 1.0
+    """Of its GPU, that a worker may use."""
+    accelerator: str = ""
+    """Kind of GPU that it was planned for, as Ray calls it; empty for any."""
 
 
 @dataclass(frozen=True)

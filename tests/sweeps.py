@@ -9,8 +9,9 @@ from typing import Any
 from orchestrator.config import ResourcesConfig, SweepConfig, TrialConfig
 from orchestrator.planning.fit import Fit
 from orchestrator.planning.options import Premises
-from orchestrator.planning.packs import PackPlan, pack_key
+from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.shape import BaseShape, Linear, UnknownShape
+from orchestrator.planning.waiting import pack_key
 from orchestrator.records import BaseModel, Device, Notice, PackSpec, TrialResult, TrialSpec
 from orchestrator.search.space import ask, num_trials
 from orchestrator.sweep.controller import Controller

@@ -20,6 +20,8 @@ class Node:
     """Of each GPU; the least where they differ. 0: unknown."""
     memory_bytes: int = 0
     """Of the node itself, as far as it may be used. 0: unknown."""
+    gpu_kind: str = ""
+    """As Ray calls its accelerator. Empty: unknown."""
 
 
 def worker_count(resources: ResourcesConfig, device: str, nodes: Sequence[Node]) -> int:
@@ -29,7 +31,7 @@ def worker_count(resources: ResourcesConfig, device: str, nodes: Sequence[Node])
         ConfigError: fewer fit than are asked for, or than one pack needs, or none at all.
     """
     per_worker, wanted = resources.cpus_per_worker, resources.num_workers
-    fitting = sum(_fitting(node, per_worker, device) for node in nodes)
+    fitting = sum(fitting_workers(node, per_worker, device) for node in nodes)
     if fitting and (wanted is None or wanted <= fitting):
         check_pack_fits(resources, wanted or fitting)
         return wanted or fitting
@@ -62,7 +64,7 @@ def worker_memory_bytes(
 ) -> int:
     """Memory of the worker that has least, on whichever nodes the workers will run; 0 if a node's
     is unknown. On a CPU the workers of a node share its memory evenly."""
-    fitting = [(node, _fitting(node, resources.cpus_per_worker, device)) for node in nodes]
+    fitting = [(node, fitting_workers(node, resources.cpus_per_worker, device)) for node in nodes]
     parts = [
         node.gpu_memory_bytes if device == "cuda" else node.memory_bytes // min(count, num_workers)
         for node, count in fitting
@@ -71,7 +73,7 @@ def worker_memory_bytes(
     return min(parts, default=0)
 
 
-def _fitting(node: Node, cpus_per_worker: int, device: str) -> int:
+def fitting_workers(node: Node, cpus_per_worker: int, device: str) -> int:
     by_cpus = int(node.num_cpus // cpus_per_worker)
     return min(by_cpus, int(node.num_gpus)) if device == "cuda" else by_cpus
 

@@ -5,8 +5,10 @@ In: Premises and a PackWish. Out: a Fit. Pure.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from orchestrator.planning.memory import GIB, PackLoad, PackMemory, estimate_memory
+from orchestrator.planning.load import PackLoad
+from orchestrator.planning.memory import GIB, PackMemory, estimate_memory
 from orchestrator.planning.options import (
     PackWish,
     Premises,
@@ -49,6 +51,7 @@ class Fit:
         return self.memory is None or self.memory.total_bytes <= self.budget_bytes
 
 
+@lru_cache(maxsize=4096)
 def fit(premises: Premises, wish: PackWish) -> Fit:
     """The most wanted option that the memory holds, or the one that needs least if none does."""
     shape, unknown = premises.shape, _why_unknown(premises, wish)
@@ -126,8 +129,6 @@ def _choices(chosen: PackLoad | Fit) -> Choices:
 
 
 def _why_unknown(premises: Premises, wish: PackWish) -> str:
-    if wish.zero:
-        return "it is not estimated for DeepSpeed"
     if isinstance(premises.shape, UnknownShape):
         return premises.shape.reason
     if not premises.worker_memory_bytes:
@@ -209,7 +210,11 @@ class _Reasons:
 
     def evaluation(self, memory: PackMemory) -> list[str]:
         """Where less was chosen for the sake of evaluation, which the user can change alone."""
-        if self.chosen == self.wanted or memory.evaluation_bytes <= memory.training_bytes:
+        if (
+            not self.chosen.eager
+            or self.chosen == self.wanted
+            or memory.evaluation_bytes <= memory.training_bytes
+        ):
             return []
         return [
             f"evaluation.batch_size={self.chosen.evaluation_batch_size} takes "

@@ -2,18 +2,21 @@
 
 In: the base's shape and a PackLoad. Out: a PackMemory, bytes by part. Pure, no torch.
 
-Bytes of weights, rows and lanes follow from shapes and are exact. Bytes of activations are an
-estimate for blocks built like Llama's, and the constants for them stand at the top. Not modelled:
-ZeRO, mixtures of experts, and attention that holds its scores (an eager one, S values a token and
-head; SDPA holds none).
+Weights, rows and lanes follow from shapes; a pass's tensors are counted in activations.py. What is
+left to measure is in `Measured`, which `python -m benchmarks.planner_memory fit` fits to its rows.
+Not modelled: mixtures of experts, and attention that holds its scores (an eager one, S values a
+token and head; SDPA holds none).
 """
 
 from dataclasses import dataclass, fields
 
-from orchestrator.config import QuantConfig
-from orchestrator.planning.shape import BaseShape, Linear, Targets
+from orchestrator.planning.activations import PassMemory, pass_memory
+from orchestrator.planning.load import PackLoad
+from orchestrator.planning.shape import BaseShape
+from orchestrator.planning.zero import MAX_BUCKET_ELEMENTS
 
 GIB = 2**30
+MIB = 2**20
 
 # Bits per weight beside the 4-bit code: a constant for each 64 weights; with double quantisation 8
 # bits, and 32 more for each 256 of these (QLoRA, arXiv:2305.14314, section 3).
@@ -24,72 +27,46 @@ INT8_SCALE_BYTES = 4  # LLM.int8: one fp32 scale for each output row
 # A row's value and its gradient are fp32, and fp64 under float64; a lane holds a copy of both in
 # the arithmetic's type.
 MIN_ROW_VALUE_BYTES = 4
-ROW_COPIES = 2
-LANE_COPIES = 2
+# ZeRO holds the row, the layers' flat parameters and the fp32 partition; stage 3 steps the flat
+# parameters themselves, and holds a flat gradient (deepspeed 0.19.8, stage_1_and_2.py, stage3.py).
+ZERO_COPIES = 3
+# ZeRO-3 keeps at most this many values of offloaded parameters on the GPU: DeepSpeed's default for
+# stage3_max_live_parameters.
+ZERO_LIVE_VALUES = 10**9
 
+# bitsandbytes has two fp32 maxima for each 256 values of an 8-bit state.
+EIGHT_BIT_STATE_BYTES = 2 + 2 * 4 / 256
 OPTIMIZER_BYTES = {
-    "adamw": 8,
-    "adamw_8bit": 2,
+    "adamw": 8.0,
+    "adamw_8bit": EIGHT_BIT_STATE_BYTES,
     # Paged states may leave the GPU when it is full, and are on it until then.
-    "paged_adamw_8bit": 2,
-    "paged_adamw_32bit": 8,
+    "paged_adamw_8bit": EIGHT_BIT_STATE_BYTES,
+    "paged_adamw_32bit": 8.0,
 }
 """Of both moments, per adapter parameter, for fp32 rows."""
 
-# Values per token and layer that the backward pass needs, of hidden size H, intermediate size I and
-# attention widths: gate, up and their product; the norms' results, which are the adapters' inputs,
-# and the attention's output; q, k and v. torch.compile computes cheap ones again. On an H200 a
-# compiled 8B shape kept 63 thousand (this says 66), a 0.5B shape 17.8 thousand (this says 19.3).
-KEPT_HIDDEN = 4
-KEPT_INTERMEDIATE = 3
-KEPT_ATTENTION = 1
-# Without compilation every elementwise step keeps its own input: 1.55 times as much there.
-EAGER_FACTOR = 1.6
-# Values per token of the low-rank path, per target layer and unit of rank: its inner product, and
-# the gradient of that.
-KEPT_RANK = 2
-# Values per token, live at once in a pass that keeps nothing: the residual, a norm's result and
-# the output beside the MLP's, of which the low-rank update is one more.
-PASSING_HIDDEN = 3
-PASSING_INTERMEDIATE = 4
-# Bytes per input value of an adapter that drops some, beside the masked copy: the mask, a bool.
-MASK_BYTES = 1
-# The hash behind a mask holds three int32 tensors at once, of one adapter at a time. Where
-# torch.compile fuses them they cost nothing; not measured.
-HASH_BYTES = 3 * 4
-
-# The loss makes this many rows of logits at a time. Training: they and their gradient, and in a
-# CPU's plain code a float32 copy. Evaluation: they, a float32 copy and its log-softmax.
-LOGITS_CHUNK_TOKENS = 2048
-
-# The CUDA context (0.5 GiB on an H200), libraries' workspaces, and what the allocator cannot reuse.
-CUDA_RUNTIME_BYTES = 3 * GIB // 2
+# cuBLAS takes a workspace for each thread and stream that multiplies: the loop's and autograd's
+# thread, and a third for cuBLASLt; a graph's warm-up and its recording have streams of their own.
+WORKSPACES, GRAPH_WORKSPACES = 3, 6
 # A worker process with its libraries.
-CPU_RUNTIME_BYTES = GIB
+PROCESS_BYTES = GIB
 
 
 @dataclass(frozen=True)
-class PackLoad:
-    """What a worker holds and computes, as far as it costs memory."""
+class Measured:
+    """What no shape tells, for one kind of GPU."""
 
-    quant: QuantConfig
-    dtype_bytes: int
-    """Of the arithmetic's type."""
-    num_slots: int
-    max_rank: int
-    target_modules: Targets
-    optimizer_bytes: int
-    """Per adapter parameter: see OPTIMIZER_BYTES."""
-    micro_batch_size: int
-    """Blocks of each slot that this worker takes through one forward pass."""
-    evaluation_batch_size: int
-    block_length: int
-    gradient_checkpointing: bool
-    dequantise_once: bool
-    dropout: bool
-    eager: bool
-    """Whether the base's blocks run without torch.compile."""
-    cuda: bool
+    context_bytes: int
+    """Outside torch's allocator: CUDA's context and the kernels that are loaded."""
+    workspace_bytes: int
+    """Of one cuBLAS workspace."""
+    pool_fraction: float
+    """What a graph's memory pool holds beyond the tensors in it, as a part of them."""
+
+
+# The workspace is torch's for Hopper (CUDABlas.cpp). The peaks of packs_gpu.json leave no more than
+# a hundredth for the pool. The context was read from an H200.
+HOPPER = Measured(context_bytes=GIB // 2, workspace_bytes=32 * MIB, pool_fraction=0.01)
 
 
 @dataclass(frozen=True)
@@ -100,41 +77,99 @@ class PackMemory:
     """Frozen weights, without those that are dequantised."""
     dequantised_bytes: int
     """Values that take the place of 4-bit codes."""
-    rows_bytes: int
-    """The slots' adapters, gradients and optimizer states."""
+    adapters_bytes: int
+    """The slots' adapters and their gradients; ZeRO's copies and buckets."""
+    optimizer_bytes: int
     lanes_bytes: int
-    """Copies of adapters and gradients in the arithmetic's type."""
+    """Copies of adapters in the arithmetic's type."""
+    graph_bytes: int
+    """The pool of a recorded step, held from then on: a pass's activations and gradients."""
     training_bytes: int
-    """Activations of a training pass."""
+    """A training pass, beside the pool: activations, gradients, logits."""
     evaluation_bytes: int
-    """Activations of an evaluation pass; not held at the same time."""
-    logits_bytes: int
+    """An evaluation pass, beside the pool; not held at the same time."""
     runtime_bytes: int
+    """The process, or the CUDA context, and libraries' workspaces."""
+    host_bytes: int = 0
+    """Of the node, for a worker on a GPU: the process, and what ZeRO offloads."""
 
     @property
     def total_bytes(self) -> int:
-        parts: int = sum(getattr(self, field.name) for field in fields(self))
-        return parts - min(self.training_bytes, self.evaluation_bytes)
+        parts = sum(getattr(self, field.name) for field in fields(self))
+        both: int = min(self.training_bytes, self.evaluation_bytes) + self.host_bytes
+        return int(parts) - both
 
 
-def estimate_memory(shape: BaseShape, load: PackLoad) -> PackMemory:
+def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPER) -> PackMemory:
     targets = shape.targets(load.target_modules)
     row_length = load.max_rank * sum(t.in_features + t.out_features for t in targets)
     row_value_bytes = max(MIN_ROW_VALUE_BYTES, load.dtype_bytes)
-    states_bytes = load.optimizer_bytes * row_value_bytes // MIN_ROW_VALUE_BYTES
-    row_bytes = ROW_COPIES * row_value_bytes + states_bytes
-    resident = load.dequantise_once and load.quant.bit_width == 4
-    plain_bytes = shape.num_plain_params * load.dtype_bytes
+    num_values = load.num_slots * row_length
+    states = round(num_values * load.optimizer_bytes * row_value_bytes / MIN_ROW_VALUE_BYTES)
+    pass_ = pass_memory(shape, load)
+    gradients = num_values * load.dtype_bytes
+    if load.zero:
+        held, step, offloaded = _zero_bytes(row_length, load)
+    else:
+        held, step, offloaded = 2 * row_value_bytes * num_values, gradients, 0
+    optimizer_on_host = load.strategy.offload_optimizer != "none"
+    graph, training, evaluation = _passes(pass_, load, gradients, step, measured)
+    base = shape.num_plain_params * load.dtype_bytes
+    base += 0 if load.resident else _linear_bytes(shape, load)
+    base_on_host = 0
+    if load.strategy.offload_params != "none":
+        base, base_on_host = _offloaded_base(shape, load, base)
+    host = PROCESS_BYTES + offloaded + base_on_host + (states if optimizer_on_host else 0)
     return PackMemory(
-        base_bytes=plain_bytes + (0 if resident else _linear_bytes(shape, load)),
-        dequantised_bytes=shape.num_linear_params * load.dtype_bytes if resident else 0,
-        rows_bytes=load.num_slots * row_length * row_bytes,
-        lanes_bytes=load.num_slots * row_length * LANE_COPIES * load.dtype_bytes,
-        training_bytes=_training_bytes(shape, targets, load),
-        evaluation_bytes=_evaluation_bytes(shape, load),
-        logits_bytes=LOGITS_CHUNK_TOKENS * shape.vocab_size * _logit_bytes(load),
-        runtime_bytes=CUDA_RUNTIME_BYTES if load.cuda else CPU_RUNTIME_BYTES,
+        base_bytes=base,
+        dequantised_bytes=shape.num_linear_params * load.dtype_bytes if load.resident else 0,
+        adapters_bytes=held,
+        optimizer_bytes=0 if optimizer_on_host else states,
+        lanes_bytes=gradients,  # a lane is as large as its gradient
+        graph_bytes=graph,
+        training_bytes=training,
+        evaluation_bytes=evaluation,
+        runtime_bytes=_runtime_bytes(load, measured),
+        host_bytes=host if load.cuda else 0,
     )
+
+
+def _passes(
+    pass_: PassMemory, load: PackLoad, gradients: int, step: int, measured: Measured
+) -> tuple[int, int, int]:
+    """Bytes of the graph's pool, and of training and evaluation beside it."""
+    # The gradients of the first layers come when the last layers' activations are gone.
+    backward = max(pass_.kept_bytes, gradients) + pass_.working_bytes
+    if load.graph:
+        # The pool keeps its memory between replays, so the loss and an evaluation come on top.
+        pool = round(backward * (1 + measured.pool_fraction))
+        return pool, pass_.loss_bytes, pass_.evaluated_loss_bytes
+    return 0, max(backward, pass_.kept_bytes + pass_.loss_bytes, step), pass_.evaluation_bytes
+
+
+def _zero_bytes(row_length: int, load: PackLoad) -> tuple[int, int, int]:
+    """Of ZeRO's copies of an adapter: held, in a step beside them, and on the host."""
+    value = MIN_ROW_VALUE_BYTES
+    row = row_length * value
+    bucket = min(row_length, MAX_BUCKET_ELEMENTS) * value
+    copies, on_host = ZERO_COPIES, 0
+    if load.strategy.offload_optimizer != "none":
+        copies, on_host = ZERO_COPIES - 1, 2  # the partition and its gradient
+    if load.strategy.offload_params != "none":
+        copies, on_host = copies - 1, on_host + 1
+    if load.strategy.stage == 3:  # the bucket is made once
+        return copies * row + bucket, row, on_host * row
+    return copies * row, 2 * row + bucket, on_host * row  # gradients and their flat copy
+
+
+def _offloaded_base(shape: BaseShape, load: PackLoad, base: int) -> tuple[int, int]:
+    """Bytes on the GPU, where a part of the parameters is at a time, and on the host."""
+    constants = 0
+    if load.quant.bit_width == 4:
+        constants = _linear_bytes(shape, load) - shape.num_linear_params // 2
+    on_host = base - constants
+    live = min(on_host, ZERO_LIVE_VALUES * load.dtype_bytes)
+    return live + constants, on_host
 
 
 def _linear_bytes(shape: BaseShape, load: PackLoad) -> int:
@@ -148,42 +183,8 @@ def _linear_bytes(shape: BaseShape, load: PackLoad) -> int:
     return round(shape.num_linear_params * (4 + constants) / 8)
 
 
-def _training_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> int:
-    tokens = load.num_slots * load.micro_batch_size * load.block_length
-    layer = _kept_values(shape, targets, load)
-    if load.gradient_checkpointing:  # each layer's input, and the whole of one layer at a time
-        values = shape.num_layers * shape.hidden_size + layer
-    else:
-        values = shape.num_layers * layer
-    hashes = HASH_BYTES * max(t.in_features for t in targets) if load.dropout and targets else 0
-    return round(tokens * (values * load.dtype_bytes + hashes))
-
-
-def _kept_values(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:
-    """Values per token that one layer's backward pass needs."""
-    attention = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    values: float = (
-        KEPT_HIDDEN * shape.hidden_size
-        + KEPT_INTERMEDIATE * shape.intermediate_size
-        + KEPT_ATTENTION * attention
-    )
-    values *= EAGER_FACTOR if load.eager else 1
-    values += KEPT_RANK * load.max_rank * len(targets) / shape.num_layers
-    if load.dropout:  # each adapter's input once more, masked, and the mask
-        inputs = sum(target.in_features for target in targets) / shape.num_layers
-        values += inputs * (1 + MASK_BYTES / load.dtype_bytes)
-    return values
-
-
-def _evaluation_bytes(shape: BaseShape, load: PackLoad) -> int:
-    # A compiled program has one shape: it evaluates as many blocks as it trains.
-    blocks = load.evaluation_batch_size if load.eager else load.micro_batch_size
-    tokens = load.num_slots * blocks * load.block_length
-    values = PASSING_HIDDEN * shape.hidden_size + PASSING_INTERMEDIATE * shape.intermediate_size
-    return tokens * values * load.dtype_bytes
-
-
-def _logit_bytes(load: PackLoad) -> int:
-    training = 2 * load.dtype_bytes + (0 if load.cuda else 4)
-    evaluation = load.dtype_bytes + 4 + 4
-    return max(training, evaluation)
+def _runtime_bytes(load: PackLoad, measured: Measured) -> int:
+    if not load.cuda:
+        return PROCESS_BYTES
+    count = GRAPH_WORKSPACES if load.graph else WORKSPACES
+    return measured.context_bytes + count * measured.workspace_bytes

@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.config import QuantConfig, ResourcesConfig
-from orchestrator.planning.memory import PackLoad
+from orchestrator.config import QuantConfig, ResourcesConfig, StrategyConfig
+from orchestrator.planning.load import PackLoad
 from orchestrator.planning.shape import BaseShape, Targets, UnknownShape
 from orchestrator.records import Device, StepProgram
 
@@ -46,11 +46,13 @@ class Premises:
     max_rank: int
     target_modules: Targets
     dropout: bool
-    optimizer_bytes: int
+    optimizer_bytes: float
     """Per adapter parameter, of the largest optimizer in the search space."""
     block_length: int
     evaluation_batch_size: int
     resources: ResourcesConfig
+    memory_fraction: float = 1.0
+    """Of each kind's memory, where workers are of several: what may be used of it."""
     max_slots_unknown: int = MAX_SLOTS_UNKNOWN
     """Less once a pack whose memory was not estimated has run out of it."""
 
@@ -60,7 +62,7 @@ class PackWish:
     """What one pack is for."""
 
     quant: QuantConfig
-    zero: bool
+    strategy: StrategyConfig
     alone: str
     """Not empty for a trial that cannot share: says why."""
     share: int
@@ -75,6 +77,10 @@ class PackWish:
     """As set; None to choose."""
     as_set: str = "as set"
     """By whom these two are, in words."""
+
+    @property
+    def zero(self) -> bool:
+        return self.strategy.kind == "zero"
 
     @property
     def can_be_resident(self) -> bool:
@@ -104,8 +110,9 @@ def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
         gradient_checkpointing=False,
         dequantise_once=False,
         dropout=premises.dropout,
-        eager=step_program(premises, wish) == "eager",
+        step_program=step_program(premises, wish),
         cuda=premises.device == "cuda",
+        strategy=wish.strategy,
     )
     for num_slots in _slot_counts(premises, wish, micros[0]):
         for recomputes, micro in _passes(premises, wish, num_slots, micros):

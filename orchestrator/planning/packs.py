@@ -6,51 +6,26 @@ Trials are spread over the workers first; only where there are fewer trials than
 pack get several, each with a part of every step's blocks. A pack serves the trials whose batch its
 workers can share evenly: see Arithmetic.pass_blocks. None is planned for trials that have problems.
 
+Where workers are of several kinds, a pack has workers of one and is planned for it. The longest
+trials wait in front and the fastest workers are served first, so that what is begun last is short.
+
 A trial that goes on from a checkpoint keeps the Arithmetic that it had, as if it were set, and so
 ends with the same bits. A fresh one may join a pack of any.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.config import QuantConfig, TrialConfig
-from orchestrator.planning.compatibility import problems
+from orchestrator.config import QuantConfig, StrategyConfig, TrialConfig
 from orchestrator.planning.fit import Fit, after_out_of_memory, fit
+from orchestrator.planning.kinds import ALIKE, WorkerKind, longest_for
 from orchestrator.planning.options import PackWish, Premises
+from orchestrator.planning.waiting import FRESH, Kept, Lines, PackKey, indexed, pack_key
 from orchestrator.records import Arithmetic, TrialSpec
 
-Kept = Mapping[int, Arithmetic]
-"""Of half-trained trials, by number."""
-FRESH: Kept = {}
 AS_HAD = "as half-trained trials had"
-
-
-@dataclass(frozen=True)
-class PackKey:
-    """Trials with an equal key can share a pack: one base, one program."""
-
-    quant: tuple[tuple[str, Any], ...]
-    strategy: tuple[tuple[str, Any], ...]
-    micro_batch_size: int | None
-    """As set; then batch sizes may differ, and a slot with more passes steps less often."""
-    batch_size: int | None
-    """Where no micro-batch is set: the planner then divides this one."""
-    gradient_checkpointing: bool | None
-    """As set."""
-    alone: str
-    """Not empty for a trial that cannot share: says why."""
-
-    @property
-    def title(self) -> str:
-        quant = dict(self.quant)
-        name = f"{quant['bit_width']}-bit"
-        return f"{name} {quant['quant_type']}" if quant["bit_width"] == 4 else name
-
-    @property
-    def zero(self) -> bool:
-        return bool(dict(self.strategy)["kind"] == "zero")
 
 
 @dataclass(frozen=True)
@@ -60,6 +35,8 @@ class PackPlan:
     """Workers that train the pack together."""
     fit: Fit
     reason: str
+    kind: WorkerKind = ALIKE
+    """Of its workers."""
 
     @property
     def num_slots(self) -> int:
@@ -74,176 +51,190 @@ class PackPlan:
         return {
             "base": self.key.title,
             "world_size": self.world_size,
+            "kind": self.kind.name,
             "reason": self.reason,
             **asdict(self.fit),
         }
 
 
-def pack_key(trial: TrialConfig) -> PackKey:
-    return PackKey(
-        tuple(sorted(trial.quant.model_dump().items())),
-        tuple(sorted(trial.strategy.model_dump().items())),
-        trial.micro_batch_size,
-        trial.batch_size if trial.micro_batch_size is None else None,
-        trial.gradient_checkpointing,
-        _why_alone(trial),
-    )
-
-
-def by_key(trials: Sequence[TrialSpec], kept: Kept) -> dict[PackKey, list[TrialSpec]]:
-    """The half-trained first: a fresh trial can take any slot that they leave."""
-    groups: dict[PackKey, list[TrialSpec]] = {}
-    for trial in sorted(trials, key=lambda trial: trial.number not in kept):
-        groups.setdefault(pack_key(trial.config), []).append(trial)
-    return groups
-
-
-def can_train(arithmetic: Arithmetic, trial: TrialSpec, kept: Kept) -> bool:
-    """Whether a pack of the trial's key can. Trials that set a micro-batch may differ in their
-    batch, and workers share one evenly."""
-    if trial.number in kept:
-        return kept[trial.number] == arithmetic
-    return trial.config.batch_size % arithmetic.pass_blocks == 0
-
-
 def what_is_kept(
-    trials: Sequence[TrialSpec], had: Kept, num_workers: int, premises: Premises
+    half_trained: Sequence[TrialSpec], had: Kept, kinds: Sequence[WorkerKind], premises: Premises
 ) -> dict[int, Arithmetic]:
     """Of what half-trained trials had, that which the workers still allow."""
     return {
         trial.number: had[trial.number]
-        for trial in trials
-        if trial.number in had
-        and not why_not_kept(trial.config, had[trial.number], num_workers, premises)
+        for trial in half_trained
+        if not why_not_kept(trial.config, had[trial.number], kinds, premises)
     }
 
 
-def why_not_kept(trial: TrialConfig, had: Arithmetic, num_workers: int, premises: Premises) -> str:
+def why_not_kept(
+    trial: TrialConfig, had: Arithmetic, kinds: Sequence[WorkerKind], premises: Premises
+) -> str:
     """Why a half-trained trial must go on with another arithmetic; empty if it need not."""
     wanted = premises.resources.workers_per_pack
     if wanted not in (None, had.world_size):
         return f"resources.workers_per_pack is {wanted} now"
-    if num_workers < had.world_size:
-        return f"the sweep has {_workers(num_workers)} now"
-    if not fit(premises, _wish(pack_key(trial), 1, 1, had.world_size, premises, had)).fits:
+    large = [kind for kind in kinds if kind.count >= had.world_size]
+    if not large:
+        return f"the sweep has {_workers(sum(kind.count for kind in kinds))} now"
+    wish = _wish(pack_key(trial), 1, 1, had.world_size, premises, had)
+    if not any(fit(premises_for(kind, premises), wish).fits for kind in large):
         return "it does not fit the memory now"
     return ""
 
 
-def plan_pack(
-    waiting: Mapping[PackKey, Sequence[TrialSpec]],
-    active: Mapping[PackKey, int],
-    free_workers: int,
-    premises: Premises,
-    kept: Kept = FRESH,
-) -> tuple[PackPlan, list[TrialSpec]] | None:
-    """The pack that free workers should start next, and the trials that it can train; None when no
-    trial waits, or too few workers are free.
+def premises_for(kind: WorkerKind, premises: Premises) -> Premises:
+    """What the planner goes by for workers of this kind."""
+    if not kind.name:
+        return premises
+    usable = kind.memory_bytes * premises.memory_fraction
+    return replace(premises, worker_memory_bytes=int(usable))
 
-    `waiting` holds the trials without a slot, `active` counts the running packs, by key. The key
-    with the most waiting trials per pack goes first, ties in the order of `waiting`.
+
+def one_kind(num_workers: int, premises: Premises) -> tuple[WorkerKind, ...]:
+    """Of workers that are all alike."""
+    return (replace(ALIKE, count=num_workers),)
+
+
+def plan_pack(
+    lines: Lines,
+    active: Mapping[PackKey, int],
+    free: Sequence[WorkerKind],
+    premises: Premises,
+    kinds: Sequence[WorkerKind] = (),
+) -> PackPlan | None:
+    """The pack that the first of the free kinds should start next; None when nothing is to be
+    started. `active` counts the packs of each key; `kinds` are all, the busy ones too.
+
+    The key with the most waiting work per pack goes first. Slots are chosen so that the trials
+    spread over the free workers in even waves, unless the configuration sets them.
     """
-    if free_workers < (premises.resources.workers_per_pack or 1):
+    kind = free[0]
+    if kind.count <= 0:
         return None
-    num_waiting = sum(len(trials) for trials in waiting.values())
-    groups = {key: _next_group(trials, free_workers, kept) for key, trials in waiting.items()}
-    keys = [key for key, (_, trials) in groups.items() if trials]
-    if not keys:
+    groups = {}
+    longest = longest_for(kind, 1, kinds, lines.all_work_left)
+    for key in lines.keys:
+        if lines.shortest(key) > longest:
+            continue
+        had = lines.half_trained(key, kind.count)
+        if number := lines.count(key, had):
+            groups[key] = (had, number)
+    if not groups:
         return None
-    key = max(keys, key=lambda key: len(groups[key][1]) / (1 + active.get(key, 0)))
-    had, trials = groups[key]
+    key = max(groups, key=lambda key: lines.work_left(key) / (1 + active.get(key, 0)))
+    had, number = groups[key]
+    workers = sum(other.count for other in free)
     if had is None:
-        world_size, why = _world_size(key, trials, num_waiting, free_workers, premises)
+        world_size, why = _world_size(key, number, lines, kind.count, workers, premises)
     else:
         world_size, why = had.world_size, f"{_workers(had.world_size)}, {AS_HAD}"
-    # Each other waiting key gets a pack too.
-    num_packs = max(1, free_workers // world_size - (len(keys) - 1))
-    share = math.ceil(len(trials) / num_packs)
-    chosen = fit(premises, _wish(key, len(trials), share, world_size, premises, had))
-    reason = "; ".join((f"{key.title}: {why}", *chosen.reasons))
-    return PackPlan(key, world_size, chosen, reason), trials
+    if world_size > kind.count:
+        return None
+    share = math.ceil(number / max(1.0, _num_packs(key, lines, free, kinds, world_size, groups)))
+    given = premises_for(kind, premises)
+    chosen = fit(given, _wish(key, number, share, world_size, given, had))
+    on = f" on {kind.name}" if kind.name else ""
+    reason = "; ".join((f"{key.title}{on}: {why}", *chosen.reasons))
+    return PackPlan(key, world_size, chosen, reason, kind)
+
+
+def _num_packs(
+    key: PackKey,
+    lines: Lines,
+    free: Sequence[WorkerKind],
+    kinds: Sequence[WorkerKind],
+    world_size: int,
+    groups: Collection[PackKey],
+) -> float:
+    """Packs like the next one over which this key's trials will spread."""
+    if len(kinds) < 2:  # each other waiting key gets a pack too
+        return sum(kind.count for kind in free) // world_size - (len(groups) - 1)
+    # Faster workers, the busy ones as well, take more trials in their turn.
+    equal = sum(kind.count * kind.speed for kind in kinds) / free[0].speed
+    return equal / world_size * lines.work_left(key) / lines.all_work_left
 
 
 def learn_from(lost: PackPlan, premises: Premises) -> tuple[Premises, str] | None:
     """What the planner goes by once this pack ran out of memory, and why; None where it could give
     up nothing more."""
-    wish = _wish(lost.key, lost.num_slots, lost.num_slots, lost.world_size, premises)
-    return after_out_of_memory(premises, wish, lost.fit)
+    given = premises_for(lost.kind, premises)
+    wish = _wish(lost.key, lost.num_slots, lost.num_slots, lost.world_size, given)
+    learned = after_out_of_memory(given, wish, lost.fit)
+    if learned is None or not lost.kind.name:
+        return learned
+    known, reason = learned
+    # It holds for the other kinds in proportion.
+    fraction = known.worker_memory_bytes / lost.kind.memory_bytes
+    return replace(premises, memory_fraction=min(premises.memory_fraction, fraction)), reason
 
 
 def preview_packs(
-    trials: Sequence[TrialSpec], num_workers: int, premises: Premises, had: Kept = FRESH
+    trials: Sequence[TrialSpec],
+    num_workers: int,
+    premises: Premises,
+    had: Kept = FRESH,
+    kinds: Sequence[WorkerKind] = (),
 ) -> list[tuple[PackPlan, list[TrialSpec]]]:
     """The packs that start at once, and the trials in their slots."""
-    kept = what_is_kept(trials, had, num_workers, premises)
-    return list(plan_packs(by_key(trials, kept), {}, num_workers, premises, kept))
+    kinds = kinds or one_kind(num_workers, premises)
+    waiting = indexed(trials, premises.resources.workers_per_pack)
+    kept = what_is_kept(waiting.among(had), had, kinds, premises)
+    return list(plan_packs(Lines(waiting, kept), {}, kinds, premises, kinds))
 
 
 def plan_packs(
-    waiting: Mapping[PackKey, Sequence[TrialSpec]],
+    lines: Lines,
     active: Mapping[PackKey, int],
-    free_workers: int,
+    free: Sequence[WorkerKind],
     premises: Premises,
-    kept: Kept = FRESH,
+    kinds: Sequence[WorkerKind] = (),
 ) -> Iterator[tuple[PackPlan, list[TrialSpec]]]:
     """Packs for all free workers, and the trials in their slots."""
-    wanted = premises.resources.workers_per_pack
-    # A pack that no trial can use would be started and released for ever.
-    waiting = {
-        key: [trial for trial in trials if not problems(trial.config, wanted)]
-        for key, trials in waiting.items()
-    }
     active = dict(active)
-    while planned := plan_pack(waiting, active, free_workers, premises, kept):
-        plan, trials = planned
-        members = trials[: plan.num_slots]
+    left = list(free)
+    while left:
+        plan = plan_pack(lines, active, left, premises, kinds)
+        members: list[TrialSpec] = []
+        if plan is not None:
+            longest = longest_for(plan.kind, plan.num_slots, kinds, lines.all_work_left)
+            members = lines.take(plan.key, plan.arithmetic, plan.num_slots, longest)
+        if plan is None or not members:
+            left.pop(0)
+            continue
         yield plan, members
-        waiting[plan.key] = [trial for trial in waiting[plan.key] if trial not in members]
         active[plan.key] = active.get(plan.key, 0) + 1
-        free_workers -= plan.world_size
-
-
-def _next_group(
-    trials: Sequence[TrialSpec], free_workers: int, kept: Kept
-) -> tuple[Arithmetic | None, list[TrialSpec]]:
-    """What the next pack of one key has to keep, and the trials that it can then train."""
-    had = [kept[trial.number] for trial in trials if trial.number in kept]
-    first = next((one for one in had if one.world_size <= free_workers), None)
-    if first is None:
-        return None, [trial for trial in trials if trial.number not in kept]
-    return first, [trial for trial in trials if can_train(first, trial, kept)]
+        left[0] = replace(left[0], count=left[0].count - plan.world_size)
 
 
 def _world_size(
     key: PackKey,
-    trials: Sequence[TrialSpec],
-    num_waiting: int,
+    number: int,
+    lines: Lines,
+    free_here: int,
     free_workers: int,
     premises: Premises,
 ) -> tuple[int, str]:
-    """Workers for the next pack of this key, and why."""
+    """Workers for the next pack of this key, and why; `free_here` are of the kind in question."""
     wanted = premises.resources.workers_per_pack
     if wanted is not None:
         words = f"{_workers(wanted)}, as set"
-        idle = free_workers - wanted
+        idle = free_here - wanted
         if 0 < idle < wanted:
-            words += f", which leaves {idle} of {free_workers} free ones idle"
+            words += f", which leaves {idle} of {free_here} free ones idle"
         return wanted, words
     # Every waiting trial gets a pack of its own before any pack gets a second worker.
-    spare = free_workers // num_waiting
+    num_waiting = lines.all_left
+    spare = min(free_workers // num_waiting, free_here)
     if premises.device == "cpu" or spare < 2:
-        return 1, f"1 worker, {len(trials)} waiting over {free_workers} free"
-    parts = math.gcd(*(_num_passes(trial.config) for trial in trials))
+        return 1, f"1 worker, {number} waiting over {free_workers} free"
+    parts = lines.parts(key)
     size = max(count for count in range(1, spare + 1) if parts % count == 0)
     few = f"{num_waiting} waiting over {free_workers} free"
     if size == spare:
         return size, f"{_workers(size)}, {few}"
     return size, f"{_workers(size)}, {few}: the batch divides no further"
-
-
-def _num_passes(trial: TrialConfig) -> int:
-    """Most workers that can share a step."""
-    return trial.batch_size // (trial.micro_batch_size or 1)
 
 
 def _wish(
@@ -258,7 +249,7 @@ def _wish(
     num_slots = 1 if key.alone else min(asked, num_trials) if asked is not None else None
     wish = PackWish(
         quant=QuantConfig.model_validate(dict(key.quant)),
-        zero=key.zero,
+        strategy=StrategyConfig.model_validate(dict(key.strategy)),
         alone=key.alone,
         share=share,
         num_slots=num_slots,
@@ -278,12 +269,3 @@ def _wish(
 
 def _workers(count: int) -> str:
     return "1 worker" if count == 1 else f"{count} workers"
-
-
-def _why_alone(trial: TrialConfig) -> str:
-    if trial.strategy.kind == "zero":
-        return "strategy.kind: zero gives each trial a DeepSpeed engine of its own"
-    if trial.quant.bit_width == 8:
-        # bitsandbytes 0.50 finds outlier columns over the whole batch, neighbours included.
-        return "LLM.int8 treats a batch as one: neighbours would change each other's numbers"
-    return ""

@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,7 +55,11 @@ class BaseShape:
     num_plain_params: int
     """Weights that no bit-width touches: embeddings, norms, biases and the output head."""
 
-    @property
+    def __hash__(self) -> int:
+        # Of a few numbers: plans are remembered by it, and the layers are hundreds.
+        return hash((self.num_layers, self.hidden_size, self.vocab_size, self.num_plain_params))
+
+    @cached_property
     def num_linear_params(self) -> int:
         return sum(linear.num_params for linear in self.linears)
 
@@ -62,6 +67,7 @@ class BaseShape:
     def num_params(self) -> int:
         return self.num_linear_params + self.num_plain_params
 
+    @lru_cache(maxsize=256)  # noqa: B019  (a process sees few shapes)
     def targets(self, target_modules: Targets) -> tuple[Linear, ...]:
         """The layers that `adapter.target_modules` names."""
         names = set(matching((linear.name for linear in self.linears), target_modules))

@@ -13,8 +13,10 @@ from typing import Any
 
 from orchestrator.errors import ConfigError, DiskFull
 from orchestrator.planning.compatibility import problems
+from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
-from orchestrator.planning.packs import PackPlan, learn_from, pack_key, preview_packs
+from orchestrator.planning.packs import PackPlan, learn_from, preview_packs
+from orchestrator.planning.waiting import Waiting, pack_key
 from orchestrator.records import (
     Arithmetic,
     Assign,
@@ -71,6 +73,25 @@ class _Pack:
     ready: bool = False
     idle: bool = False
     directives: list[Directive] = field(default_factory=list)
+    _seen: PackView | None = None
+
+    def view(self, number: int) -> PackView:
+        """The one before, where nothing has changed: there may be a thousand packs."""
+        occupied, seen = len(self.attempts), self._seen
+        if seen and (seen.occupied, seen.ready, seen.idle) == (occupied, self.ready, self.idle):
+            return seen
+        plan = self.plan
+        self._seen = PackView(
+            number,
+            plan.key,
+            plan.num_slots,
+            occupied,
+            self.ready,
+            self.idle,
+            plan.arithmetic,
+            plan.kind.name,
+        )
+        return self._seen
 
 
 class Controller:
@@ -83,13 +104,17 @@ class Controller:
         num_workers: int,
         premises: Premises,
         observe: Observer = lambda notice: None,
+        kinds: tuple[WorkerKind, ...] = (),
     ) -> None:
+        """`kinds` of the workers, the fastest first; empty where all are alike."""
         self._store = store
         self._executor = executor
         self._ask = ask
         self._build_pack = build_pack
         self._num_workers = num_workers
         self._premises = premises
+        self._kinds = kinds
+        self._waiting = Waiting()
         self._observe = observe
         self._max_restarts = store.sweep.config.max_restarts
         self._trials = {trial.number: trial for trial in store.trials}
@@ -136,7 +161,7 @@ class Controller:
         """A resume may change the resources; stored trials were asked for with the old ones."""
         workers_per_pack = self._premises.resources.workers_per_pack
         misfits = []
-        for trial in self._view().waiting:
+        for trial in list(self._view().waiting):
             if found := problems(trial.config):  # its sweep was killed before it could say so
                 self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
                 continue
@@ -155,7 +180,9 @@ class Controller:
 
     def _write_plan(self) -> None:
         """The packs that this start of the sweep begins with; what follows is in the decisions."""
-        packs = preview_packs(self._view().waiting, self._num_workers, self._premises, self._had)
+        packs = preview_packs(
+            self._view().waiting, self._num_workers, self._premises, self._had, self._kinds
+        )
         self._store.write(
             "plan",
             {
@@ -169,25 +196,16 @@ class Controller:
 
     def _view(self) -> SweepView:
         taken = {number for pack in self._packs.values() for number in pack.attempts}
-        waiting = tuple(
-            trial
-            for number, trial in sorted(self._trials.items())
-            if number not in taken and number not in self._results
+        self._waiting.keep_to(self._trials.keys() - taken - self._results.keys(), self._trials)
+        return SweepView(
+            self._waiting,
+            tuple(pack.view(number) for number, pack in self._packs.items()),
+            self._num_workers,
+            self._premises,
+            self._stop_at is not None,
+            self._had,
+            self._kinds,
         )
-        packs = tuple(
-            PackView(
-                number,
-                pack.plan.key,
-                pack.plan.num_slots,
-                len(pack.attempts),
-                pack.ready,
-                pack.idle,
-                pack.plan.arithmetic,
-            )
-            for number, pack in self._packs.items()
-        )
-        interrupted = self._stop_at is not None
-        return SweepView(waiting, packs, self._num_workers, self._premises, interrupted, self._had)
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -307,8 +325,10 @@ class Controller:
             self._premises, reason = learned
             self._decided("plan_less_memory", f"pack {event.pack}", reason)
             retried = True
+        planned_anew = retried and event.reason == "out_of_memory"  # each time with less
         for trial, attempt in trials.items():
-            losses = self._losses[trial] = self._losses.get(trial, 0) + 1
+            losses = self._losses.get(trial, 0) + (not planned_anew)
+            self._losses[trial] = losses
             if not retried:
                 self._end(_failed(trial, attempt, event.reason, event.message))
             elif losses > self._max_restarts:

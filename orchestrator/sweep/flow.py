@@ -17,6 +17,7 @@ from orchestrator.data.prepare import PreparedData, RunTasks, find_prepared, pre
 from orchestrator.errors import ConfigError, TrialFailed
 from orchestrator.files import cache_dir
 from orchestrator.planning.capacity import check_pack_fits
+from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import OPTIMIZER_BYTES
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan
@@ -63,6 +64,8 @@ class Services:
     """Is told everything that the display is told."""
     worker_memory_bytes: int = 0
     """Of the worker that has least; 0: unknown."""
+    kinds: tuple[WorkerKind, ...] = ()
+    """Of the workers, the fastest first; empty where all are alike."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ def _train(
                 services.worker_memory_bytes,
             ),
             observe,
+            services.kinds,
         )
         services.on_controller(controller)
         return controller.run()
@@ -178,11 +182,13 @@ def sweep_premises(
             "resources.step_program: graph needs GPUs, but the device is cpu: set auto or compiled"
         )
     room = bounds(config.trial, config.search)
+    usable = resources.memory_fraction if device == "cuda" else 1.0
     return Premises(
         device=device,
         compute_dtype=compute_dtype,
         shape=shape,
-        worker_memory_bytes=worker_memory_bytes,
+        worker_memory_bytes=int(worker_memory_bytes * usable),
+        memory_fraction=usable,
         max_rank=room.max_rank,
         target_modules=room.target_modules,
         dropout=room.dropout,
@@ -222,6 +228,8 @@ def pack_spec(
         world_size=plan.world_size,
         dequantise_once=plan.fit.dequantise_once,
         step_program=plan.fit.step_program,
+        memory_fraction=config.resources.memory_fraction,
+        accelerator=plan.kind.name,
     )
 
 

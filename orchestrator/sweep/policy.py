@@ -3,20 +3,21 @@
 In: SweepView. Out: actions, each with its reason. No clock, no Ray, no files.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from orchestrator.planning.kinds import WorkerKind, longest_for
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import (
-    Kept,
-    PackKey,
     PackPlan,
-    by_key,
-    can_train,
+    one_kind,
     plan_packs,
     what_is_kept,
     why_not_kept,
 )
+from orchestrator.planning.waiting import Kept, Lines, PackKey, indexed
 from orchestrator.records import Arithmetic, TrialSpec
 
 
@@ -31,18 +32,26 @@ class PackView:
     idle: bool
     """It has answered and waits to be told to go on."""
     arithmetic: Arithmetic = Arithmetic(1, 1, False)
+    kind: str = ""
+    """Of its workers."""
 
 
 @dataclass(frozen=True)
 class SweepView:
-    waiting: tuple[TrialSpec, ...]
-    """Trials that are neither over nor in a slot, in the order in which they should start."""
+    waiting: Sequence[TrialSpec]
+    """Trials that are neither over nor in a slot; a `Waiting` saves sorting them each time."""
     packs: tuple[PackView, ...]
     num_workers: int
     premises: Premises
     interrupted: bool = False
     had: Kept = field(default_factory=dict)
     """What the waiting trials that have a checkpoint were trained with."""
+    kinds: tuple[WorkerKind, ...] = ()
+    """Of the workers, the fastest first; empty where all are alike."""
+
+    @property
+    def all_kinds(self) -> tuple[WorkerKind, ...]:
+        return self.kinds or one_kind(self.num_workers, self.premises)
 
 
 @dataclass(frozen=True)
@@ -79,12 +88,21 @@ Action = StartPack | AssignTrial | ReleasePack | AbandonPack
 def decide(view: SweepView) -> list[Action]:
     if view.interrupted:
         return list(_interrupt(view))
-    kept = what_is_kept(view.waiting, view.had, view.num_workers, view.premises)
-    waiting = by_key(view.waiting, kept)
+    waiting = indexed(view.waiting, view.premises.resources.workers_per_pack)
+    half_trained = waiting.among(view.had)
+    lines = Lines(waiting, what_is_kept(half_trained, view.had, view.all_kinds, view.premises))
+    free = _free_workers(view)
     actions: list[Action] = []
+    others = []
     for pack in view.packs:
-        actions += _fill(view, pack, waiting, kept)
-    return actions + _start(view, waiting, kept)
+        if pack.idle:
+            actions += _fill(view, pack, lines)
+        elif pack.occupied < pack.num_slots:
+            others.append(pack)
+    if free or not _enough(others, lines):
+        for pack in others:
+            actions += _reserve(pack, lines)
+    return actions + _start(view, lines, free)
 
 
 def _interrupt(view: SweepView) -> Sequence[Action]:
@@ -98,24 +116,37 @@ def _interrupt(view: SweepView) -> Sequence[Action]:
     ]
 
 
-def _fill(
-    view: SweepView, pack: PackView, waiting: dict[PackKey, list[TrialSpec]], kept: Kept
-) -> list[Action]:
-    """Give a pack's free slots to waiting trials; takes them out of `waiting`."""
-    queue = waiting.get(pack.key, [])
-    free = pack.num_slots - pack.occupied
-    taken = [trial for trial in queue if can_train(pack.arithmetic, trial, kept)][:free]
-    waiting[pack.key] = [trial for trial in queue if trial not in taken]
-    if not pack.ready and not taken:
-        return [AbandonPack(pack.number, f"no trial waits for a {pack.key.title} base any more")]
-    if not pack.idle:
-        return []  # loading or training: the trials it will take are spoken for
+def _fill(view: SweepView, pack: PackView, lines: Lines) -> list[Action]:
+    """Give the free slots of a pack that waits to trials; takes them out of `lines`."""
+    longest = math.inf
+    if view.kinds:
+        kind = next(kind for kind in view.kinds if kind.name == pack.kind)
+        longest = longest_for(kind, pack.num_slots, view.kinds, lines.all_work_left)
+    taken = lines.take(pack.key, pack.arithmetic, pack.num_slots - pack.occupied, longest)
     if not taken and not pack.occupied:
-        reason = f"no trial waits for a {pack.key.title} base"
+        waits = "that faster workers would not end sooner " if lines.left(pack.key) else ""
+        reason = f"no trial waits {waits}for a {pack.key.title} base"
         return [ReleasePack(pack.number, save=False, reason=reason)]
     return [
         AssignTrial(pack.number, trial.number, _why_assigned(view, pack, trial)) for trial in taken
     ]
+
+
+def _enough(packs: Sequence[PackView], lines: Lines) -> bool:
+    """Whether there are trials for all slots that these will have free."""
+    wanted: Counter[PackKey] = Counter()
+    for pack in packs:
+        wanted[pack.key] += pack.num_slots - pack.occupied
+    kinds = {(pack.key, pack.arithmetic) for pack in packs}
+    return all(lines.count(key, arithmetic) >= wanted[key] for key, arithmetic in kinds)
+
+
+def _reserve(pack: PackView, lines: Lines) -> list[Action]:
+    """The trials that a pack will take once it has loaded, or answers, are spoken for."""
+    taken = lines.take(pack.key, pack.arithmetic, pack.num_slots - pack.occupied)
+    if pack.ready or taken:
+        return []
+    return [AbandonPack(pack.number, f"no trial waits for a {pack.key.title} base any more")]
 
 
 def _why_assigned(view: SweepView, pack: PackView, trial: TrialSpec) -> str:
@@ -123,16 +154,26 @@ def _why_assigned(view: SweepView, pack: PackView, trial: TrialSpec) -> str:
     had = view.had.get(trial.number)
     if had in (None, pack.arithmetic):
         return reason
-    why = why_not_kept(trial.config, had, view.num_workers, view.premises)
+    why = why_not_kept(trial.config, had, view.all_kinds, view.premises)
     return f"{reason}; planned anew, as it was trained with {had} so far and {why}"
 
 
-def _start(view: SweepView, waiting: dict[PackKey, list[TrialSpec]], kept: Kept) -> list[Action]:
+def _free_workers(view: SweepView) -> list[WorkerKind]:
+    """Of each kind; empty where none is free."""
+    used: dict[str, int] = {}
+    for pack in view.packs:
+        used[pack.kind] = used.get(pack.kind, 0) + pack.arithmetic.world_size
+    free = [replace(kind, count=kind.count - used.get(kind.name, 0)) for kind in view.all_kinds]
+    return free if any(kind.count > 0 for kind in free) else []
+
+
+def _start(view: SweepView, lines: Lines, free: Sequence[WorkerKind]) -> list[Action]:
+    if not free or not lines.all_left:
+        return []
     active: dict[PackKey, int] = {}
     for pack in view.packs:
         active[pack.key] = active.get(pack.key, 0) + 1
-    free_workers = view.num_workers - sum(pack.arithmetic.world_size for pack in view.packs)
     return [
         StartPack(plan, plan.reason)
-        for plan, _ in plan_packs(waiting, active, free_workers, view.premises, kept)
+        for plan, _ in plan_packs(lines, active, free, view.premises, view.kinds)
     ]

@@ -1,4 +1,4 @@
-"""What a worker has used of its device's memory."""
+"""What a worker may use of its device's memory, and what it has used."""
 
 import resource
 import sys
@@ -9,6 +9,12 @@ from orchestrator.records import Device
 
 # Linux counts ru_maxrss in KiB, macOS in bytes.
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
+
+
+def cap_memory(fraction: float) -> None:
+    """Beyond this part of its GPU the worker runs out of memory: an error that becomes a smaller
+    plan, where it would else take what other processes on the GPU need."""
+    torch.cuda.set_per_process_memory_fraction(fraction)
 
 
 def peak_memory_bytes(device: Device) -> int:

@@ -36,12 +36,12 @@ from orchestrator.records import (
     TrialStopped,
 )
 from orchestrator.training.adapter import save_adapter
-from orchestrator.training.base_model import enable_recomputation, load_base_model
+from orchestrator.training.base_model import LoadedBase, enable_recomputation, load_base_model
 from orchestrator.training.engine import Engine, RowEngine
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.feed import Feed
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
-from orchestrator.training.memory import peak_memory_bytes
+from orchestrator.training.memory import cap_memory, peak_memory_bytes
 from orchestrator.training.program import EagerProgram, check_lanes
 from orchestrator.training.program_builder import ProgramBuilder
 from orchestrator.training.replicas import join
@@ -71,12 +71,10 @@ class PackWorker:
             torch.set_num_threads(spec.cpus)
         else:
             _compute_alike()
+            cap_memory(spec.memory_fraction)
         strategy = StrategyConfig.model_validate(spec.strategy)
         self.replicas = join(self.place, spec.device)
-        quant = QuantConfig.model_validate(spec.quant)
-        self.base = load_base_model(
-            spec.base_model, quant, spec.device, strategy, spec.dequantise_once
-        )
+        self.base = self._load_base(strategy)
         if spec.gradient_checkpointing:
             enable_recomputation(self.base.model)
         self.rows = Slots(
@@ -139,6 +137,11 @@ class PackWorker:
         ]
         words += ["recomputation"] if spec.gradient_checkpointing else []
         return ", ".join(words)
+
+    def _load_base(self, strategy: StrategyConfig) -> LoadedBase:
+        spec = self.spec
+        quant = QuantConfig.model_validate(spec.quant)
+        return load_base_model(spec.base_model, quant, spec.device, strategy, spec.dequantise_once)
 
     def _build_engine(self, strategy: StrategyConfig) -> Engine:
         spec = self.spec

@@ -6,16 +6,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import GIB
-from orchestrator.planning.packs import (
-    FRESH,
-    PackKey,
-    PackPlan,
-    pack_key,
-    plan_pack,
-    preview_packs,
-)
+from orchestrator.planning.packs import PackPlan, one_kind, plan_pack, preview_packs
 from orchestrator.planning.shape import BaseShape
+from orchestrator.planning.waiting import FRESH, Lines, PackKey, Waiting, pack_key
 from orchestrator.records import Arithmetic, TrialSpec
 from orchestrator.sweep.policy import (
     AbandonPack,
@@ -149,7 +144,7 @@ def test_a_preview_lists_trials_that_the_pack_can_train() -> None:
         for trial in trials(4, trial__batch_size=size, trial__micro_batch_size=1)
     ]
     packs = preview(waiting, 2, LLAMA_8B, resources__workers_per_pack=2)
-    assert members(packs) == [[1, 2]]
+    assert members(packs) == [[2, 1]]
 
 
 @pytest.mark.parametrize(
@@ -172,10 +167,9 @@ def test_what_slots_cannot_share_runs_alone_and_the_plan_says_why(
 
 
 def test_nothing_is_planned_without_waiting_trials_or_free_workers() -> None:
-    (trial,) = trials(4)
-    key = pack_key(trial.config)
-    assert plan_pack({key: []}, {}, 1, premises(sweep_config())) is None
-    assert plan_pack({key: [trial]}, {}, 0, premises(sweep_config())) is None
+    given = premises(sweep_config())
+    assert plan_pack(Lines(Waiting(), {}), {}, one_kind(1, given), given) is None
+    assert plan_pack(Lines(Waiting(trials(4)), {}), {}, one_kind(0, given), given) is None
 
 
 def test_a_plan_becomes_a_record_with_its_choices_and_bytes() -> None:
@@ -347,3 +341,64 @@ def test_an_interrupt_saves_packs_that_train_and_abandons_those_that_load() -> N
     assert decide(view([trial], pack(key, 1, idle=False), interrupted=True)) == []
     loading = pack(key, 0, ready=False, idle=False)
     assert decide(view([trial], loading, interrupted=True)) == [AbandonPack(0)]
+
+
+LARGE = WorkerKind("H200", 1, 140 * GIB, 1.0)
+SMALL = WorkerKind("L4", 1, 22 * GIB, 0.6)
+
+
+def kinds_view(waiting: list[TrialSpec], *packs: PackView, shape: BaseShape) -> SweepView:
+    given = premises(sweep_config(), "cuda", shape, SMALL.memory_bytes)
+    return SweepView(tuple(waiting), packs, 2, given, kinds=(LARGE, SMALL))
+
+
+def test_a_pack_is_planned_for_the_kind_of_gpu_that_it_will_run_on() -> None:
+    actions = decide(kinds_view(trials(4, 4), shape=LLAMA_8B))
+    plans = [action.plan for action in actions if isinstance(action, StartPack)]
+    assert [plan.kind.name for plan in plans] == ["H200", "L4"]
+    assert [plan.fit.dequantise_once for plan in plans] == [True, False]
+    assert "4-bit nf4 on L4" in plans[1].reason
+
+
+def test_the_longest_trials_go_to_the_fastest_gpus() -> None:
+    waiting = [
+        TrialSpec(number, {}, sweep_config(trial__steps=steps).trial)
+        for number, steps in enumerate((10, 400))
+    ]
+    packs = preview_packs(
+        waiting, 2, premises(sweep_config(), "cuda", LLAMA_8B, GIB), kinds=(LARGE, SMALL)
+    )
+    assert {plan.kind.name: [t.number for t in mine] for plan, mine in packs} == {
+        "H200": [1],
+        "L4": [0],
+    }
+
+
+def test_a_kind_whose_workers_are_all_taken_gets_no_pack() -> None:
+    (trial, other) = trials(4, 16)
+    busy = replace(pack(pack_key(trial.config), occupied=2, idle=False), kind="H200")
+    (start,) = decide(kinds_view([other], busy, shape=LLAMA_HALF_B))
+    assert isinstance(start, StartPack)
+    assert start.plan.kind.name == "L4"
+
+
+def test_a_slow_gpu_begins_nothing_that_a_fast_one_would_end_sooner() -> None:
+    short, long = (TrialSpec(n, {}, sweep_config(trial__steps=10**n).trial) for n in (1, 2))
+    slow = replace(SMALL, speed=0.1)
+    given = premises(sweep_config(), "cuda", LLAMA_8B)
+    packs = preview_packs([short, long], 2, given, kinds=(LARGE, slow))
+    assert [(plan.kind.name, t.number) for plan, mine in packs for t in mine] == [("H200", 2)]
+    idle = replace(pack(pack_key(short.config), 0), kind="L4")
+    view = SweepView((short,), (idle,), 1, given, kinds=(replace(LARGE, count=0), slow))
+    assert decide(view) == [AssignTrial(0, 1)]
+    view = replace(view, kinds=(LARGE, slow), packs=(idle, replace(idle, number=1, kind="H200")))
+    assert decide(view) == [ReleasePack(0, save=False), AssignTrial(1, 1)]
+
+
+def test_a_half_trained_trial_goes_on_where_its_arithmetic_fits() -> None:
+    (trial,) = trials(4, trial__batch_size=8)
+    had = Arithmetic(1, 8, False)  # 8 blocks at once do not fit the small kind
+    seen = replace(kinds_view([trial], shape=LLAMA_8B), had={0: had})
+    (start,) = decide(seen)
+    assert isinstance(start, StartPack)
+    assert (start.plan.kind.name, start.plan.arithmetic) == ("H200", had)

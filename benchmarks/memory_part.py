@@ -1,0 +1,307 @@
+"""Measures the memory of one shape's pack workers in one process, for `benchmarks.planner_memory`.
+
+Cases with the same base use one that is loaded once; what a case changes about it is undone. A row
+is appended as soon as it is measured.
+
+What is compared, at its highest, once the base is loaded:
+
+    torch       bytes of the tensors, and what the pools of recorded graphs hold beyond theirs, as
+                nobody else can use that. What the allocator merely keeps for later is not in it
+    managed     bitsandbytes' paged states, which bypass torch's allocator
+    outside     the CUDA context and loaded kernels: what the driver counts for this process without
+                what torch's allocator holds. Read where nothing is managed; elsewhere the record
+                takes the median of those
+
+Each case runs on a card made so small that the plan just fits it (what is expected is the part of
+it that the planner uses). What runs out of memory there is measured again without that.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.blocks import prepare_blocks
+from benchmarks.memory_cases import Case, expected
+from benchmarks.models import SHAPES
+from benchmarks.own import NEVER, train
+from benchmarks.recording import Row, append_row, environment
+from orchestrator.config import EvaluationConfig, QuantConfig, StrategyConfig, TrialConfig
+from orchestrator.planning.fit import BUDGET_FRACTION
+from orchestrator.planning.memory import PackMemory
+from orchestrator.records import BaseModel, Device, Leave, PackSpec
+from orchestrator.training.base_model import LoadedBase
+from orchestrator.training.lanes import AdaptedLinear
+from orchestrator.training.pack import PackWorker
+
+STEPS = 2
+PASSES = 2  # of a step
+
+
+def main() -> None:
+    options = _options()
+    ends = time.monotonic() + options.seconds
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+    bases = Bases()
+    data: dict[int, Path] = {}
+    for content in json.loads(options.cases.read_text()):
+        case = Case(**content)
+        if time.monotonic() > ends:
+            print(f"out of time before {case}", flush=True)
+            return
+        if case.tokens not in data:
+            folder = options.model.parent / f"data-{case.shape}"
+            data[case.tokens] = prepare_blocks(folder, options.model, case.tokens)
+        spec = pack_spec(case, options.model, data[case.tokens], device)
+        plan = expected(case, SHAPES[case.shape], device)
+        append_row(options.rows, asdict(case) | measured_row(case, spec, plan, bases))
+
+
+class Bases:
+    """The base of the last case, for the next one that can use it."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._base: LoadedBase | None = None
+
+    def __call__(self, case: Case, worker: "SharingWorker") -> LoadedBase:
+        if self._base is None or case.zero_stage is not None or self._key != case.base:
+            self.drop()
+            self._base = worker.load_base(StrategyConfig.model_validate(worker.spec.strategy))
+            self._key = case.base
+        return self._base
+
+    def clean(self, zero: bool) -> None:
+        """Undo what a worker did to it; DeepSpeed changes too much."""
+        if zero:
+            self.drop()
+        if self._base is not None:
+            _restore(self._base.model)
+        torch._dynamo.reset()
+        _collect()
+
+    def drop(self) -> None:
+        self._base = None
+        _collect()
+
+
+class SharingWorker(PackWorker):
+    """Takes its base from `bases`, and begins to count once it is there."""
+
+    def __init__(self, spec: PackSpec, case: Case, bases: Bases) -> None:
+        super().__init__(spec)
+        self._case = case
+        self._bases = bases
+
+    def load_base(self, strategy: StrategyConfig) -> LoadedBase:
+        return super()._load_base(strategy)
+
+    def _load_base(self, strategy: StrategyConfig) -> LoadedBase:
+        base = self._bases(self._case, self)
+        _collect()
+        _reset_peak()
+        return base
+
+
+def measured_row(case: Case, spec: PackSpec, plan: PackMemory, bases: Bases) -> Row:
+    started = time.monotonic()
+    out_of_memory = False
+    try:
+        found = _measure(case, spec, bases, _limit(case, plan))
+    except torch.OutOfMemoryError as error:
+        out_of_memory = True
+        print(f"out of memory: {str(error).splitlines()[0]}", flush=True)
+        bases.drop()
+        _reset_dynamo()
+        found = _measure(case, spec, bases, 1.0)
+    return {
+        "expected_bytes": plan.total_bytes,
+        "expected": asdict(plan),
+        **found,
+        "out_of_memory": out_of_memory,
+        "took_s": round(time.monotonic() - started, 1),
+        "environment": environment(),
+    }
+
+
+def _measure(case: Case, spec: PackSpec, bases: Bases, fraction: float) -> Row:
+    cuda = spec.device == "cuda"
+    if cuda:
+        torch.cuda.set_per_process_memory_fraction(fraction)
+    worker = SharingWorker(spec, case, bases)
+    paged = len(_paged_bytes()) if cuda else 0
+    try:
+        worker.load()
+        before, pool, unused = _peak(), *_pools()
+        _reset_peak()
+        with tempfile.TemporaryDirectory() as folder:
+            train(worker, list(_trials(case)), Path(folder))
+        peak = max(before, _peak() + unused)
+        managed = sum(_paged_bytes()[paged:]) if cuda else 0
+        # Where pages of managed memory lie, here or on the host, the driver does not say.
+        outside = _outside_bytes() if cuda and not _paged_bytes() else None
+        return {
+            "torch_bytes": peak,
+            "managed_bytes": managed,
+            "outside_bytes": outside,
+            "pool_bytes": pool,
+            "allocated_bytes": _peak(),
+            "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
+            "ran": worker.programs.kind,
+        }
+    finally:
+        if hasattr(worker, "engine"):
+            worker.advance([Leave(save=False)])
+        worker.__dict__.clear()  # the error of a lost worker keeps it alive
+        bases.clean(case.zero_stage is not None)
+        if cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def pack_spec(case: Case, model: Path, shards: Path, device: Device) -> PackSpec:
+    quant = QuantConfig(bit_width=case.bit_width).model_dump()
+    return PackSpec(
+        pack=0,
+        base_model=BaseModel(str(model), None, str(model), "benchmark"),
+        data_place=str(shards),
+        template="plain",
+        quant=quant | {"compute_dtype": "bfloat16" if device == "cuda" else "float32"},
+        target_modules="all-linear",
+        num_slots=case.slots,
+        max_rank=case.rank,
+        micro_batch_size=case.micro_batch,
+        gradient_checkpointing=case.recomputation,
+        strategy=case.strategy.model_dump(),
+        device=device,
+        cpus=1,
+        evaluation=EvaluationConfig(batch_size=1),
+        checkpoint_every_steps=NEVER,
+        dropout=case.dropout,
+        dequantise_once=case.dequantise_once,
+        step_program=case.program,
+    )
+
+
+def _trials(case: Case) -> Iterator[TrialConfig]:
+    for number in range(case.slots):
+        yield TrialConfig.model_validate(
+            {
+                "quant": {"bit_width": case.bit_width},
+                "adapter": {"rank": case.rank, "dropout": 0.1 if case.dropout else 0.0},
+                "optimizer": {"name": case.optimizer},
+                "strategy": case.strategy.model_dump(),
+                "steps": STEPS,
+                "batch_size": PASSES * case.micro_batch,
+                "micro_batch_size": case.micro_batch,
+                "seed": number,
+            }
+        )
+
+
+def _limit(case: Case, plan: PackMemory) -> float:
+    """The part of this card's memory that torch would have on one that the plan just fits."""
+    if not torch.cuda.is_available():
+        return 1.0
+    card = plan.total_bytes / BUDGET_FRACTION
+    total = torch.cuda.get_device_properties(0).total_memory
+    paged = plan.optimizer_bytes if case.paged else 0
+    # cuBLAS's workspaces are torch's, so this is a little less than it would have.
+    return float(min(1.0, (card - plan.runtime_bytes - paged) / total))
+
+
+def _restore(model: nn.Module) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.base)
+    for module in model.modules():
+        module._compiled_call_impl = None
+    model.activation_checkpointing_disable()  # type: ignore[operator]
+    if getattr(model, "_require_grads_hooks", None) or hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()  # type: ignore[operator]
+
+
+def _reset_dynamo() -> None:
+    torch._dynamo.reset()
+    _collect()
+
+
+def _collect() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _pools() -> tuple[int, int]:
+    """Bytes of the pools of recorded graphs, and of those what no tensor uses now."""
+    if not torch.cuda.is_available():
+        return 0, 0
+    private = [
+        segment
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) != (0, 0)
+    ]
+    total = sum(segment["total_size"] for segment in private)
+    return total, total - sum(segment["allocated_size"] for segment in private)
+
+
+def _paged_bytes() -> list[int]:
+    """Of all paged tensors that this process ever made: bitsandbytes 0.50 frees none."""
+    from bitsandbytes.functional import GlobalPageManager
+
+    paged = GlobalPageManager.get_instance().paged_tensors
+    return [tensor.numel() * tensor.element_size() for tensor in paged]
+
+
+def _outside_bytes() -> int | None:
+    """None where the driver does not tell this process's memory from that of others."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        found: Any = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        here = [entry.usedGpuMemory for entry in found if entry.pid == os.getpid()]
+        if not here and len(found) <= 1:  # in a container, under another number
+            free, total = torch.cuda.mem_get_info()
+            here = [total - free]
+    finally:
+        pynvml.nvmlShutdown()
+    if not here or not here[0]:
+        return None
+    return max(0, int(here[0]) - torch.cuda.memory_reserved())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--cases", type=Path, required=True, help="JSON")
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

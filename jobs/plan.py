@@ -1,0 +1,251 @@
+"""`orchestrator plan`: what a sweep will do, what it takes and what it costs, before it is started.
+
+Imports no torch, transformers, ray or mlflow. It needs no GPU: `--gpus` says which there will be.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.dry_run import NO_BASE_YET, first_trials, trials_table
+from orchestrator.config import SweepConfig
+from orchestrator.errors import ConfigError
+from orchestrator.loading import load_config
+from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
+from orchestrator.planning.compatibility import problems
+from orchestrator.planning.durations import Durations
+from orchestrator.planning.gpus import Gpu, parse_gpus
+from orchestrator.planning.kinds import WorkerKind
+from orchestrator.planning.memory import GIB, PackMemory
+from orchestrator.planning.packs import PackPlan, preview_packs
+from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
+from orchestrator.records import Device, TrialSpec
+from orchestrator.search.space import check_space, num_trials
+from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
+from orchestrator.sweep.forecast import Forecast, forecast
+from orchestrator.training.model_source import find_source
+
+CHART_WIDTH = 64
+FILE_WIDTH = 120
+WORDS = ("base", "GPUs", "trials")
+FIT = ("pack", "tokens/s", "from", "to")
+MOST_ROWS = 24
+PARTS = {
+    "base_bytes": "base, as stored",
+    "dequantised_bytes": "base, dequantised",
+    "adapters_bytes": "adapters and gradients",
+    "optimizer_bytes": "optimizer",
+    "lanes_bytes": "adapters' copies",
+    "graph_bytes": "recorded step",
+    "training_bytes": "training pass",
+    "evaluation_bytes": "evaluation pass",
+    "runtime_bytes": "CUDA and libraries",
+}
+
+
+def show(path: Path, overrides: list[str], gpus: str | None, machine: Node) -> int:
+    config = load_config(path, overrides)
+    check_space(config)
+    kinds, known = _workers(config, gpus, machine)
+    folder = find_source(config.base_model)
+    shape = read_shape(folder) if folder is not None and folder.is_dir() else NO_BASE_YET
+    trials = first_trials(config)
+    # Where nobody's window sets a width: enough for the tables.
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    console = Console(soft_wrap=True, highlight=False, width=width)
+    console.print(trials_table(config, trials))
+    valid = [t for t in trials if not problems(t.config, config.resources.workers_per_pack)]
+    for trial in trials:
+        for problem in problems(trial.config, config.resources.workers_per_pack):
+            console.print(f"trial {trial.number} will not be trained: {problem}", markup=False)
+    _Shown(console, config, kinds, known, shape).plan(valid)
+    return 0
+
+
+def _workers(
+    config: SweepConfig, gpus: str | None, machine: Node
+) -> tuple[tuple[WorkerKind, ...], dict[str, Gpu]]:
+    """The kinds of workers, the fastest first, and what is known of their GPUs: nothing without
+    `--gpus`."""
+    resources = config.resources
+    if gpus is None:
+        device = resources.device
+        if device == "auto":
+            device = "cuda" if machine.num_gpus else "cpu"
+        count = worker_count(resources, device, [machine])
+        memory_bytes = worker_memory_bytes(resources, device, [machine], count)
+        name = "GPU of this machine" if device == "cuda" else "worker on this machine's CPU"
+        return (WorkerKind(name, count, memory_bytes),), {}
+    if resources.device == "cpu":
+        raise ConfigError(f"--gpus {gpus}, but resources.device: cpu: set auto or cuda")
+    found = sorted(parse_gpus(gpus), key=lambda entry: -entry[2].tflops)
+    fastest = found[0][2].tflops
+    left = resources.num_workers
+    kinds = []
+    for count, name, gpu in found:
+        used = count if left is None else min(count, left)
+        left = None if left is None else left - used
+        kinds.append(WorkerKind(name, used, gpu.memory_bytes, gpu.tflops / fastest))
+    if left:
+        raise ConfigError(f"resources.num_workers={resources.num_workers}: --gpus {gpus} has fewer")
+    return tuple(kind for kind in kinds if kind.count), {name: gpu for _, name, gpu in found}
+
+
+class _Shown:
+    def __init__(
+        self,
+        console: Console,
+        config: SweepConfig,
+        kinds: Sequence[WorkerKind],
+        known: dict[str, Gpu],
+        shape: BaseShape | UnknownShape,
+    ) -> None:
+        self._console = console
+        self._config = config
+        self._kinds = kinds
+        self._known = known
+        self._shape = shape
+        on_cpu = not known and "CPU" in kinds[0].name
+        self._device: Device = "cpu" if on_cpu else "cuda"
+        self._premises = sweep_premises(
+            config,
+            self._device,
+            auto_compute_dtype(self._device),
+            shape,
+            min(kind.memory_bytes for kind in kinds),
+        )
+
+    def plan(self, trials: Sequence[TrialSpec]) -> None:
+        for kind in self._kinds:
+            memory = f" of {kind.memory_bytes / GIB:.1f} GiB" if kind.memory_bytes else ""
+            self._say(f"workers: {kind.count} x {kind.name}{memory}")
+        if isinstance(self._shape, UnknownShape) or not self._known:
+            packs = preview_packs(trials, 0, self._premises, kinds=self._kinds)
+            for number, (plan, members) in enumerate(packs):
+                names = ", ".join(str(trial.number) for trial in members)
+                self._say(f"pack {number}: {plan.reason}; starts with trials {names}")
+            self._memory([plan for plan, _ in packs])
+            self._say(f"time: not predicted: {self._why_no_time()}")
+            return
+        durations = Durations(self._premises, self._shape, self._known)
+        found = forecast(trials, self._kinds, self._premises, durations.block_s, durations.start_s)
+        self._packs(found, durations)
+        self._memory([pack.plan for pack in found.packs])
+        self._chart(found)
+        self._totals(found, len(trials))
+
+    def _why_no_time(self) -> str:
+        if isinstance(self._shape, UnknownShape):
+            return self._shape.reason
+        return "say with --gpus which GPUs the sweep will have, such as --gpus 8xH100-80GB"
+
+    def _packs(self, found: Forecast, durations: Durations) -> None:
+        table = Table(title="packs")
+        names = ("pack", "base", "GPUs", "slots", "blocks/pass", "tokens/s", "from", "to", "trials")
+        for name in names:
+            table.add_column(
+                name, justify="left" if name in ("base", "GPUs", "trials") else "right"
+            )
+        for pack in found.packs:
+            plan, trials = pack.plan, [s.trial for s in found.spans if s.pack == pack.number]
+            notes = [plan.key.title]
+            notes += ["dequantised"] if plan.fit.dequantise_once else []
+            notes += ["recomputing"] if plan.fit.gradient_checkpointing else []
+            table.add_row(
+                str(pack.number),
+                ", ".join(notes),
+                f"{plan.world_size}x{plan.kind.name}",
+                str(plan.num_slots),
+                str(plan.fit.micro_batch_size),
+                f"{durations.tokens_per_s(plan):,.0f}",
+                _clock(pack.start_s),
+                _clock(pack.end_s),
+                _ranges(sorted(trials)),
+            )
+        self._console.print(table)
+        for pack in found.packs:
+            if not pack.plan.fit.fits:
+                self._say(f"pack {pack.number}: {pack.plan.reason}")
+
+    def _memory(self, plans: Sequence[PackPlan]) -> None:
+        """Of each kind of pack once."""
+        columns: dict[str, PackMemory] = {}
+        budgets: dict[str, int] = {}
+        for plan in plans:
+            if plan.fit.memory is not None:
+                slots = plan.num_slots
+                name = f"{plan.key.title}, {slots} slot{'s' if slots > 1 else ''}\n{plan.kind.name}"
+                columns.setdefault(name, plan.fit.memory)
+                budgets.setdefault(name, plan.fit.budget_bytes)
+        if not columns:
+            return
+        where = "GPU" if self._device == "cuda" else "worker"
+        table = Table(title=f"memory per {where}, GiB")
+        table.add_column("part")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for part, title in PARTS.items():
+            values = [getattr(memory, part) for memory in columns.values()]
+            if any(values):
+                table.add_row(title, *(f"{value / GIB:.2f}" for value in values))
+        table.add_section()
+        totals = (f"{memory.total_bytes / GIB:.2f}" for memory in columns.values())
+        table.add_row("at its peak", *totals)
+        table.add_row("may be used", *(f"{budget / GIB:.2f}" for budget in budgets.values()))
+        hosts = [memory.host_bytes for memory in columns.values()]
+        if any(hosts):
+            table.add_row("on the host", *(f"{value / GIB:.2f}" for value in hosts))
+        self._console.print(table)
+        self._say("a training and an evaluation pass are not held at the same time")
+
+    def _chart(self, found: Forecast) -> None:
+        """A row for each worker: its packs by number, dots while one loads."""
+        rows = {worker: [" "] * CHART_WIDTH for pack in found.packs for worker in pack.workers}
+        scale = CHART_WIDTH / max(found.makespan_s, 1e-9)
+        for pack in found.packs:
+            first, ready = int(pack.start_s * scale), int(pack.ready_s * scale)
+            last = max(first + 1, min(CHART_WIDTH, round(pack.end_s * scale)))
+            label = f"{pack.number} "
+            for worker in pack.workers:
+                for place in range(first, min(last, CHART_WIDTH)):
+                    letter = label[(place - ready) % len(label)]
+                    rows[worker][place] = "." if place < ready else letter.replace(" ", "=")
+        self._say("which pack each GPU trains (dots: loading)")
+        for worker, row in sorted(rows.items())[:MOST_ROWS]:
+            self._say(f"  {worker:>4} |{''.join(row)}|")
+        if len(rows) > MOST_ROWS:
+            self._say(f"  and {len(rows) - MOST_ROWS} more GPUs")
+        self._say(f"       0{_clock(found.makespan_s):>{CHART_WIDTH + 1}}")
+
+    def _totals(self, found: Forecast, shown: int) -> None:
+        total = num_trials(self._config.search)
+        if total > shown:
+            self._say(f"of {total} trials only the first {shown} are known before results are in")
+        hours, gpu_hours = found.makespan_s / 3600, found.worker_s / 3600
+        self._say(f"predicted: {hours:.2f} hours, {gpu_hours:.2f} GPU-hours, evaluations apart")
+        rate = self._config.resources.cost_per_hour
+        if rate is not None:
+            self._say(f"price: {gpu_hours * rate:.2f} at {rate:g} for a GPU and hour")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3, 7` of 0, 1, 2, 3 and 7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if part[1:] else f"{part[0]}" for part in parts)

@@ -1,0 +1,168 @@
+"""Bytes of a pass's tensors, by what autograd keeps and what lives at once at its peak.
+
+In: the base's shape and a PackLoad. Out: a PassMemory. Pure, no torch.
+
+Counted tensor by tensor for blocks built like Llama's (transformers 5.23, torch 2.13), per token,
+with H hidden size, I intermediate size, Q and KV the widths of all query and of all key and value
+heads, R the rank. Attention's backward pass is left out: by then the MLP's tensors of its layer,
+which are larger, are gone.
+"""
+
+from dataclasses import dataclass
+
+from orchestrator.planning.load import PackLoad
+from orchestrator.planning.shape import BaseShape, Linear
+
+# Kept by a compiled block: its input and the residual in its middle (2 H), both norms' results
+# where they are an adapter's input (H each), gate and up (2 I), and their product where it is one
+# (I). AOTAutograd makes the rest again from these.
+COMPILED_HIDDEN, COMPILED_INTERMEDIATE = 2, 2
+# Kept by an eager block: each norm's input in fp32 (2 * 2 H), gate, its activation and up (3 I).
+EAGER_HIDDEN, EAGER_INTERMEDIATE = 4, 3
+# The MLP's backward pass of one layer: gradients of the product, of gate and of up (eager: of the
+# activation as well), beside those of the residual, the last hidden states and the loss's.
+BACKWARD_HIDDEN = 3
+COMPILED_BACKWARD_INTERMEDIATE, EAGER_BACKWARD_INTERMEDIATE = 3, 4
+# A pass that keeps nothing: residual, norm and output; base product and update of gate and of up.
+PASSING_HIDDEN, PASSING_INTERMEDIATE = 3, 4
+# While the loss is computed: the last norm's fp32 input (2 H), the hidden states, those with a
+# label, and their gradient. While a loss is only evaluated: the second and the third.
+LOSS_HIDDEN, EVALUATED_HIDDEN = 5, 2
+
+# Bytes per input value of an adapter that drops some, beside the masked copy: the mask, a bool.
+MASK_BYTES = 1
+# The hash behind a mask holds three int32 tensors at once, of one adapter at a time.
+HASH_BYTES = 3 * 4
+
+# training/loss.py makes this many rows of logits at a time.
+LOGITS_CHUNK_TOKENS = 2048
+# Of a logit while it is evaluated: a copy in at least float32, and its log-softmax.
+EVALUATED_COPIES = 2
+# Of a logit in weighted_losses, the plain code of a CPU, beside it: exp, the labels' places in the
+# same type, their difference, and the places as bools.
+PLAIN_LOSS_COPIES = 3
+DEQUANTISED_ABSMAX_BYTES = 4 / 64  # per value: double quantisation's constants, made again
+
+# Adapters that read the same tensor, by the last part of a layer's name. What o_proj reads is kept
+# by attention. A name that is not here is taken to have an input of its own.
+INPUTS = {
+    "q_proj": "norm of attention",
+    "k_proj": "norm of attention",
+    "v_proj": "norm of attention",
+    "qkv_proj": "norm of attention",
+    "gate_proj": "norm of MLP",
+    "up_proj": "norm of MLP",
+    "gate_up_proj": "norm of MLP",
+}
+KEPT_BY_ATTENTION = "o_proj"
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """Bytes of one worker."""
+
+    kept_bytes: int
+    """What the forward pass leaves for the backward pass."""
+    working_bytes: int
+    """Beside it while the backward pass begins, where most is held."""
+    loss_bytes: int
+    """Beside it while the loss is computed."""
+    evaluation_bytes: int
+    """The whole of an evaluation pass."""
+    evaluated_loss_bytes: int
+    """Of an evaluation's loss alone."""
+
+
+def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
+    targets = shape.targets(load.target_modules)
+    tokens, value = load.training_tokens, load.dtype_bytes
+    hidden, wide = shape.hidden_size, shape.intermediate_size
+    backward = EAGER_BACKWARD_INTERMEDIATE if load.eager else COMPILED_BACKWARD_INTERMEDIATE
+    weight = _weight_bytes(shape, load)
+    working: float = tokens * value * (BACKWARD_HIDDEN * hidden + (backward - 1) * wide)
+    working += max(tokens * value * wide, weight)  # not at the same time
+    hashes = HASH_BYTES * max(t.in_features for t in targets) if load.dropout and targets else 0
+    passing = PASSING_HIDDEN * hidden + PASSING_INTERMEDIATE * wide
+    evaluated = load.evaluation_tokens
+    evaluated_loss = EVALUATED_HIDDEN * evaluated * hidden * value
+    evaluated_loss += _chunk(evaluated) * shape.vocab_size * EVALUATED_COPIES * max(4, value)
+    return PassMemory(
+        kept_bytes=round(tokens * _kept_bytes(shape, targets, load)),
+        working_bytes=round(working + tokens * hashes),
+        loss_bytes=LOSS_HIDDEN * tokens * hidden * value + _loss_logits_bytes(shape, load),
+        evaluation_bytes=max(round(evaluated * passing * value + weight), evaluated_loss),
+        evaluated_loss_bytes=evaluated_loss,
+    )
+
+
+def _kept_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:
+    """Of one token, over all layers."""
+    layer = _layer_bytes(shape, targets, load)
+    if not load.gradient_checkpointing:
+        return shape.num_layers * layer
+    # Each layer's input, and the whole of one layer at a time.
+    inputs = shape.num_layers * shape.hidden_size * load.dtype_bytes
+    if load.quant.bit_width == 8:
+        # LLM.int8 keeps each layer's inputs where recomputation does not reach them: as attributes
+        # of the context (bitsandbytes 0.50, MatMul8bitLt; bitsandbytes issue 1927).
+        attention = shape.num_heads * shape.head_dim
+        read = 2 * shape.hidden_size + attention + shape.intermediate_size
+        inputs += shape.num_layers * read * load.dtype_bytes
+    return inputs + layer
+
+
+def _layer_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:
+    """Of one token in one layer."""
+    query = shape.num_heads * shape.head_dim
+    key_value = 2 * shape.num_kv_heads * shape.head_dim
+    if not load.by_document:
+        key_value = 2 * query  # transformers repeats keys and values where there is a mask
+    values: float = (EAGER_HIDDEN if load.eager else COMPILED_HIDDEN) * shape.hidden_size
+    values += (EAGER_INTERMEDIATE if load.eager else COMPILED_INTERMEDIATE) * (
+        shape.intermediate_size
+    )
+    values += 2 * query + key_value  # what the flash kernel takes, and its result
+    values += load.max_rank * len(targets) / shape.num_layers  # inner products
+    if not load.by_document:
+        values += load.block_length  # its mask, as values that are added to the scores
+    if load.dropout:  # each adapter's input, masked, and the mask
+        read = sum(target.in_features for target in targets)
+        values += read / shape.num_layers * (1 + MASK_BYTES / load.dtype_bytes)
+    else:
+        values += _adapter_inputs(targets) / shape.num_layers
+    return values * load.dtype_bytes
+
+
+def _adapter_inputs(targets: tuple[Linear, ...]) -> int:
+    """Values per token of the tensors that adapters read, over all layers, each counted once."""
+    widths: dict[tuple[str, str], int] = {}
+    for target in targets:
+        parent, _, leaf = target.name.rpartition(".")
+        if leaf != KEPT_BY_ATTENTION:
+            widths[parent, INPUTS.get(leaf, leaf)] = target.in_features
+    return sum(widths.values())
+
+
+def _weight_bytes(shape: BaseShape, load: PackLoad) -> float:
+    """Of the largest layer's values, where each use makes them again (frozen.py; for LLM.int8 the
+    backward pass of bitsandbytes' MatMul8bitLt)."""
+    if load.quant.bit_width == 16 or load.resident:
+        return 0.0
+    absmax = DEQUANTISED_ABSMAX_BYTES if load.quant.bit_width == 4 else 0.0
+    largest = max((linear.num_params for linear in shape.linears), default=0)
+    return largest * (load.dtype_bytes + absmax)
+
+
+def _loss_logits_bytes(shape: BaseShape, load: PackLoad) -> int:
+    tokens = load.training_tokens
+    value = load.dtype_bytes
+    # Logits and their gradient; while a second chunk is made, those of the one before as well.
+    per_logit = 2 * value if tokens <= LOGITS_CHUNK_TOKENS else 3 * value
+    if not load.cuda or value == 8:
+        exact = max(4, value)
+        per_logit += PLAIN_LOSS_COPIES * exact + (exact if value < exact else 0) + MASK_BYTES
+    return _chunk(tokens) * shape.vocab_size * per_logit
+
+
+def _chunk(tokens: int) -> int:
+    return min(tokens, LOGITS_CHUNK_TOKENS)

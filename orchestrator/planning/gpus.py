@@ -1,0 +1,76 @@
+"""What is known of GPUs by name: memory and rates, for plans that are made away from them.
+
+Rates are those of the makers' data sheets (dense bf16; memory bandwidth). What a card reaches of
+them was measured on an H200 alone: see speed.py.
+"""
+
+import re
+from dataclasses import dataclass
+
+from orchestrator.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    memory_gib: float
+    """As the driver counts it."""
+    tflops: float
+    bandwidth_tb_per_s: float
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gib * GIB)
+
+
+GPUS = {
+    "H200": Gpu(139.8, 989, 4.8),
+    "H100": Gpu(79.6, 989, 3.35),
+    "A100-80G": Gpu(79.3, 312, 2.04),
+    "A100": Gpu(39.6, 312, 1.56),
+    "L40S": Gpu(44.5, 362, 0.864),
+    "A10G": Gpu(22.5, 70, 0.6),
+    "L4": Gpu(22.5, 121, 0.3),
+    "V100": Gpu(31.7, 125, 0.9),
+    "T4": Gpu(14.7, 65, 0.32),
+    "RTX-4090": Gpu(23.6, 165, 1.01),
+}
+MEASURED = "H200"
+# Where the name says nothing.
+UNKNOWN_SPEED = 1.0
+
+
+def relative_speed(name: str) -> float:
+    """By the rate of its products, as most of a step is that; the H200 is 1."""
+    found = find_gpu(name)
+    return found.tflops / GPUS[MEASURED].tflops if found else UNKNOWN_SPEED
+
+
+def find_gpu(name: str) -> Gpu | None:
+    """By what a user or Ray calls it: `H100`, `H100-80GB`, `NVIDIA-L40S`, `a100`."""
+    wanted = name.upper().replace(" ", "-").removeprefix("NVIDIA-").removeprefix("TESLA-")
+    # The longest name first, or an A100-80GB would be an A100.
+    for known in sorted(GPUS, key=len, reverse=True):
+        if wanted in (known, f"{known}B") or wanted.startswith(f"{known}-"):
+            return GPUS[known]
+    return None
+
+
+def parse_gpus(written: str) -> list[tuple[int, str, Gpu]]:
+    """`8xH100-80GB,4xL40S`: number, name and what is known of it.
+
+    Raises:
+        ConfigError: it is not written so, or a name is not known.
+    """
+    found = []
+    for part in written.split(","):
+        match = re.fullmatch(r"\s*(?:(\d+)\s*[xX]\s*)?([\w -]+?)\s*", part)
+        gpu = find_gpu(match[2]) if match else None
+        if match is None or gpu is None or match[1] == "0":
+            raise ConfigError(
+                f"--gpus {written}: {part.strip()!r} is not COUNTxNAME with a known name: "
+                f"write such as 8xH100-80GB, or 4xA100-80GB,8xL40S; known: {', '.join(GPUS)}"
+            )
+        found.append((int(match[1] or 1), match[2], gpu))
+    return found

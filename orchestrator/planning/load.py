@@ -1,0 +1,63 @@
+"""What a pack worker holds and computes, as far as it costs memory or time. Pure, no torch."""
+
+from dataclasses import dataclass
+
+from orchestrator.config import QuantConfig, StrategyConfig
+from orchestrator.planning.shape import Targets
+from orchestrator.records import StepProgram
+
+
+@dataclass(frozen=True)
+class PackLoad:
+    quant: QuantConfig
+    dtype_bytes: int
+    """Of the arithmetic's type."""
+    num_slots: int
+    max_rank: int
+    target_modules: Targets
+    optimizer_bytes: float
+    """Per adapter parameter: see memory.OPTIMIZER_BYTES."""
+    micro_batch_size: int
+    """Blocks of each slot that this worker takes through one forward pass."""
+    evaluation_batch_size: int
+    block_length: int
+    gradient_checkpointing: bool
+    dequantise_once: bool
+    dropout: bool
+    step_program: StepProgram
+    cuda: bool
+    strategy: StrategyConfig = StrategyConfig()
+
+    @property
+    def eager(self) -> bool:
+        """Whether the base's blocks run without torch.compile."""
+        return self.step_program == "eager"
+
+    @property
+    def graph(self) -> bool:
+        return self.step_program == "graph"
+
+    @property
+    def zero(self) -> bool:
+        return self.strategy.kind == "zero"
+
+    @property
+    def resident(self) -> bool:
+        """Whether a 4-bit base is kept as the values that its codes stand for."""
+        return self.dequantise_once and self.quant.bit_width == 4
+
+    @property
+    def by_document(self) -> bool:
+        """Whether attention makes no mask: see training/attention.py."""
+        return self.cuda and self.dtype_bytes == 2 and not self.zero
+
+    @property
+    def training_tokens(self) -> int:
+        """Of one forward pass, of all slots."""
+        return self.num_slots * self.micro_batch_size * self.block_length
+
+    @property
+    def evaluation_tokens(self) -> int:
+        # A constant program has one shape: it evaluates as many blocks as it trains.
+        blocks = self.evaluation_batch_size if self.eager else self.micro_batch_size
+        return self.num_slots * blocks * self.block_length

@@ -1,0 +1,79 @@
+"""`orchestrator plan`: what it says of a sweep on GPUs that are not there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jobs.plan import show
+from orchestrator.errors import ConfigError
+from orchestrator.planning.capacity import Node
+from tests.unit.test_layering import heavy_modules_after
+from tests.unit.test_memory_plan import sweep_file
+
+__all__ = ["sweep_file"]  # a fixture
+
+LAPTOP = Node(4, 0, 0, 8 * 2**30)
+
+
+def shown(path: Path, gpus: str | None, capsys: pytest.CaptureFixture[str], *settings: str) -> str:
+    assert show(path, list(settings), gpus, LAPTOP) == 0
+    return capsys.readouterr().out
+
+
+def test_a_laptop_says_what_a_sweep_takes_on_gpus_that_it_does_not_have(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(sweep_file, "1xH100-80GB", capsys, "resources.cost_per_hour=3")
+    assert "workers: 1 x H100-80GB of 79.6 GiB" in out
+    assert "recorded step" in out
+    peak, most = (
+        float(re.search(rf"{words} +│ +([\d.]+)", out)[1])  # type: ignore[index]
+        for words in ("at its peak", "may be used")
+    )
+    assert 0 < peak < most == pytest.approx(0.9 * 79.6, abs=0.01)
+    hours = re.search(r"predicted: ([\d.]+) hours, ([\d.]+) GPU-hours", out)
+    assert hours is not None
+    assert hours[1] == hours[2]
+    price = re.search(r"price: ([\d.]+) at 3", out)
+    assert price is not None
+    assert float(price[1]) == pytest.approx(3 * float(hours[2]), abs=0.02)
+    (chart,) = re.findall(r" 0 \|(.*)\|", out)
+    assert re.fullmatch(r"\.+[0=]+ *", chart)
+
+
+def test_the_fastest_gpus_are_named_first(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(sweep_file, "1xA100-40GB,1xH100", capsys)
+    first, second = re.findall(r"workers: 1 x (\S+) of", out)
+    assert (first, second) == ("H100", "A100-40GB")
+
+
+def test_without_a_gpu_or_a_base_no_time_is_predicted_and_the_plan_says_why(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(sweep_file, None, capsys)
+    assert "time: not predicted: say with --gpus which GPUs the sweep will have" in out
+    out = shown(sweep_file, "2xH100", capsys, "base_model.source=org/hub")
+    assert "time: not predicted: the base is not here yet" in out
+    assert "predicted: " not in out.replace("not predicted: ", "")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "words"),
+    [
+        ("2xNothing", [], "known: H200"),
+        ("2xH100", ["resources.num_workers=3"], "--gpus 2xH100 has fewer"),
+        ("2xH100", ["resources.device=cpu"], "set auto or cuda"),
+    ],
+)
+def test_gpus_that_the_sweep_cannot_use_are_refused(
+    sweep_file: Path, gpus: str, settings: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        show(sweep_file, settings, gpus, LAPTOP)
+
+
+def test_a_plan_loads_nothing_heavy(sweep_file: Path) -> None:
+    assert heavy_modules_after("plan", str(sweep_file), "--gpus", "8xH100-80GB") == set()
