@@ -23,6 +23,7 @@ from orchestrator.records import (
     Progress,
     TrialDone,
     TrialOpened,
+    TrialPruned,
     TrialResult,
     TrialSpec,
     TrialStopped,
@@ -106,6 +107,8 @@ class SweepDisplay:
             case TrialDone():
                 row.state, row.eval_loss = "finished", event.eval_loss
                 row.tokens_per_s = event.tokens_per_s
+            case TrialPruned():
+                row.state, row.eval_loss = f"pruned at step {event.rung}", event.eval_loss
             case TrialStopped():
                 row.state = f"failed: {event.reason}"
             case _:
@@ -165,6 +168,9 @@ class SweepDisplay:
             case TrialDone():
                 title = _title(self._rows[event.trial].trial)
                 self.say(f"{title}: finished, held-out loss {event.eval_loss:.4f}")
+            case TrialPruned():
+                title = _title(self._rows[event.trial].trial)
+                self.say(f"{title}: pruned at step {event.rung}: {event.reason}")
             case TrialStopped():
                 title = _title(self._rows[event.trial].trial)
                 self.say(f"{title}: failed: {event.reason}: {event.message}")
@@ -196,9 +202,15 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
             _number(gain if finished else None, ".4f"),
             _number(result.tokens_per_s if finished else None, ",.0f"),
             f"{result.adapter_bytes / 2**20:.1f} MiB" if finished else "",
-            result.state if finished else f"failed: {result.reason}",
+            _outcome(result),
         )
     return table
+
+
+def _outcome(result: TrialResult) -> str:
+    if result.state == "pruned":
+        return f"pruned at step {result.steps}"
+    return result.state if result.state == "finished" else f"failed: {result.reason}"
 
 
 def command_name() -> str:

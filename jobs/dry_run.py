@@ -76,7 +76,7 @@ def first_trials(config: SweepConfig) -> list[TrialSpec]:
     """The trials that are known before any result is in."""
     trials: list[TrialSpec] = []
     while len(trials) < first_batch(config.search):
-        trials.append(ask(config, trials, []))
+        trials.append(ask(config, trials, ()))
     return trials
 
 
@@ -105,7 +105,9 @@ def _trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
     table.add_column("steps", justify="right")
     table.add_column("blocks/step", justify="right")
     for trial in trials:
-        values = [shown(trial.params[name]) for name in config.search.space]
+        # A dash where a condition leaves the field as the trial is written.
+        params = trial.params
+        values = [shown(params[name]) if name in params else "-" for name in config.search.space]
         table.add_row(
             str(trial.number), *values, str(trial.config.steps), str(trial.config.batch_size)
         )
