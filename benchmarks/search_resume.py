@@ -121,7 +121,7 @@ def _run_with_kills(place: Path, kills: int, train_s: float, seed: int) -> int:
             if not _begins_to_train(child, place / "run"):
                 return done
             try:
-                child.wait(draw.uniform(0, 1.6 * train_s / kills))
+                child.wait(draw.uniform(0, train_s / kills))
                 return done  # it came to its end first
             except subprocess.TimeoutExpired:
                 done += 1
