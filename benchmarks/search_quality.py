@@ -132,8 +132,8 @@ def _tuned(options: argparse.Namespace, grid: Row, seed: int, budget: int) -> Ro
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    curves = {_key(point["params"]): point["curve"] for point in grid["points"]}
-    order = [_key(params) for params in _points(seed)]
+    curves = {point_key(point["params"]): point["curve"] for point in grid["points"]}
+    order = [point_key(params) for params in quality_points(seed)]
     scheduler = ASHAScheduler(
         time_attr="step",
         metric="eval_loss",
@@ -197,11 +197,11 @@ def _replay(config: dict[str, str], curves: dict[str, list[tuple[int, int, float
 PARTS = {"grid": _grid, "packs": _packs, "tune": _tune}
 
 
-def _key(params: dict[str, Any]) -> str:
+def point_key(params: dict[str, Any]) -> str:
     return json.dumps({name: float(value) for name, value in sorted(params.items())})
 
 
-def _points(seed: int) -> list[dict[str, Any]]:
+def quality_points(seed: int) -> list[dict[str, Any]]:
     """All of them in the order of a seed, as the grid sampler makes them."""
     space = _space(seed)
     return [dict(zip(space, point, strict=True)) for point in itertools.product(*space.values())]
@@ -269,16 +269,15 @@ def bars(rows: list[Row]) -> dict[str, Bar]:
         "part of the grid's tokens, worst seed": Bar(max(parts), PART, at_most=True),
         "part of the grid's tokens, median": Bar(median(parts), PART, at_most=True),
     }
-    pairs = [(tune[row["seed"]], row) for row in packs if row["seed"] in tune]
-    if pairs:
-        # Where Tune has trained nothing to its end within the budget, it has no winner to show.
-        none = float("inf")
-        lead = [(t["best_eval_loss_at_budget"] or none) / p["best_eval_loss"] for t, p in pairs]
-        known = [value for value in lead if value != none]
-        found["seeds where Tune has a winner at the same tokens"] = Bar(len(known), 0)
-        if known:
-            name = "Tune's ASHA loss over ours at the same tokens, median"
-            found[name] = Bar(round(median(known), 5), 1.0)
+    # Where Tune has trained nothing to its end within the budget, it has no winner to show.
+    leads = [
+        best / row["best_eval_loss"]
+        for row in packs
+        if row["seed"] in tune and (best := tune[row["seed"]]["best_eval_loss_at_budget"])
+    ]
+    if leads:
+        name = "Tune's ASHA loss over ours at the same tokens, median of seeds where it has one"
+        found[name] = Bar(round(median(leads), 5), 1.0)
     return found
 
 

@@ -266,6 +266,9 @@ def _points(
 def _next_point(config: SweepConfig, known: Sequence[TrialSpec]) -> dict[str, Choice] | None:
     """The first point that no trial has; a widened grid holds those of the narrow one, too."""
     search = config.search
+    in_order = _points(search, ordered_fields(search), {})
+    if all(trial.params == next(in_order, None) for trial in known):  # it was not widened
+        return next(in_order, None)
     # As sets of values, for which 16 and 16.0 are one: fields turn what is written into their type.
     taken = {frozenset(point_of(search, trial.config).items()) for trial in known}
     points = _points(search, ordered_fields(search), {})

@@ -96,7 +96,9 @@ class Controller:
         self._num_workers = num_workers
         self._premises = premises
         self._observe = observe
-        self._max_restarts = store.sweep.config.max_restarts
+        config = store.sweep.config
+        self._max_restarts = config.max_restarts
+        self._constraints = config.search.constraints
         self._trials = {trial.number: trial for trial in store.trials}
         self._results = {result.number: result for result in store.results}
         self._losses: dict[int, int] = {}  # worker losses by trial
@@ -177,8 +179,7 @@ class Controller:
 
     def _refusal(self, trial: TrialSpec) -> TrialResult | None:
         """Of a trial that cannot keep to the constraints, before it takes a slot."""
-        constraints = self._store.sweep.config.search.constraints
-        return refusal(trial, constraints, self._premises, time.time())
+        return refusal(trial, self._constraints, self._premises, time.time())
 
     def _judge(self) -> None:
         """Give the verdicts that are due at rungs, and end what they settle."""
