@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from orchestrator.config import SweepConfig
-from orchestrator.records import Decision, Evaluated, Progress, TrialDone, TrialResult, TrialSpec
+from orchestrator.records import (
+    Decision,
+    Evaluated,
+    Event,
+    Progress,
+    TrialDone,
+    TrialResult,
+    TrialSpec,
+)
 from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
@@ -145,3 +153,23 @@ def test_the_number_of_workers_changes_no_verdict(tmp_path: Path) -> None:
     config = sweep_config(search=SEARCHES["random, asha"], trial__steps=16)
     one = conclusion(undisturbed(tmp_path / "one", config, num_workers=1))
     assert conclusion(undisturbed(tmp_path / "five", config, num_workers=5)) == one
+
+
+class LastComesFirst(InProcessExecutor):
+    """The pack that was started last runs alone, as long as there is something for it to do."""
+
+    def poll(self, timeout_s: float) -> list[tuple[int, list[Event]]]:
+        self._due = dict(sorted(self._due.items(), reverse=True))
+        return super().poll(timeout_s)
+
+
+def test_trials_that_race_ahead_are_pruned_all_the_same_even_at_their_end(tmp_path: Path) -> None:
+    search = SEARCHES["random, asha"] | {"space": {**RANGES, "quant.bit_width": [4]}}
+    config = sweep_config(search=search, trial__steps=16, resources__slots_per_pack=2)
+    alone = undisturbed(tmp_path / "alone", config, num_workers=1)
+    store = make_store(tmp_path / "raced", config)
+    assert make_controller(store, LastComesFirst(SimulatedWorker), num_workers=2).run()
+    assert conclusion(store) == conclusion(alone)
+    pruned = [result.number for result in store.results if result.state == "pruned"]
+    reached = [max(point["step"] for point in store.points(number)) for number in pruned]
+    assert 16 in reached  # trained to its end before the first trials came to a rung
