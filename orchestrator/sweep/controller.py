@@ -203,6 +203,7 @@ class Controller:
                 pack.directives.insert(0, Prune(trial))
                 self._close(number, pack, trial)
         self._done.pop(trial, None)
+        self._store.drop_adapter(trial)
         result = pruned_result(self._store, verdict, time.time())
         self._end(result)
         self._observe(

@@ -224,6 +224,11 @@ class RunStore:
         for folder in self.trial_dir(number).glob("attempts/*/checkpoint-*"):
             shutil.rmtree(folder)
 
+    def drop_adapter(self, number: int) -> None:
+        """Of a trial that was trained to its end before it was known to be stopped at a rung."""
+        for folder in self.trial_dir(number).glob("attempts/*/adapter"):
+            shutil.rmtree(folder)
+
     def _attempts(self, number: int) -> list[int]:
         return [int(path.name) for path in self.trial_dir(number).glob("attempts/*")]
 

@@ -172,4 +172,6 @@ def test_trials_that_race_ahead_are_pruned_all_the_same_even_at_their_end(tmp_pa
     assert conclusion(store) == conclusion(alone)
     pruned = [result.number for result in store.results if result.state == "pruned"]
     reached = [max(point["step"] for point in store.points(number)) for number in pruned]
+    for number in pruned:
+        assert not list((store.trial_dir(number) / "attempts").glob("*/adapter"))
     assert 16 in reached  # trained to its end before the first trials came to a rung
