@@ -28,7 +28,7 @@ class Metric:
 TRIALS = Metric(
     "orchestrator_trials",
     "gauge",
-    "Trials of the sweep by state: waiting, training, finished, failed.",
+    "Trials of the sweep by state: waiting, training, finished, pruned, failed.",
     ("state",),
 )
 SLOTS = Metric("orchestrator_slots", "gauge", "Slots of all packs.")
@@ -113,6 +113,7 @@ class SweepMetrics:
             Sample(TRIALS, standing.num_waiting, ("waiting",)),
             Sample(TRIALS, training, ("training",)),
             Sample(TRIALS, standing.num_finished, ("finished",)),
+            Sample(TRIALS, standing.num_pruned, ("pruned",)),
             Sample(TRIALS, standing.num_failed, ("failed",)),
             Sample(SLOTS, sum(pack.num_slots for pack in packs)),
             Sample(SLOTS_USED, training),

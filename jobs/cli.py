@@ -118,14 +118,20 @@ def resume(
     overrides: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Change resources, tracking or registry."
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Change resources, tracking or registry, or widen search.space.",
         ),
     ] = None,
+    add_trials: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train so many more, also of a sweep that is complete."),
+    ] = None,
 ) -> int:
-    """Go on with a sweep after a crash or Ctrl-C; finished trials are not trained again."""
+    """Go on with a sweep after a crash or Ctrl-C, or extend it; nothing is trained again."""
     from jobs.sweep import resume_sweep
 
-    return resume_sweep(run_dir, ray_address, overrides or [])
+    return resume_sweep(run_dir, ray_address, overrides or [], add_trials)
 
 
 @app.command()

@@ -14,10 +14,12 @@ from rich.live import Live
 from rich.table import Table
 
 from jobs.progress import (
+    ENDS,
     EVALUATED,
     FAILED,
     FINISHED,
     OPENED,
+    PRUNED,
     TRAINED,
     Row,
     line,
@@ -32,6 +34,7 @@ from orchestrator.records import (
     Progress,
     TrialDone,
     TrialOpened,
+    TrialPruned,
     TrialResult,
     TrialSpec,
     TrialStopped,
@@ -56,8 +59,8 @@ class SweepDisplay:
     def shown(self) -> Iterator[None]:
         if not sys.stdout.isatty():
             for row in self._rows.values():  # what is over before this process begins
-                if row.state in ("finished", "failed"):
-                    self.say(line(row, FINISHED if row.state == "finished" else FAILED))
+                if row.state in ENDS:
+                    self.say(line(row, ENDS[row.state]))
             yield
             return
         with Live(
@@ -103,6 +106,9 @@ class SweepDisplay:
             case TrialDone():
                 row.state, row.step, row.eval_loss = "finished", event.steps, event.eval_loss
                 row.tokens_per_s = event.tokens_per_s
+            case TrialPruned():
+                row.state, row.step, row.eval_loss = "pruned", event.rung, event.eval_loss
+                row.message = event.reason
             case TrialStopped():
                 row.state, row.reason, row.message = "failed", event.reason, event.message
             case _:
@@ -137,6 +143,8 @@ class SweepDisplay:
                 self.say(line(self._rows[event.trial], EVALUATED))
             case TrialDone():
                 self.say(line(self._rows[event.trial], FINISHED))
+            case TrialPruned():
+                self.say(line(self._rows[event.trial], PRUNED))
             case TrialStopped():
                 self.say(line(self._rows[event.trial], FAILED))
             case _:
@@ -167,9 +175,15 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
             number(gain if finished else None, ".4f"),
             number(result.tokens_per_s if finished else None, ",.0f"),
             f"{result.adapter_bytes / 2**20:.1f} MiB" if finished else "",
-            result.state if finished else f"failed: {result.reason}",
+            _outcome(result),
         )
     return table
+
+
+def _outcome(result: TrialResult) -> str:
+    if result.state == "pruned":
+        return f"pruned at step {result.steps}"
+    return result.state if result.state == "finished" else f"failed: {result.reason}"
 
 
 def command_name() -> str:

@@ -21,7 +21,9 @@ from orchestrator.planning.compatibility import problems
 from orchestrator.planning.packs import preview_packs
 from orchestrator.planning.shape import UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
+from orchestrator.search.pruning import rung_steps
 from orchestrator.search.space import ask, check_space, first_batch, num_trials
+from orchestrator.sweep.expectations import refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.stores import resolve_tracking_uri, without_password
@@ -66,6 +68,9 @@ def show_plan(
         for problem in problems(trial.config, config.resources.workers_per_pack):
             console.print(f"trial {trial.number} will not be trained: {problem}", markup=False)
     _print_packs(console, config, trials, placement, base_model)
+    if config.search.pruner.kind != "none":
+        rungs = ", ".join(map(str, rung_steps(config.search.pruner, config.trial)))
+        console.print(f"pruner: {config.search.pruner.kind}, rungs at steps {rungs}", markup=False)
     for line in shards:
         console.print(line, markup=False)
     _print_settings(console, config, placement.device, base_model, run_dir)
@@ -76,7 +81,7 @@ def first_trials(config: SweepConfig) -> list[TrialSpec]:
     """The trials that are known before any result is in."""
     trials: list[TrialSpec] = []
     while len(trials) < first_batch(config.search):
-        trials.append(ask(config, trials, []))
+        trials.append(ask(config, trials, ()))
     return trials
 
 
@@ -105,7 +110,9 @@ def trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
     table.add_column("steps", justify="right")
     table.add_column("blocks/step", justify="right")
     for trial in trials:
-        values = [shown(trial.params[name]) for name in config.search.space]
+        # A dash where a condition leaves the field as the trial is written.
+        params = trial.params
+        values = [shown(params[name]) if name in params else "-" for name in config.search.space]
         table.add_row(
             str(trial.number), *values, str(trial.config.steps), str(trial.config.batch_size)
         )
@@ -133,6 +140,14 @@ def _print_packs(
         read_shape(base_model) if base_model is not None and base_model.is_dir() else NO_BASE_YET,
         placement.worker_memory_bytes,
     )
+    refused = {}
+    for trial in valid:
+        if found := refusal(trial, config.search.constraints, premises, now=0.0):
+            refused[trial.number] = found.message
+            console.print(
+                f"trial {trial.number} will not be trained: {found.message}", markup=False
+            )
+    valid = [trial for trial in valid if trial.number not in refused]
     packs = preview_packs(valid, placement.num_workers, premises)
     for number, (plan, members) in enumerate(packs):
         names = ", ".join(str(trial.number) for trial in members)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-State = Literal["waiting", "training", "finished", "failed"]
+State = Literal["waiting", "training", "finished", "pruned", "failed"]
 # What is worth a line of the screen, most of all first.
-URGENCY: tuple[State, ...] = ("training", "failed", "waiting", "finished")
+URGENCY: tuple[State, ...] = ("training", "failed", "waiting", "pruned", "finished")
 # Of the table itself: title, borders, names of columns, caption; and one for the cursor.
 TABLE_LINES = 7
 
@@ -34,8 +34,9 @@ class Row:
     tokens_per_s: float | None = None
     eta_s: float | None = None
     reason: str = ""
-    """Of a trial that failed: a word, and what happened."""
+    """Of a trial that failed: a word."""
     message: str = ""
+    """Why it failed, or was pruned."""
 
     @property
     def title(self) -> str:
@@ -79,6 +80,7 @@ OPENED = "training from step {step}/{steps}"
 TRAINED = "step {step}/{steps}, loss {train_loss}, {tokens_per_s} tokens/s, ETA {eta_s}"
 EVALUATED = "step {step}/{steps}, held-out loss {eval_loss}"
 FINISHED = "finished at step {step}/{steps}, held-out loss {eval_loss}, {tokens_per_s} tokens/s"
+PRUNED = "pruned at step {step}/{steps}, held-out loss {eval_loss}: {message}"
 FAILED = "failed at step {step}/{steps}: {reason}: {message}"
 # Words -> the state that they tell of.
 FORMS: dict[str, State] = {
@@ -86,8 +88,10 @@ FORMS: dict[str, State] = {
     TRAINED: "training",
     EVALUATED: "training",
     FINISHED: "finished",
+    PRUNED: "pruned",
     FAILED: "failed",
 }
+ENDS: dict[State, str] = {"finished": FINISHED, "pruned": PRUNED, "failed": FAILED}
 
 
 def line(row: Row, form: str) -> str:

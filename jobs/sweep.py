@@ -36,7 +36,7 @@ from orchestrator.planning.capacity import worker_count, worker_memory_bytes
 from orchestrator.planning.kinds import WorkerKind, worker_kinds
 from orchestrator.planning.machine import this_machine
 from orchestrator.records import Notice
-from orchestrator.search.space import check_space
+from orchestrator.search.space import check_space, next_trial
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
 from orchestrator.sweep.flow import Services, auto_compute_dtype, run_sweep
@@ -118,19 +118,43 @@ def _go_on(store: RunStore, config: SweepConfig, start: Start) -> int:
         return _run(store, backend, lock_wait_s=PREDECESSOR_S)
 
 
-def resume_sweep(run_dir: Path, ray_address: str | None, overrides: list[str]) -> int:
+def resume_sweep(
+    run_dir: Path, ray_address: str | None, overrides: list[str], add_trials: int | None = None
+) -> int:
     store = RunStore.open(run_dir)
+    if overrides or add_trials is not None:
+        change_sweep(store, overrides, add_trials)
     if store.read("done"):
         print(f"{run_dir} is complete: nothing is left to do")
         return 0
-    if overrides:
-        store.change_config(settled(override_config(store.sweep.config, overrides)))
     config = store.sweep.config
     check_tracking(config)
     if store.sweep.backend == "in_process":
         return _run(store, _in_process_backend(config))
     with _ray_backend(config, ray_address) as backend:
         return _run(store, backend)
+
+
+def change_sweep(store: RunStore, overrides: list[str], add_trials: int | None) -> None:
+    """Change a stored sweep's configuration; `add_trials` to those that it has or will have.
+
+    Raises:
+        ConfigError: a value is not allowed, or no trial can be added.
+        RunFolderError: a field is changed that decides what the present trials train.
+    """
+    if add_trials is not None:
+        search = store.sweep.config.search
+        total = add_trials + (search.num_trials or len(store.trials))
+        overrides = [*overrides, f"search.num_trials={total}"]
+    config = settled(override_config(store.sweep.config, overrides))
+    check_space(config)
+    if add_trials is not None and config.search.sampler == "grid":
+        if next_trial(config, store.trials, store.results, most_under_way=1) is None:
+            raise ConfigError(
+                f"--add-trials {add_trials}: all points of the grid are trained: widen it with "
+                "--set search.space.FIELD=[...], or draw with --set search.sampler=tpe"
+            )
+    store.change_config(config)
 
 
 def train_one(path: Path, overrides: list[str], run_dir: Path | None, register: bool) -> int:

@@ -14,11 +14,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from orchestrator.data_config import DataConfig
+from orchestrator.search_config import SearchConfig
 from orchestrator.strict import Fraction, NonNegativeInt, PositiveInt, Strict, Switch
-
-Scalar = bool | int | float | str
-Choice = Scalar | tuple[str, ...]
-"""One listed value of a searched field; a tuple of names for adapter.target_modules."""
 
 FULL_COMMIT_HASH = r"^[0-9a-f]{40}$"
 
@@ -155,63 +152,6 @@ class TrialConfig(Strict):
 
     seed: NonNegativeInt = 0
     """Decides the adapter's first values, the order of the data and dropout."""
-
-
-class RangeConfig(Strict):
-    low: float
-    high: float
-    log: Switch = False
-    """Sample on a logarithmic scale."""
-    integer: Switch = False
-    """Sample whole numbers only."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "RangeConfig":
-        if not self.low < self.high:
-            raise ValueError(f"low < high must hold, but got (low={self.low}, high={self.high})")
-        if self.log and self.low <= 0:
-            raise ValueError(f"a log range needs low > 0, but got low={self.low}")
-        if self.integer and (self.low % 1 or self.high % 1):
-            raise ValueError(
-                f"an integer range needs whole bounds, but got (low={self.low}, high={self.high})"
-            )
-        return self
-
-
-class SearchConfig(Strict):
-    space: dict[str, tuple[Choice, ...] | RangeConfig] = {}
-    """Dotted field of a trial -> list of choices, or a range {low, high, log, integer}. A choice of
-    adapter.target_modules may be a list of names itself: [all-linear, [q_proj, v_proj]]."""
-
-    sampler: Literal["grid", "random", "tpe"] = "grid"
-    """grid tries every combination of lists; random and tpe draw `num_trials` (Optuna)."""
-
-    num_trials: PositiveInt | None = None
-    """Trials to run; for grid, null means all combinations."""
-
-    seed: NonNegativeInt = 0
-    """The same seed asks for the same trials."""
-
-    objective: Literal["eval_loss"] = "eval_loss"
-    """What the winner has the least of: mean loss per token on the held-out examples. Ties go to
-    the smaller bit-width, then the smaller adapter, then the earlier trial. NaN never wins."""
-
-    @model_validator(mode="after")
-    def _sampler_fits_space(self) -> "SearchConfig":
-        ranges = [name for name, values in self.space.items() if isinstance(values, RangeConfig)]
-        if self.sampler == "grid" and ranges:
-            raise ValueError(
-                f"sampler: grid needs lists, but space.{ranges[0]} is a range: "
-                "list its values, or use sampler: random or tpe"
-            )
-        if self.sampler != "grid" and self.num_trials is None:
-            raise ValueError(f"sampler: {self.sampler} needs num_trials")
-        for name, values in self.space.items():
-            if not isinstance(values, RangeConfig) and not values:
-                raise ValueError(f"space.{name} needs at least one value")
-            if not isinstance(values, RangeConfig) and len(set(map(repr, values))) < len(values):
-                raise ValueError(f"space.{name} lists a value twice")
-        return self
 
 
 class EvaluationConfig(Strict):

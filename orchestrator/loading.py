@@ -18,9 +18,10 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config import RangeConfig, SweepConfig, TrialConfig
+from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import ConfigError
+from orchestrator.search_config import RangeConfig
 
 FieldPath = tuple[str | int, ...]
 COMMAND_LINE = "--set"

@@ -4,10 +4,11 @@ They cross process borders (pickled by Ray) and lie in the run folder (as JSON).
 Times are Unix seconds.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
-from orchestrator.config import Choice, EvaluationConfig, TrialConfig
+from orchestrator.config import EvaluationConfig, TrialConfig
+from orchestrator.search_config import Choice
 
 Device = Literal["cpu", "cuda"]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -35,12 +36,15 @@ class TrialSpec:
     params: dict[str, Choice]
     """The searched fields alone, dotted."""
     config: TrialConfig
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the sampler wants to know of it later."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "number": self.number,
             "params": self.params,
             "config": self.config.model_dump(mode="json"),
+            "notes": self.notes,
         }
 
     @classmethod
@@ -49,7 +53,8 @@ class TrialSpec:
             name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
             for name, value in record["params"].items()
         }
-        return cls(record["number"], params, TrialConfig.model_validate(record["config"]))
+        config = TrialConfig.model_validate(record["config"])
+        return cls(record["number"], params, config, record.get("notes", {}))
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class SlotTask:
     """The only folder that this attempt may write to; a stale attempt cannot harm a newer one."""
     checkpoint_dirs: tuple[str, ...] = ()
     """Checkpoints of this trial to go on from, the furthest first; the first sound one is used."""
+    rungs: tuple[int, ...] = ()
+    """Steps at which it is evaluated, beside what the sweep's `evaluation` asks for."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,19 @@ class TrialStopped:
 
 
 @dataclass(frozen=True)
+class TrialPruned:
+    """The pruner stopped a trial; from the controller, its worker may not know it yet."""
+
+    trial: int
+    time: float
+    rung: int
+    """Steps at which it was compared."""
+    eval_loss: float
+    """There."""
+    reason: str
+
+
+@dataclass(frozen=True)
 class PackLost:
     """The worker is gone, with the trials in its slots. From the executor."""
 
@@ -264,6 +284,7 @@ Event = (
     | Checkpointed
     | TrialDone
     | TrialStopped
+    | TrialPruned
     | PackLost
     | PackLeft
 )
@@ -283,7 +304,14 @@ class Leave:
     save: bool
 
 
-Directive = Assign | Leave
+@dataclass(frozen=True)
+class Prune:
+    """Close the trial's slot and keep nothing of it; no answer is due. The trial may be over."""
+
+    trial: int
+
+
+Directive = Assign | Leave | Prune
 
 
 @dataclass(frozen=True)
@@ -291,19 +319,23 @@ class TrialResult:
     """The final state of a trial; written once, never changed."""
 
     number: int
-    state: Literal["finished", "failed"]
+    state: Literal["finished", "pruned", "failed"]
     attempt: int
     time: float
     reason: str = ""
     message: str = ""
     eval_loss: float | None = None
+    """Of a pruned trial, at the rung where it was stopped."""
     baseline_eval_loss: float | None = None
     train_loss: float | None = None
     steps: int = 0
+    """That eval_loss is of. A pruned trial may have trained further until the verdict came."""
     tokens: int = 0
+    """Trained in all."""
     tokens_per_s: float = 0.0
     train_s: float = 0.0
     peak_memory_bytes: int = 0
+    """Of a trial that was refused for a constraint this, and the adapter's size, are expected."""
     model_memory_bytes: int = 0
     num_adapter_params: int = 0
     adapter_bytes: int = 0
@@ -326,12 +358,15 @@ class Decision:
     time: float
     action: str
     """start | start_pack | pack_ready | release_pack | assign | resume_trial | retry_trial |
-    plan_less_memory | end_trial | select_winner."""
+    plan_less_memory | keep_trial | stop_trial | end_trial | select_winner | extend."""
     subject: str
     reason: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What a resume goes by: of a verdict the trial, its rung and the loss there."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        record = asdict(self)
+        return record if self.facts else {k: v for k, v in record.items() if k != "facts"}
 
 
 @dataclass(frozen=True)
@@ -352,6 +387,7 @@ class Standing:
 
     num_waiting: int
     num_finished: int
+    num_pruned: int
     num_failed: int
     packs: tuple[PackStanding, ...]
 

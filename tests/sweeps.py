@@ -13,7 +13,7 @@ from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.shape import BaseShape, Linear, UnknownShape
 from orchestrator.planning.waiting import pack_key
 from orchestrator.records import BaseModel, Device, Notice, PackSpec, TrialResult, TrialSpec
-from orchestrator.search.space import ask, num_trials
+from orchestrator.search.space import next_trial
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.flow import sweep_premises
@@ -62,10 +62,8 @@ def make_controller(
     """Of workers of one process, which cannot train a pack together."""
     config = store.sweep.config
 
-    def next_trial(known: Sequence[TrialSpec], results: Sequence[TrialResult]) -> TrialSpec | None:
-        if len(known) >= num_trials(config.search):
-            return None
-        return ask(config, known, results)
+    def ask(known: Sequence[TrialSpec], results: Sequence[TrialResult]) -> TrialSpec | None:
+        return next_trial(config, known, results, most_under_way=2 * num_workers)
 
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(number, plan)
@@ -73,7 +71,7 @@ def make_controller(
     slots_per_pack = config.resources.slots_per_pack
     resources = ResourcesConfig(slots_per_pack=slots_per_pack, workers_per_pack=workers_per_pack)
     given = given or replace(premises(config), resources=resources)
-    return Controller(store, executor, next_trial, build_pack, num_workers, given, observe)
+    return Controller(store, executor, ask, build_pack, num_workers, given, observe)
 
 
 def premises(

@@ -1,35 +1,23 @@
-"""The search space and its trials: which points are asked for, over Optuna's ask/tell.
+"""The search space and its trials: which points there are, and which is trained next.
 
 In: a SweepConfig, and the trials so far. Out: TrialSpecs, or a ConfigError that lists what cannot
-work. `ask` is a function of its arguments: the Optuna study is rebuilt from the run folder's
-records each time, so a resumed sweep asks what an undisturbed one would have asked. Optuna is
-imported only for sampling.
+work. `ask` is a function of its arguments, see samplers.py, so a resumed sweep asks what an
+undisturbed one would have asked for at that point.
 """
 
 import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from orchestrator.config import (
-    Choice,
-    RangeConfig,
-    Scalar,
-    SearchConfig,
-    SweepConfig,
-    TrialConfig,
-)
+from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loading import trial_with
 from orchestrator.planning.compatibility import RULED_FIELDS, problems
 from orchestrator.records import TrialResult, TrialSpec
+from orchestrator.search.samplers import SAMPLERS, STARTUP_TRIALS, Draw
+from orchestrator.search_config import Choice, RangeConfig, SearchConfig, Values
 
-if TYPE_CHECKING:
-    import optuna
-
-# Optuna's default for TPE: this many trials are drawn at random before the model is used.
-TPE_STARTUP_TRIALS = 10
 MAX_LISTED_PROBLEMS = 20
 
 
@@ -46,10 +34,12 @@ class Bounds:
 
 
 def num_trials(search: SearchConfig) -> int:
-    """How many trials the whole sweep has."""
+    """How many trials the whole sweep has, unless its grid is widened later."""
     if search.sampler != "grid":
         assert search.num_trials is not None
         return search.num_trials
+    if search.conditions:
+        return sum(1 for _ in grid_points(search))
     combinations = 1
     for values in search.space.values():
         assert isinstance(values, tuple)
@@ -60,15 +50,17 @@ def num_trials(search: SearchConfig) -> int:
 def first_batch(search: SearchConfig) -> int:
     """How many trials can be asked for before any result is in."""
     total = num_trials(search)
-    return min(total, TPE_STARTUP_TRIALS) if search.sampler == "tpe" else total
+    return min(total, STARTUP_TRIALS.get(search.sampler, total))
 
 
 def check_space(config: SweepConfig) -> None:
-    """Refuse a grid with combinations that cannot work, and a sampler that can only draw such.
+    """Refuse a grid with combinations that cannot work, and a sampler that can only draw such; and
+    a pruner without a rung.
 
     Raises:
         ConfigError: lists the problems of every refused trial.
     """
+    _check_rungs(config)
     refused = _refused_of_grid if config.search.sampler == "grid" else _refused_of_sampler
     lines = (f"{name}: {problem}" for name, found in refused(config) for problem in found)
     listed = list(itertools.islice(lines, MAX_LISTED_PROBLEMS))
@@ -79,18 +71,112 @@ def check_space(config: SweepConfig) -> None:
         raise ConfigError("\n".join(listed))
 
 
+def _check_rungs(config: SweepConfig) -> None:
+    pruner, trial = config.search.pruner, config.trial
+    if pruner.kind == "none" or "steps" in config.search.space:
+        return
+    late = [step for step in pruner.rungs or (pruner.min_steps or 1,) if step >= trial.steps]
+    if late:
+        raise ConfigError(
+            f"search.pruner needs rungs before the end of a trial, but got {late[0]} steps, "
+            f"trial.steps={trial.steps}: lower search.pruner.rungs or min_steps, or set "
+            "pruner: none"
+        )
+
+
+def next_trial(
+    config: SweepConfig,
+    known: Sequence[TrialSpec],
+    results: Sequence[TrialResult],
+    most_under_way: int,
+) -> TrialSpec | None:
+    """The next trial; None when there is none, or a sampler that learns waits for results.
+
+    `most_under_way`: trials that such a sampler has under way at most, where search.ahead does not
+    say which results it waits for.
+    """
+    search = config.search
+    number = len(known)
+    if search.num_trials is not None and number >= search.num_trials:
+        return None
+    if search.sampler == "grid":
+        params = _next_point(config, known)
+        return None if params is None else _spec(config, number, Draw(params))
+    if number >= first_batch(search):
+        if search.ahead is not None:
+            results = [result for result in results if result.number <= number - search.ahead]
+            if len(results) <= number - search.ahead:
+                return None
+        elif number - len(results) >= most_under_way:
+            return None
+    elif search.sampler in STARTUP_TRIALS:
+        results = ()  # as they were drawn had they all been asked for at once
+    return ask(config, known, results)
+
+
 def ask(
     config: SweepConfig, known: Sequence[TrialSpec], results: Sequence[TrialResult]
 ) -> TrialSpec:
-    """The next trial, given all trials asked so far and those that are over.
+    """What the sampler draws next, given all trials asked so far and those that are over.
 
     A sampler may draw a combination that cannot work: see `problems` of its config.
 
     Raises:
         ConfigError: a value of the space is not allowed.
     """
-    params = SAMPLERS[config.search.sampler](config.search, known, results)
-    return TrialSpec(len(known), params, trial_with(config.trial, params))
+    search = config.search
+    if search.sampler == "grid":
+        params = _next_point(config, known)
+        assert params is not None, "every point of the grid is known"
+        return _spec(config, len(known), Draw(params))
+
+    def suggest(draw: Callable[[str, Values], Choice]) -> dict[str, Choice]:
+        return chosen(search, draw)
+
+    def searched(trial: TrialSpec) -> dict[str, Choice]:
+        return point_of(search, trial.config)
+
+    draw = SAMPLERS[search.sampler](search, known, results, suggest, searched)
+    return _spec(config, len(known), draw)
+
+
+def chosen(search: SearchConfig, choose: Callable[[str, Values], Choice]) -> dict[str, Choice]:
+    """A point, field by field: those that others depend on come first, and what a condition
+    excludes is left out."""
+    point: dict[str, Choice] = {}
+    for field in ordered_fields(search):
+        if is_searched(search, field, point):
+            point[field] = choose(field, search.space[field])
+    return point
+
+
+def point_of(search: SearchConfig, trial: TrialConfig) -> dict[str, Choice]:
+    """Where a trial lies in the space, also one that was asked for in another space."""
+    return chosen(search, lambda field, _: _value_at(trial, field))
+
+
+def ordered_fields(search: SearchConfig) -> list[str]:
+    """Each after those that its condition names. In a grid the bit-width changes last of those that
+    are free to: a worker keeps its base model while it goes on."""
+    grid = search.sampler == "grid"
+    todo = sorted(search.space, key=lambda name: grid and name != "quant.bit_width")
+    ordered: list[str] = []
+    while todo:
+        field = next(name for name in todo if set(search.conditions.get(name, ())) <= set(ordered))
+        ordered.append(field)
+        todo.remove(field)
+    return ordered
+
+
+def is_searched(search: SearchConfig, field: str, point: Mapping[str, Choice]) -> bool:
+    """Whether the field's condition holds at a point whose earlier fields are known."""
+    needs = search.conditions.get(field, {})
+    return all(name in point and point[name] in wanted for name, wanted in needs.items())
+
+
+def grid_points(search: SearchConfig) -> Iterator[dict[str, Choice]]:
+    points = _points(search, ordered_fields(search), {})
+    return itertools.islice(points, search.num_trials)
 
 
 def bounds(trial: TrialConfig, search: SearchConfig) -> Bounds:
@@ -102,7 +188,7 @@ def bounds(trial: TrialConfig, search: SearchConfig) -> Bounds:
     )
 
 
-def _highest(values: tuple[Choice, ...] | RangeConfig) -> float:
+def _highest(values: Values) -> float:
     if isinstance(values, RangeConfig):
         return values.high
     return max(value for value in values if isinstance(value, int | float))
@@ -128,7 +214,7 @@ def _target_modules(
 def _refused_of_grid(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
     """The trials that the rules refuse, by title."""
     found: dict[str, list[str]] = {}
-    for number, params in enumerate(_grid_points(config.search)):
+    for number, params in enumerate(grid_points(config.search)):
         # A big grid varies few fields that a rule reads: each combination of those is tried once.
         ruled = {name: value for name, value in params.items() if name.startswith(RULED_FIELDS)}
         key = repr(ruled)
@@ -145,7 +231,7 @@ def _refused_of_sampler(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
     known: list[TrialSpec] = []
     refused = []
     while len(known) < first_batch(config.search):
-        trial = ask(config, known, [])
+        trial = ask(config, known, ())
         found = problems(trial.config, config.resources.workers_per_pack)
         if not found:
             return
@@ -163,97 +249,39 @@ def _written(value: Choice) -> str:
     return f"[{', '.join(value)}]" if isinstance(value, list | tuple) else str(value)
 
 
-def _grid(
-    search: SearchConfig, known: Sequence[TrialSpec], results: Sequence[TrialResult]
-) -> dict[str, Choice]:
-    return next(itertools.islice(_grid_points(search), len(known), None))
-
-
-def _grid_points(search: SearchConfig) -> Iterator[dict[str, Choice]]:
-    # Bit-width is the slowest to change: a worker keeps its base model while it goes on.
-    names = sorted(search.space, key=lambda name: name != "quant.bit_width")
-    lists = [values for name in names if isinstance(values := search.space[name], tuple)]
-    for point in itertools.islice(itertools.product(*lists), num_trials(search)):
-        yield dict(zip(names, point, strict=True))
-
-
-def _random(
-    search: SearchConfig, known: Sequence[TrialSpec], results: Sequence[TrialResult]
-) -> dict[str, Choice]:
-    import optuna
-
-    # One sampler per trial number, so that the n-th trial does not depend on how many were asked
-    # by this process. It looks at no earlier trial, and adding a thousand to a study takes long.
-    sampler = optuna.samplers.RandomSampler(seed=search.seed + len(known))
-    return _optuna_params(search, sampler, [], [])
-
-
-def _tpe(
-    search: SearchConfig, known: Sequence[TrialSpec], results: Sequence[TrialResult]
-) -> dict[str, Choice]:
-    import optuna
-
-    sampler = optuna.samplers.TPESampler(
-        seed=search.seed + len(known), n_startup_trials=TPE_STARTUP_TRIALS, constant_liar=True
-    )
-    return _optuna_params(search, sampler, known, results)
-
-
-def _optuna_params(
-    search: SearchConfig,
-    sampler: "optuna.samplers.BaseSampler",
-    known: Sequence[TrialSpec],
-    results: Sequence[TrialResult],
-) -> dict[str, Choice]:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="minimize", sampler=sampler)
-    distributions = {name: _distribution(values) for name, values in search.space.items()}
-    by_number = {result.number: result for result in results}
-    for spec in known:
-        study.add_trial(_frozen(spec, by_number.get(spec.number), distributions))
-    drawn = study.ask(distributions).params
-    return {name: _decoded(value, search.space[name]) for name, value in drawn.items()}
-
-
-def _distribution(values: tuple[Choice, ...] | RangeConfig) -> Any:
-    import optuna
-
-    if not isinstance(values, RangeConfig):
-        return optuna.distributions.CategoricalDistribution([_encoded(value) for value in values])
-    if values.integer:
-        return optuna.distributions.IntDistribution(
-            int(values.low), int(values.high), log=values.log
-        )
-    return optuna.distributions.FloatDistribution(values.low, values.high, log=values.log)
-
-
-def _frozen(spec: TrialSpec, result: TrialResult | None, distributions: dict[str, Any]) -> Any:
-    import optuna
-
-    if result is None:
-        state, value = optuna.trial.TrialState.RUNNING, None
-    elif result.state == "finished":
-        state, value = optuna.trial.TrialState.COMPLETE, result.eval_loss
+def _points(
+    search: SearchConfig, fields: Sequence[str], point: dict[str, Choice]
+) -> Iterator[dict[str, Choice]]:
+    if not fields:
+        yield point
+    elif not is_searched(search, fields[0], point):
+        yield from _points(search, fields[1:], point)
     else:
-        state, value = optuna.trial.TrialState.FAIL, None
-    return optuna.trial.create_trial(
-        params={name: _encoded(value) for name, value in spec.params.items()},
-        distributions=distributions,
-        state=state,
-        value=value,
-    )
+        values = search.space[fields[0]]
+        assert isinstance(values, tuple)
+        for value in values:
+            yield from _points(search, fields[1:], point | {fields[0]: value})
 
 
-def _encoded(choice: Choice) -> Scalar:
-    """Optuna's categories are scalars: a list of names, which JSON gives back, becomes text."""
-    return json.dumps(choice) if isinstance(choice, list | tuple) else choice
+def _next_point(config: SweepConfig, known: Sequence[TrialSpec]) -> dict[str, Choice] | None:
+    """The first point that no trial has; a widened grid holds those of the narrow one, too."""
+    search = config.search
+    in_order = _points(search, ordered_fields(search), {})
+    if all(trial.params == next(in_order, None) for trial in known):  # it was not widened
+        return next(in_order, None)
+    # As sets of values, for which 16 and 16.0 are one: fields turn what is written into their type.
+    taken = {frozenset(point_of(search, trial.config).items()) for trial in known}
+    points = _points(search, ordered_fields(search), {})
+    return next((point for point in points if frozenset(point.items()) not in taken), None)
 
 
-def _decoded(value: Scalar, values: tuple[Choice, ...] | RangeConfig) -> Choice:
-    lists = () if isinstance(values, RangeConfig) else (c for c in values if isinstance(c, tuple))
-    return next((choice for choice in lists if _encoded(choice) == value), value)
+def _spec(config: SweepConfig, number: int, draw: Draw) -> TrialSpec:
+    return TrialSpec(number, draw.params, trial_with(config.trial, draw.params), draw.notes)
 
 
-SAMPLERS = {"grid": _grid, "random": _random, "tpe": _tpe}
+def _value_at(trial: TrialConfig, field: str) -> Choice:
+    place: Any = trial
+    for part in field.split("."):
+        place = getattr(place, part)
+    value: Choice = place
+    return value

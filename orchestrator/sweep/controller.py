@@ -33,15 +33,19 @@ from orchestrator.records import (
     PackSpec,
     PackStanding,
     Progress,
+    Prune,
     SlotTask,
     Standing,
     TrialDone,
     TrialOpened,
+    TrialPruned,
     TrialResult,
     TrialSpec,
     TrialStopped,
 )
+from orchestrator.search.pruning import Verdict
 from orchestrator.sweep.executor import Executor
+from orchestrator.sweep.expectations import refusal
 from orchestrator.sweep.policy import (
     AbandonPack,
     Action,
@@ -52,7 +56,8 @@ from orchestrator.sweep.policy import (
     SweepView,
     decide,
 )
-from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.run_store import RunStore, checkpoint_step
+from orchestrator.sweep.verdicts import pruned_result, recall_pruning, verdict_facts
 
 POLL_S = 0.5
 # How long packs may take to save and leave after Ctrl-C: a step and a checkpoint, not an epoch.
@@ -116,13 +121,24 @@ class Controller:
         self._kinds = kinds
         self._waiting = Waiting()
         self._observe = observe
-        self._max_restarts = store.sweep.config.max_restarts
+        config = store.sweep.config
+        self._max_restarts = config.max_restarts
+        self._constraints = config.search.constraints
         self._trials = {trial.number: trial for trial in store.trials}
         self._results = {result.number: result for result in store.results}
         self._losses: dict[int, int] = {}  # worker losses by trial
         self._had: dict[int, Arithmetic] = {}  # of trials that have a checkpoint to go on from
         for number in self._trials.keys() - self._results.keys():
             self._note_checkpoint(number)
+        self._pruning = recall_pruning(store)
+        # Trained to their end, while a verdict at one of their rungs is still due.
+        self._done = {
+            number: event
+            for number, event in store.done_events.items()
+            if number not in self._results
+        }
+        for number in self._done:
+            self._pruning.end(number)
         self._packs: dict[int, _Pack] = {}
         self._next_pack = 0
         self._stop_at: float | None = None
@@ -144,6 +160,7 @@ class Controller:
         self._ask_for_trials()
         self._write_plan()
         while True:
+            self._judge()
             if self._stop_at is None:
                 self._ask_for_trials()
             for action in decide(self._view()):
@@ -165,6 +182,9 @@ class Controller:
             if found := problems(trial.config):  # its sweep was killed before it could say so
                 self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
                 continue
+            if refused := self._refusal(trial):
+                self._end(refused)
+                continue
             found = problems(trial.config, workers_per_pack)
             misfits += [f"trial {trial.number}: {problem}" for problem in found]
         if misfits:
@@ -175,8 +195,44 @@ class Controller:
         while trial := self._ask(list(self._trials.values()), list(self._results.values())):
             self._store.add_trial(trial)
             self._trials[trial.number] = trial
+            self._pruning.add(trial)
             if found := problems(trial.config, self._premises.resources.workers_per_pack):
                 self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
+            elif refused := self._refusal(trial):
+                self._end(refused)
+
+    def _refusal(self, trial: TrialSpec) -> TrialResult | None:
+        """Of a trial that cannot keep to the constraints, before it takes a slot."""
+        return refusal(trial, self._constraints, self._premises, time.time())
+
+    def _judge(self) -> None:
+        """Give the verdicts that are due at rungs, and end what they settle."""
+        for verdict in self._pruning.decide():
+            action = "keep_trial" if verdict.keep else "stop_trial"
+            subject = f"trial {verdict.trial}"
+            self._decided(action, subject, verdict.reason, verdict_facts(verdict))
+        for verdict in self._pruning.stopped():
+            if verdict.trial not in self._results:
+                self._stop_trial(verdict)
+        for number, event in list(self._done.items()):
+            if self._pruning.is_settled(number):
+                del self._done[number]
+                self._end(self._finished(event))
+
+    def _stop_trial(self, verdict: Verdict) -> None:
+        trial = verdict.trial
+        for number, pack in self._packs.items():
+            if trial in pack.attempts:
+                # Before what is assigned next, so that the slot is free for it at once.
+                pack.directives.insert(0, Prune(trial))
+                self._close(number, pack, trial)
+        self._done.pop(trial, None)
+        self._store.drop_adapter(trial)
+        result = pruned_result(self._store, verdict, time.time())
+        self._end(result)
+        self._observe(
+            TrialPruned(trial, result.time, verdict.rung, verdict.eval_loss, verdict.reason)
+        )
 
     def _write_plan(self) -> None:
         """The packs that this start of the sweep begins with; what follows is in the decisions."""
@@ -196,7 +252,8 @@ class Controller:
 
     def _view(self) -> SweepView:
         taken = {number for pack in self._packs.values() for number in pack.attempts}
-        self._waiting.keep_to(self._trials.keys() - taken - self._results.keys(), self._trials)
+        over = self._results.keys() | self._done.keys()
+        self._waiting.keep_to(self._trials.keys() - taken - over, self._trials)
         return SweepView(
             self._waiting,
             tuple(pack.view(number) for number, pack in self._packs.items()),
@@ -221,17 +278,27 @@ class Controller:
                 self._assign(self._packs[pack], self._trials[trial])
             case ReleasePack(pack, save):
                 self._decided("release_pack", f"pack {pack}", action.reason)
-                self._packs[pack].directives = [Leave(save)]
+                self._packs[pack].directives.append(Leave(save))
             case AbandonPack(pack):
                 self._decided("release_pack", f"pack {pack}", action.reason)
                 self._end_pack(pack)
 
     def _assign(self, pack: _Pack, trial: TrialSpec) -> None:
-        checkpoints = tuple(str(path) for path in self._store.checkpoints(trial.number))
+        checkpoints = self._usable_checkpoints(trial.number)
         attempt, folder = self._store.start_attempt(trial.number, pack.plan.arithmetic)
         pack.attempts[trial.number] = attempt
+        rungs = self._pruning.rungs(trial.number)
         pack.directives.append(
-            Assign(SlotTask(trial.number, attempt, trial.config, str(folder), checkpoints))
+            Assign(SlotTask(trial.number, attempt, trial.config, str(folder), checkpoints, rungs))
+        )
+
+    def _usable_checkpoints(self, trial: int) -> tuple[str, ...]:
+        """Not those beyond a rung whose report was lost: the trial must come by there again."""
+        rung = self._pruning.first_open_rung(trial)
+        return tuple(
+            str(path)
+            for path in self._store.checkpoints(trial)
+            if rung is None or checkpoint_step(path) < rung
         )
 
     def _let_packs_go_on(self) -> None:
@@ -250,11 +317,17 @@ class Controller:
             )
             for number, pack in self._packs.items()
         )
-        finished = sum(result.state == "finished" for result in self._results.values())
-        failed = len(self._results) - finished
+        states = [result.state for result in self._results.values()]
         taken = sum(len(pack.trials) for pack in packs)
+        # One that is trained, but has a verdict due, counts as waiting.
         waiting = len(self._trials) - len(self._results) - taken
-        standing = Standing(waiting, finished, failed, packs)
+        standing = Standing(
+            waiting,
+            states.count("finished"),
+            states.count("pruned"),
+            states.count("failed"),
+            packs,
+        )
         if standing != self._told:
             self._told = standing
             self._observe(standing)
@@ -265,6 +338,8 @@ class Controller:
         pack = self._packs[number]
         pack.idle = True
         for event in events:
+            if getattr(event, "trial", None) in self._results:
+                continue  # it was stopped while this was under way
             self._apply(number, pack, event)
             self._observe(event)
 
@@ -286,11 +361,17 @@ class Controller:
                     node=event.node,
                 )
                 self._note_resume(event)
-            case Progress() | Evaluated():
+            case Progress():
                 self._store.add_point(event)
+            case Evaluated():
+                self._store.add_point(event)
+                self._pruning.report(event.trial, event.step, event.eval_loss)
             case TrialDone():
+                # It may be that an earlier rung's verdict is still due: see _judge.
+                self._store.add_done_event(event)
                 self._close(number, pack, event.trial, event.peak_memory_bytes)
-                self._end(self._finished(event))
+                self._pruning.end(event.trial)
+                self._done[event.trial] = event
             case TrialStopped():
                 self._close(number, pack, event.trial)
                 self._end(_failed(event.trial, event.attempt, event.reason, event.message))
@@ -364,6 +445,7 @@ class Controller:
         self._store.finish_trial(result)
         self._store.drop_checkpoints(result.number)
         self._results[result.number] = result
+        self._pruning.end(result.number)
         reason = result.message or f"held-out loss {result.eval_loss:.4f}"
         self._decided("end_trial", f"trial {result.number}", f"{result.state}: {reason}")
 
@@ -378,9 +460,11 @@ class Controller:
     def _happened(self, pack: int, what: str, **facts: Any) -> None:
         self._store.add_pack_event(PackEvent(time.time(), what, pack, **facts))
 
-    def _decided(self, action: str, subject: str, reason: str) -> None:
+    def _decided(
+        self, action: str, subject: str, reason: str, facts: dict[str, Any] | None = None
+    ) -> None:
         log.info("%s: %s: %s", subject, action, reason)
-        decision = Decision(time.time(), action, subject, reason)
+        decision = Decision(time.time(), action, subject, reason, facts or {})
         self._store.add_decision(decision)
         self._observe(decision)
 

@@ -32,9 +32,11 @@ from orchestrator.records import (
     TrialResult,
     TrialSpec,
 )
-from orchestrator.search.space import ask, bounds, first_batch, num_trials
+from orchestrator.search.objectives import violations
+from orchestrator.search.space import bounds, next_trial
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor
+from orchestrator.sweep.expectations import within
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import Winner, select_winner
 
@@ -87,9 +89,9 @@ def run_sweep(store: RunStore, services: Services) -> Outcome:
     finished = _train(store, config, base, data, services)
     if not finished:
         return Outcome(False, None)
-    winner = select_winner(store.trials, store.results)
+    winner = select_winner(store.trials, store.results, config.search)
     if winner is None:
-        raise TrialFailed(*_why_no_winner(store.results))
+        raise TrialFailed(*_why_no_winner(store.results, config))
     store.write("winner", winner.to_json())
     store.add_decision(
         Decision(time.time(), "select_winner", f"trial {winner.trial}", winner.reason)
@@ -128,14 +130,9 @@ def _data(
 def _train(
     store: RunStore, config: SweepConfig, base: BaseModel, data: PreparedData, services: Services
 ) -> bool:
-    def next_trial(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
-        if len(known) >= num_trials(config.search):
-            return None
+    def ask(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
         per_worker = config.resources.slots_per_pack or LEARNING_TRIALS_PER_WORKER
-        slots = services.num_workers * per_worker
-        if len(known) >= first_batch(config.search) and len(known) - len(results) >= slots:
-            return None  # a sampler that learns waits for results
-        return ask(config, known, results)
+        return next_trial(config, known, results, services.num_workers * per_worker)
 
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(store, base, data, number, plan)
@@ -151,7 +148,7 @@ def _train(
         controller = Controller(
             store,
             executor,
-            next_trial,
+            ask,
             build_pack,
             services.num_workers,
             sweep_premises(
@@ -183,7 +180,7 @@ def sweep_premises(
         )
     room = bounds(config.trial, config.search)
     usable = resources.memory_fraction if device == "cuda" else 1.0
-    return Premises(
+    premises = Premises(
         device=device,
         compute_dtype=compute_dtype,
         shape=shape,
@@ -197,6 +194,7 @@ def sweep_premises(
         evaluation_batch_size=config.evaluation.batch_size,
         resources=resources,
     )
+    return within(config.search.constraints, premises)
 
 
 def pack_spec(
@@ -246,7 +244,14 @@ def auto_compute_dtype(device: str) -> ComputeDtype:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def _why_no_winner(results: list[TrialResult]) -> tuple[str, str]:
-    reasons = [f"trial {result.number}: {result.reason}: {result.message}" for result in results]
+def _why_no_winner(results: list[TrialResult], config: SweepConfig) -> tuple[str, str]:
+    reasons = []
+    for result in results:
+        if result.state == "finished":
+            found = violations(config.search.constraints, result)
+            words = f"constraint: {'; '.join(found)}" if found else "an objective is not finite"
+        else:
+            words = f"{result.reason}: {result.message}"
+        reasons.append(f"trial {result.number}: {words}")
     first = results[0].reason if results else "raised"
-    return first, "no trial finished:\n  " + "\n  ".join(reasons)
+    return first or "constraint", "no trial can win:\n  " + "\n  ".join(reasons)

@@ -10,7 +10,8 @@
     trials/007/trial.json      the trial
     trials/007/progress.jsonl  its loss curve
     trials/007/attempts/2/     what attempt 2 wrote: checkpoints, adapter, evaluation.json;
-                               and arithmetic.json, what its pack chose before it started
+                               arithmetic.json, what its pack chose before it started;
+                               and done.json, once it was trained to its end
     trials/007/result.json     final; when it is there, the trial is over
     winner.json registration.json report.html
     driver.log                 what the driver of a submitted sweep has printed
@@ -44,6 +45,7 @@ from orchestrator.records import (
     Evaluated,
     PackEvent,
     Progress,
+    TrialDone,
     TrialResult,
     TrialSpec,
 )
@@ -51,6 +53,13 @@ from orchestrator.records import (
 DRIVER_LOG = "driver.log"
 # Fields that may differ between a start and a resume: they do not change what is trained.
 RESUMABLE_FIELDS = ("resources", "tracking", "registry", "max_restarts", "runs_dir")
+# Beginnings of fields that add trials: all that there are stay, and a sampler learns from them.
+EXTENDING_FIELDS = (
+    "search.space.",
+    "search.conditions.",
+    "search.sampler:",
+    "search.num_trials:",
+)
 
 
 @dataclass(frozen=True)
@@ -111,13 +120,22 @@ class RunStore:
         return SweepRecord(**{**record, "config": SweepConfig.model_validate(record["config"])})
 
     def change_config(self, config: SweepConfig) -> None:
-        """Raises RunFolderError if it differs in a field that decides what is trained."""
-        if differences := config_differences(self.sweep.config, config):
+        """Raises RunFolderError if it differs in a field that decides what its trials train."""
+        differences = config_differences(self.sweep.config, config)
+        extending = [words for words in differences if words.startswith(EXTENDING_FIELDS)]
+        if others := [words for words in differences if words not in extending]:
+            names = [name.rstrip(".:") for name in EXTENDING_FIELDS]
             raise RunFolderError(
-                f"a resume may change {', '.join(RESUMABLE_FIELDS)} only, but got "
-                f"{'; '.join(differences)}: start a new sweep for that"
+                f"a resume may change {', '.join(RESUMABLE_FIELDS)}, and to add trials "
+                f"{', '.join(names)}, but got {'; '.join(others)}: start a new sweep for that"
             )
+        if extending:
+            # Before the new configuration: without it, a resume makes them again as they were.
+            for name in ("done", "registration", "winner"):
+                self._path(f"{name}.json").unlink(missing_ok=True)
         write_json(self._path("sweep.json"), replace(self.sweep, config=config).to_json())
+        if extending:
+            self.add_decision(Decision(time.time(), "extend", "sweep", "; ".join(extending)))
 
     @contextmanager
     def locked(self, wait_s: float = 0) -> Iterator[None]:
@@ -206,6 +224,11 @@ class RunStore:
         for folder in self.trial_dir(number).glob("attempts/*/checkpoint-*"):
             shutil.rmtree(folder)
 
+    def drop_adapter(self, number: int) -> None:
+        """Of a trial that was trained to its end before it was known to be stopped at a rung."""
+        for folder in self.trial_dir(number).glob("attempts/*/adapter"):
+            shutil.rmtree(folder)
+
     def _attempts(self, number: int) -> list[int]:
         return [int(path.name) for path in self.trial_dir(number).glob("attempts/*")]
 
@@ -218,6 +241,18 @@ class RunStore:
         rows = read_json_lines(self.trial_dir(number) / "progress.jsonl")
         latest = {(row["kind"], row["step"]): row for row in rows}
         return sorted(latest.values(), key=lambda row: (row["step"], row["kind"]))
+
+    def add_done_event(self, event: TrialDone) -> None:
+        """A trial that is trained to its end; whether it may stay so can be still undecided."""
+        folder = self.trial_dir(event.trial) / "attempts" / str(event.attempt)
+        write_json(folder / "done.json", asdict(event))
+
+    @property
+    def done_events(self) -> dict[int, TrialDone]:
+        """By trial."""
+        paths = self._path("trials").glob("*/attempts/*/done.json")
+        events = [TrialDone(**read_json(path)) for path in paths]
+        return {event.trial: event for event in events}
 
     def finish_trial(self, result: TrialResult) -> None:
         path = self.trial_dir(result.number) / "result.json"
@@ -233,6 +268,10 @@ class RunStore:
     def results(self) -> list[TrialResult]:
         paths = sorted(self._path("trials").glob("*/result.json"))
         return [TrialResult.from_json(read_json(path)) for path in paths]
+
+
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
 
 
 def holds_sweep(folder: Path) -> bool:

@@ -1,15 +1,17 @@
 """Which trial wins: a pure function of the results.
 
-Least held-out loss; NaN and failed trials never win. Ties go to the smaller bit-width, then the
-fewer adapter parameters, then the earlier trial.
+The best in the first objective among those that keep to all constraints; NaN, pruned and failed
+trials never win. Ties go to the smaller bit-width, then the fewer adapter parameters, then the
+earlier trial.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.records import TrialResult, TrialSpec
+from orchestrator.search.objectives import OBJECTIVES, Objective, candidates, pareto_front
+from orchestrator.search_config import SearchConfig
 
 
 @dataclass(frozen=True)
@@ -23,41 +25,73 @@ class Winner:
         return asdict(self)
 
 
-def select_winner(trials: Sequence[TrialSpec], results: Sequence[TrialResult]) -> Winner | None:
-    """None when no trial finished with a finite loss."""
+def select_winner(
+    trials: Sequence[TrialSpec],
+    results: Sequence[TrialResult],
+    search: SearchConfig | None = None,
+) -> Winner | None:
+    """None when no trial that may win has finished. `search` says what is sought; None: the least
+    held-out loss."""
+    search = search or SearchConfig()
     specs = {trial.number: trial for trial in trials}
-    candidates = [
-        result
-        for result in results
-        if result.state == "finished"
-        and result.eval_loss is not None
-        and math.isfinite(result.eval_loss)
-    ]
-    if not candidates:
-        return None
+    objective = OBJECTIVES[search.objectives[0]]
 
     def order(result: TrialResult) -> tuple[float, int, int, int]:
         bit_width = specs[result.number].config.quant.bit_width
-        assert result.eval_loss is not None
-        return (result.eval_loss, bit_width, result.num_adapter_params, result.number)
+        return (objective.cost(result), bit_width, result.num_adapter_params, result.number)
 
-    ranked = sorted(candidates, key=order)
+    ranked = sorted(candidates(search, results), key=order)
+    if not ranked:
+        return None
     best = ranked[0]
     assert best.eval_loss is not None
     assert best.baseline_eval_loss is not None
-    return Winner(best.number, best.eval_loss, best.baseline_eval_loss, _reason(ranked))
+    reason = _reason(ranked, search, objective, results)
+    return Winner(best.number, best.eval_loss, best.baseline_eval_loss, reason)
 
 
-def _reason(ranked: Sequence[TrialResult]) -> str:
+def _reason(
+    ranked: Sequence[TrialResult],
+    search: SearchConfig,
+    objective: Objective,
+    results: Sequence[TrialResult],
+) -> str:
     best = ranked[0]
-    reason = (
-        f"trial {best.number} has the least held-out loss, {best.eval_loss:.4f} "
-        f"(untrained base {best.baseline_eval_loss:.4f}), of {len(ranked)} finished trials"
-    )
+    num_finished = sum(result.state == "finished" for result in results)
+    least = "most" if objective.direction == "maximize" else "least"
+    reason = f"trial {best.number} has the {least} {objective.title}, {_value(objective, best)}"
+    if search.objectives[0] == "eval_loss":
+        reason += f" (untrained base {best.baseline_eval_loss:.4f})"
+    else:
+        reason += f" (held-out loss {best.eval_loss:.4f})"
+    reason += f", of {num_finished} finished trials"
+    if num_finished > len(ranked):
+        reason += f", {len(ranked)} of which keep to the constraints"
     if len(ranked) > 1:
         second = ranked[1]
-        if second.eval_loss == best.eval_loss:
+        if objective.value(second) == objective.value(best):
             reason += f"; tied with trial {second.number}, it is the smaller one"
         else:
-            reason += f"; next is trial {second.number} with {second.eval_loss:.4f}"
+            reason += f"; next is trial {second.number} with {_value(objective, second)}"
+    if pruned := [result for result in results if result.state == "pruned"]:
+        reason += f"; {len(pruned)} trials were stopped early"
+        losses = [result for result in pruned if _below(result, best)]
+        if losses:
+            named = min(losses, key=lambda result: result.eval_loss or 0.0)
+            reason += f", among them trial {named.number} with {named.eval_loss:.4f}"
+    if len(search.objectives) > 1:
+        front = sorted(result.number for result in pareto_front(search, results))
+        names = ", ".join(search.objectives)
+        reason += f"; no trial beats trials {', '.join(map(str, front))} in all of {names}"
     return reason
+
+
+def _value(objective: Objective, result: TrialResult) -> str:
+    value = objective.value(result)
+    return f"{value:.4f}" if objective is OBJECTIVES["eval_loss"] else f"{value:,.0f}"
+
+
+def _below(result: TrialResult, best: TrialResult) -> bool:
+    if result.eval_loss is None or best.eval_loss is None:
+        return False
+    return result.eval_loss < best.eval_loss

@@ -27,6 +27,7 @@ from orchestrator.records import (
     PackReady,
     PackSpec,
     Progress,
+    Prune,
     SlotTask,
     TrialDone,
     TrialOpened,
@@ -82,6 +83,8 @@ class SimulatedWorker:
                     events.append(
                         TrialOpened(task.trial, task.attempt, slot.step, slot=place, node=node)
                     )
+                case Prune(trial):
+                    self._slots.pop(trial, None)
                 case Leave(save):
                     saved = [slot.save() for slot in self._slots.values()] if save else []
                     return [*saved, PackLeft(self._spec.pack)]
@@ -101,9 +104,12 @@ class SimulatedWorker:
                 now = time.time()
                 return [TrialStopped(task.trial, task.attempt, now, error.reason, error.message)]
         events: list[Event] = [slot.progress()]
-        if slot.step % self._spec.checkpoint_every_steps == 0:
-            events.append(slot.save())
-        if slot.step >= task.config.steps:
+        if slot.step in task.rungs:
+            events.append(slot.evaluated())
+        if slot.step < task.config.steps:
+            if slot.step % self._spec.checkpoint_every_steps == 0:
+                events.append(slot.save())
+        else:
             del self._slots[task.trial]
             events += [slot.evaluated(), slot.done()]
         return events

@@ -28,11 +28,13 @@ def number(value: float | None, digits: int = 4) -> str:
 def _headline(store: RunStore, rows: list[SummaryRow]) -> str:
     config = store.sweep.config
     space = ", ".join(f"`{field}`" for field in config.search.space) or "nothing"
-    count = {state: sum(row["state"] == state for row in rows) for state in ("finished", "failed")}
+    states = ("finished", "pruned", "failed")
+    count = {state: sum(row["state"] == state for row in rows) for state in states}
+    pruned = f"{count['pruned']} pruned, " if count["pruned"] else ""
     return (
         f"## {config.name}\n\nQLoRA adapters for **{_cell(config.base_model.source)}** on "
         f"**{_cell(config.data.train_name)}**: {len(rows)} trials over {space} "
-        f"({count['finished']} finished, {count['failed']} failed)."
+        f"({count['finished']} finished, {pruned}{count['failed']} failed)."
     )
 
 

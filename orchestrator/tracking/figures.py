@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import ReportError
 from orchestrator.files import write_bytes
 from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.front import front_figure
 from orchestrator.tracking.pack_plots import memory_by_pack, pack_gantt
 from orchestrator.tracking.parallel_plot import parallel_fields
 from orchestrator.tracking.plots import learning_curves, rank_by_bit_width
@@ -50,6 +51,8 @@ def report_figures(
     for name, title in titles.items():
         figure = quality_against(rows, MEASURES[name])
         yield ReportFigure(f"quality-against-{name.replace('_', '-')}", title, figure)
+    if (front := front_figure(store)) is not None:
+        yield ReportFigure("pareto-front", "Pareto front", front)
     if (memory := memory_by_pack(packs)) is not None:
         yield ReportFigure("memory", "Memory, planned and measured", memory)
     yield ReportFigure("learning-curves", "Learning curves", learning_curves(rows, curves), True)

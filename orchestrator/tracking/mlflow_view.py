@@ -5,8 +5,9 @@ any time: a crash at any point and a second `sync` add nothing twice. Uses Mlflo
 leaves MLflow's global state alone.
 """
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -160,7 +161,8 @@ class MlflowView:
             "base_model": sweep.config.base_model.source,
             "train_data": sweep.config.data.train_name,
             "sampler": sweep.config.search.sampler,
-            "objective": sweep.config.search.objective,
+            "objectives": sweep.config.search.objectives,
+            "pruner": sweep.config.search.pruner.kind,
             "device": sweep.device,
             "compute_dtype": sweep.compute_dtype,
         }
@@ -233,11 +235,21 @@ class MlflowView:
         log(
             self._client,
             self._run_id,
-            params=cut({f"winner/{short_name(name)}": value for name, value in fields.items()}),
+            params=self._winner_params(cut({short_name(name): v for name, v in fields.items()})),
             # One metric, for sorting sweeps: more would stand before the trials' own charts.
             metrics=[(result.time, 0, {"best_eval_loss": result.eval_loss})],
             tags={"orchestrator.winner": trial_name(trial.number, trial.params)},
         )
+
+    def _winner_params(self, fields: Mapping[str, str]) -> dict[str, str]:
+        """A param never changes: the next winner, of an extended sweep, stands under winner_2/."""
+        known = self._client.get_run(self._run_id).data.params
+        for number in itertools.count(1):
+            group = "winner" if number == 1 else f"winner_{number}"
+            params = {f"{group}/{name}": value for name, value in fields.items()}
+            if all(known.get(name, value) == value for name, value in params.items()):
+                return params
+        raise AssertionError("numbers have no end")
 
     def _link_model(self) -> None:
         """The winner's metrics on its logged model too, with the data that they were taken on."""

@@ -43,7 +43,7 @@ th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); text-ali
 th { color: var(--soft); font-weight: 600; font-size: 13px; white-space: nowrap; }
 td.n, th.n { text-align: right; white-space: nowrap; } tr:last-child td { border-bottom: 0; }
 tr.winner td { font-weight: 600; } tr.winner td:first-child { color: var(--accent); }
-.failed { color: var(--bad); } .finished { color: var(--good); }
+.failed { color: var(--bad); } .finished { color: var(--good); } .pruned { color: var(--soft); }
 pre { margin: 0; overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, monospace; }
 details summary { cursor: pointer; font-size: 18px; font-weight: 600; }
 details[open] summary { margin-bottom: 12px; }

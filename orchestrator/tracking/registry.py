@@ -92,7 +92,10 @@ class Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         rule = f"name = '{entry.model_name}' and tags.`{RUN_ID_TAG}` = '{entry.sweep_id}'"
-        if found := api.search_model_versions(rule):
+        # An extended sweep may have another winner, which is another version.
+        trial = str(entry.trial.number)
+        versions = api.search_model_versions(rule)
+        if found := [one for one in versions if one.tags.get("trial") == trial]:
             version = found[0]
         else:
             version = self._create_version(entry, view)

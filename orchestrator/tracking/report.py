@@ -15,6 +15,7 @@ import yaml
 from orchestrator.files import write_text
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.figures import report_figures
+from orchestrator.tracking.front import front_table
 from orchestrator.tracking.page import card, facts, page, section, table
 from orchestrator.tracking.summary import SummaryRow, summary_rows
 from orchestrator.tracking.timeline import PackTime, pack_times
@@ -38,6 +39,7 @@ def render_report(store: RunStore, cost_per_hour: float | None = None) -> str:
     parts = [
         _headline(store, rows),
         section("Trials", _trials(rows)),
+        section("Pareto front", front) if (front := front_table(store)) else "",
         section("Plots", _plots(store, rows, packs)) if rows else "",
         section("Gate", _gate(store)),
         section("Cost", _cost(rows, packs, price)),
@@ -53,7 +55,7 @@ def _headline(store: RunStore, rows: Sequence[SummaryRow]) -> str:
     sweep = store.sweep
     counts = ", ".join(
         f"{sum(row['state'] == state for row in rows)} {state}"
-        for state in ("finished", "failed", "running", "waiting")
+        for state in ("finished", "pruned", "failed", "running", "waiting")
         if any(row["state"] == state for row in rows)
     )
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime(sweep.created))

@@ -6,8 +6,8 @@ In: a RunStore. Out: SummaryRow records, the best first. Pure; imports neither m
 import math
 from typing import Any, TypedDict
 
-from orchestrator.config import Choice
 from orchestrator.records import TrialResult, TrialSpec
+from orchestrator.search_config import Choice
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.translation import (
     GIB,
@@ -25,9 +25,9 @@ class SummaryRow(TypedDict):
     trial: int
     name: str
     state: str
-    """waiting | running | finished | failed."""
+    """waiting | running | finished | pruned | failed."""
     reason: str
-    """Why it failed."""
+    """Why it failed or was stopped."""
     winner: bool
     params: dict[str, Choice]
     """The searched fields, by their short names."""

@@ -86,7 +86,8 @@ def cut(params: Mapping[str, Any], limit: int = MAX_PARAM_CHARS) -> dict[str, st
 
 
 def final_evaluation(result: TrialResult) -> dict[str, Any] | None:
-    """The last point of a finished trial's curve; None where it has no loss."""
+    """The last point of the curve that decided: of a pruned trial, at its rung. None where there is
+    no loss."""
     if result.eval_loss is None:
         return None
     return {
@@ -164,7 +165,7 @@ def state_tags(trial: TrialSpec, attempt: int, result: TrialResult | None) -> di
         "orchestrator.attempt": str(result.attempt if result is not None else attempt),
         "mlflow.runName": trial_name(trial.number, trial.params),
     }
-    if result is not None and result.state == "failed":
+    if result is not None and result.state != "finished":
         tags["orchestrator.reason"] = result.reason
         tags["orchestrator.message"] = result.message[:MAX_TAG_CHARS]
     return tags

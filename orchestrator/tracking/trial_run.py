@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 MAX_ENTITIES = 1000  # metrics, params and tags of one log_batch call together (MLflow 3.17)
 STATUS = {"waiting": "SCHEDULED", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}
+# MLflow has no word of its own for it: the run's tags and its name in the sweep's table say more.
+# KILLED would be opened again by a resume.
+STATUS |= {"pruned": "FINISHED"}
 METRIC_OF_KIND = {"progress": "train_loss", "evaluated": "eval_loss"}
 
 Row = Mapping[str, Any]

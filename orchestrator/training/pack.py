@@ -31,6 +31,7 @@ from orchestrator.records import (
     PackReady,
     PackSpec,
     Progress,
+    Prune,
     TrialDone,
     TrialOpened,
     TrialStopped,
@@ -117,9 +118,13 @@ class PackWorker:
         """Carry out the directives, then train until something is to be reported."""
         opened: list[Event] = []
         for directive in directives:
-            if isinstance(directive, Leave):
-                return self._leave(directive.save)
-            opened += self._open(directive)
+            match directive:
+                case Leave(save):
+                    return self._leave(save)
+                case Prune(trial):
+                    self._prune(trial)
+                case Assign():
+                    opened += self._open(directive)
         self._fit_lanes()
         reports: list[Event] = []
         while self.slots and not reports:
@@ -239,8 +244,7 @@ class PackWorker:
         self, members: Sequence[Slot], stepped: Sequence[Slot], report: bool
     ) -> list[Event]:
         events: list[Event] = []
-        every = self.spec.evaluation.every_steps
-        due = [slot for slot in stepped if slot.done or (every and slot.step % every == 0)]
+        due = [slot for slot in stepped if self._is_due(slot)]
         if due or report:
             self._reported = time.monotonic()
             reporting = [slot for slot in members if self._meters[slot.number].has_news]
@@ -264,6 +268,12 @@ class PackWorker:
             for meter in self._meters.values():
                 meter.started = time.monotonic()
         return events
+
+    def _is_due(self, slot: Slot) -> bool:
+        """For an evaluation."""
+        every = self.spec.evaluation.every_steps
+        at_interval = every is not None and slot.step % every == 0
+        return slot.done or at_interval or slot.step in slot.task.rungs
 
     def _evaluate(self, members: Sequence[Served]) -> list[Evaluation]:
         return evaluate(
@@ -320,6 +330,12 @@ class PackWorker:
         return TrialStopped(
             slot.task.trial, slot.task.attempt, time.time(), error.reason, error.message
         )
+
+    def _prune(self, trial: int) -> None:
+        """It may have ended before the directive came."""
+        for slot in list(self.slots.values()):
+            if slot.task.trial == trial:
+                self._close(slot)
 
     def _finish(self, slot: Slot, evaluation: Evaluation) -> TrialDone:
         folder = Path(slot.task.attempt_dir) / "adapter"

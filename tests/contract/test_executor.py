@@ -18,6 +18,7 @@ from orchestrator.records import (
     PackReady,
     PackSpec,
     Progress,
+    Prune,
     SlotTask,
     TrialDone,
 )
@@ -125,6 +126,20 @@ def test_trials_in_two_slots_are_both_trained_to_the_end(
         if len(done) < 2:
             executor.advance(0, [])
     assert done == {0, 1}
+
+
+def test_a_pruned_trials_slot_is_free_for_the_next_in_the_same_call(
+    make_executor: MakeExecutor, tmp_path: object
+) -> None:
+    executor = make_executor({})
+    executor.start_pack(spec())
+    next_answer(executor)
+    executor.advance(0, [task(0, f"{tmp_path}/0"), task(1, f"{tmp_path}/1")])
+    next_answer(executor)
+    executor.advance(0, [Prune(0), task(2, f"{tmp_path}/2")])
+    _, events = next_answer(executor)
+    trained = {event.trial: event.step for event in events if isinstance(event, Progress)}
+    assert trained == {1: 2, 2: 1}
 
 
 def test_a_pack_that_is_told_to_leave_says_so(make_executor: MakeExecutor) -> None:

@@ -142,7 +142,7 @@ def test_prometheus_reads_every_metric_of_a_sweep(three_nodes: LocalCluster) -> 
         adapter_digest="",
     )
     for notice in (
-        Standing(5, 2, 1, (pack,)),
+        Standing(5, 2, 0, 1, (pack,)),
         Progress(0, 1, 0.0, 1, 100, 1.0, 1e-3, 1.0, 250.0),
         Decision(0.0, "retry_trial", "trial 1", "its pack is lost"),
         done,

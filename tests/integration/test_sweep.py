@@ -97,6 +97,43 @@ def test_the_champion_loads_with_plain_peft(finished: tuple[Path, str], tmp_path
     assert any("lora_A" in name for name, _ in model.named_parameters())
 
 
+def test_a_pruned_sweep_is_extended_where_it_ended(
+    tmp_path: Path, tiny_base: Path, orchestrator: Command
+) -> None:
+    from mlflow import MlflowClient
+
+    rates = [1e-2, 1e-5, 1e-6]
+    search = {"space": {"optimizer.learning_rate": rates}, "pruner": {"kind": "asha", "rungs": [2]}}
+    config = write_config(tmp_path, tiny_base, search=search)
+    done = orchestrator("sweep", str(config), "--run-dir", "runs/one", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pruned at step 2: held-out loss" in done.stdout
+    assert [r.state for r in store_of(tmp_path).results] == ["finished", "pruned", "pruned"]
+    space = f"search.space.optimizer.learning_rate={[*rates, 3e-2]}"
+    more = orchestrator("resume", "runs/one", "--set", space, "--add-trials", "1", cwd=tmp_path)
+    assert more.returncode == 0, more.stdout + more.stderr
+    store = store_of(tmp_path)
+    assert [result.number for result in store.results] == [0, 1, 2, 3]
+    assert {result.attempt for result in store.results} == {1}
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("sums")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    states = {
+        run.data.tags["orchestrator.trial"]: run.data.tags["orchestrator.state"]
+        for run in runs
+        if "mlflow.parentRunId" in run.data.tags
+    }
+    assert states["1"] == states["2"] == "pruned"
+    assert len(states) == 4
+    winner = store.read("winner")
+    registration = store.read("registration")
+    assert winner is not None
+    assert registration is not None
+    version = client.get_model_version("sums", str(registration["version"]))
+    assert version.tags["trial"] == str(winner["trial"])
+
+
 def test_resuming_a_complete_sweep_does_nothing(
     finished: tuple[Path, str], orchestrator: Command
 ) -> None:

@@ -24,6 +24,7 @@ from orchestrator.records import (
     PackLeft,
     PackSpec,
     Progress,
+    Prune,
     SlotTask,
     TrialDone,
     TrialStopped,
@@ -277,3 +278,33 @@ def test_evaluation_happens_at_every_rung_and_the_end(make_spec: MakeSpec, tmp_p
     rungs = spec.evaluation.model_copy(update={"every_steps": 4})
     _, events = train(make_spec(num_slots=1, evaluation=rungs), [trial_config()], tmp_path)
     assert [event.step for event in events if isinstance(event, Evaluated)] == [0, 4, 6]
+
+
+def test_a_trial_is_evaluated_at_its_rungs_and_a_pruned_one_leaves_no_trace(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    first, second, third = (trial_config(seed=seed) for seed in range(3))
+    worker = PackWorker(make_spec())
+    worker.load()
+    events = []
+    for number, config in ((0, first), (1, second)):
+        assign = task(number, config, tmp_path)
+        directive = Assign(replace(assign.task, rungs=(2, 4)))
+        events += worker.advance([directive])
+    while not any(isinstance(event, Evaluated) and event.step == 2 for event in events):
+        events += worker.advance([])
+    events += worker.advance([Prune(0), task(2, third, tmp_path), Prune(7)])  # 7 is over already
+    while worker.slots:
+        events += worker.advance([])
+    at = {n: [e.step for e in events if isinstance(e, Evaluated) and e.trial == n] for n in (0, 1)}
+    assert at[1] == [0, 2, 4, 6]
+    assert set(at[0]) <= {0, 2}
+    found = {
+        event.trial: load_file(Path(event.adapter_dir) / "adapter_model.safetensors")
+        for event in events
+        if isinstance(event, TrialDone)
+    }
+    alone, _ = train(make_spec(), [second, third], tmp_path / "alone")
+    assert found.keys() == {1, 2}
+    assert_equal(found[1], alone[0])
+    assert_equal(found[2], alone[1])

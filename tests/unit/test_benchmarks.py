@@ -14,6 +14,8 @@ from benchmarks.models import SHAPES
 from benchmarks.pack_bars import bars, with_ratios
 from benchmarks.packs_equality import bars as equality_bars
 from benchmarks.recording import Bar, Row, append_row, read_rows, record
+from benchmarks.search_quality import bars as search_bars
+from benchmarks.search_quality import point_key, quality_points
 
 
 def row(who: str, adapters: int, rate: float, **changes: object) -> Row:
@@ -143,3 +145,29 @@ def test_the_forwarding_bars_compare_medians_with_the_undisturbed_runs() -> None
     assert found["slowdown, down, at most"].value == pytest.approx(10.1 / 10.2 - 1, abs=1e-4)
     assert found["points lost or doubled after sync, at most"].holds
     assert not found["10 trials x 100 points, times raw log_batch, at most"].holds
+
+
+def test_search_quality_is_held_against_the_grid_by_its_worst_seed() -> None:
+    rows: list[Row] = [
+        {"part": "grid"},
+        {"part": "packs", "seed": 0, "loss_ratio": 1.0, "tokens_fraction": 0.2}
+        | {"best_eval_loss": 2.0},
+        {"part": "packs", "seed": 1, "loss_ratio": 1.02, "tokens_fraction": 0.3}
+        | {"best_eval_loss": 2.04},
+        {"part": "tune", "seed": 0, "best_eval_loss_at_budget": 2.2},
+        {"part": "tune", "seed": 1, "best_eval_loss_at_budget": None},
+    ]
+    found = search_bars(rows)
+    assert found["loss over the grid's best, worst seed"].value == 1.02
+    assert not found["loss over the grid's best, worst seed"].holds
+    assert not found["part of the grid's tokens, worst seed"].holds
+    assert found["part of the grid's tokens, median"].holds
+    (lead,) = (bar for name, bar in found.items() if name.startswith("Tune's ASHA loss over ours"))
+    assert lead.value == 1.1
+
+
+def test_a_seed_of_search_quality_is_another_order_of_the_same_points() -> None:
+    first, second = (quality_points(seed) for seed in (0, 1))
+    assert first != second
+    assert sorted(map(point_key, first)) == sorted(map(point_key, second))
+    assert len(first) == 48

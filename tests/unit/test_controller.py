@@ -298,3 +298,82 @@ def test_checkpoints_of_finished_trials_are_removed(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
     make_controller(store, InProcessExecutor(SimulatedWorker)).run()
     assert list(store.folder.rglob("checkpoint-*")) == []
+
+
+def pruned_config(**changes: Any) -> SweepConfig:
+    search = {"space": {"adapter.rank": list(range(16, 0, -1))}, "pruner": "asha"}
+    return sweep_config(search=search, trial__steps=16, **changes)
+
+
+def test_a_pruned_trial_gives_up_its_slot_at_once(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", pruned_config(resources__slots_per_pack=4))
+    assert make_controller(store, InProcessExecutor(SimulatedWorker), num_workers=1).run()
+    results = {result.number: result for result in store.results}
+    assert finished(store) == [0]  # the ranks fall, and less rank is more loss
+    assert {results[number].steps for number in range(1, 16)} == {1}
+    assert {results[number].reason for number in range(1, 16)} == {"asha"}
+    trained = {number: max(p["step"] for p in store.points(number)) for number in results}
+    assert trained == {0: 16} | dict.fromkeys(range(1, 16), 1)
+    packs = [event for event in store.pack_events if event["what"] == "start"]
+    assert len(packs) == 1
+    assert list(store.folder.rglob("checkpoint-*")) == []
+
+
+def test_a_pruned_trial_never_wins_and_is_spoken_of(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", pruned_config())
+    assert make_controller(store, InProcessExecutor(SimulatedWorker)).run()
+    winner = select_winner(store.trials, store.results)
+    assert winner is not None
+    assert winner.trial == 0
+    assert "of 1 finished trials; 15 trials were stopped early" in winner.reason
+
+
+def test_each_verdict_is_recorded_with_its_reason(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", pruned_config())
+    make_controller(store, InProcessExecutor(SimulatedWorker)).run()
+    verdicts = [d for d in store.decisions if d["action"] in ("keep_trial", "stop_trial")]
+    assert len(verdicts) == 17  # all at the first rung, one at the second
+    assert verdicts[1]["facts"] == {
+        "trial": 1,
+        "rung": 1,
+        "eval_loss": store.results[1].eval_loss,
+    }
+    assert "is the 2nd of 2 so far, and is not among the best 1" in verdicts[1]["reason"]
+
+
+def test_an_extended_sweep_reuses_all_that_is_there(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    make_controller(store, InProcessExecutor(SimulatedWorker)).run()
+    before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("result.json")}
+    store.write("done", {})
+    store.write("winner", {})
+    wider = {"quant.bit_width": [4, 16], "adapter.rank": [4, 16, 32]}
+    store.change_config(sweep_config(search__space=wider))
+    assert store.read("done") is store.read("winner") is None
+    again = RunStore.open(store.folder)
+    assert make_controller(again, InProcessExecutor(SimulatedWorker)).run()
+    after = {path: path.stat().st_mtime_ns for path in store.folder.rglob("result.json")}
+    assert {path: after[path] for path in before} == before
+    assert [(t.number, t.config.quant.bit_width, t.config.adapter.rank) for t in again.trials][
+        4:
+    ] == [(4, 4, 32), (5, 16, 32)]
+    (extension,) = [d for d in again.decisions if d["action"] == "extend"]
+    assert extension["reason"] == "search.space.adapter.rank: [4, 16] -> [4, 16, 32]"
+
+
+def test_a_trial_that_breaks_a_constraint_takes_no_slot_and_the_rest_is_trained(
+    tmp_path: Path,
+) -> None:
+    config = sweep_config(
+        search={"space": {"adapter.rank": [4, 64]}, "constraints": {"adapter_mb": 200}}
+    )
+    store = make_store(tmp_path / "run", config)
+    executor = InProcessExecutor(SimulatedWorker)
+    assert make_controller(store, executor, num_workers=1, given=on_gpus(config)).run()
+    assert [(r.number, r.state, r.reason) for r in store.results] == [
+        (0, "finished", ""),
+        (1, "failed", "constraint"),
+    ]
+    (told,) = [d for d in store.decisions if d["subject"] == "trial 1"]
+    assert "search.constraints.adapter_mb allows 200" in told["reason"]
+    assert not (store.trial_dir(1) / "attempts").exists()

@@ -103,6 +103,12 @@ def test_a_dry_run_shows_no_password_of_the_environment(
     assert "secret" not in out
 
 
+def test_a_dry_run_shows_the_rungs(sweep_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["search.pruner=asha", "trial.steps=64"]
+    assert show_plan(sweep_file, overrides, None, None, MACHINE) == 0
+    assert "pruner: asha, rungs at steps 4, 16" in capsys.readouterr().out
+
+
 def test_a_dry_run_names_the_drawn_trials_that_will_not_be_trained(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

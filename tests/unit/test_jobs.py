@@ -8,9 +8,10 @@ import pytest
 
 from jobs.cli import run
 from jobs.environment import describe_environment
-from jobs.sweep import settled
-from orchestrator.errors import RunFolderError
-from orchestrator.loading import override_config
+from jobs.sweep import change_sweep, settled
+from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.loading import override_config, trial_with
+from orchestrator.records import TrialSpec
 from orchestrator.sweep.run_store import RunStore, new_run_id
 from tests.sweeps import make_store, sweep_config
 
@@ -56,6 +57,46 @@ def test_a_resume_may_change_resources_but_not_what_is_trained(tmp_path: Path) -
     other = override_config(store.sweep.config, ["trial.steps=7"])
     with pytest.raises(RunFolderError, match="trial.steps: 6 -> 7"):
         store.change_config(other)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "add_trials", "expected"),
+    [
+        ([], 3, {"num_trials": 7, "sampler": "tpe"}),
+        (["search.num_trials=9"], None, {"num_trials": 9, "sampler": "tpe"}),
+        (["search.sampler=random"], 1, {"num_trials": 5, "sampler": "random"}),
+        (["search.space.adapter.alpha=[8, 16]"], None, {"num_trials": 4, "sampler": "tpe"}),
+    ],
+)
+def test_a_complete_sweep_can_be_extended(
+    tmp_path: Path, overrides: list[str], add_trials: int | None, expected: dict[str, object]
+) -> None:
+    config = sweep_config(search__sampler="tpe", search__num_trials=4, runs_dir=str(tmp_path))
+    store = make_store(tmp_path / "run", config)
+    store.write("done", {})
+    change_sweep(store, overrides, add_trials)
+    search = RunStore.open(store.folder).sweep.config.search
+    assert {name: getattr(search, name) for name in expected} == expected
+    assert store.read("done") is None
+
+
+def test_changing_resources_does_not_open_a_complete_sweep_again(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    store.write("done", {})
+    change_sweep(store, ["resources.num_workers=3"], None)
+    assert store.read("done") is not None
+
+
+def test_a_grid_that_is_trained_whole_says_how_to_add_trials(tmp_path: Path) -> None:
+    config = sweep_config(search__space={"adapter.rank": [4]})
+    store = make_store(tmp_path / "run", config)
+    store.add_trial(
+        TrialSpec(0, {"adapter.rank": 4}, trial_with(config.trial, {"adapter.rank": 4}))
+    )
+    with pytest.raises(ConfigError, match="widen it with --set search.space"):
+        change_sweep(store, [], 5)
+    change_sweep(store, ["search.space.adapter.rank=[4, 8]"], 5)
+    assert store.sweep.config.search.num_trials == 6
 
 
 def test_a_run_keeps_its_packages_and_the_commit_of_the_folder_it_was_started_in(

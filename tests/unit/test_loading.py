@@ -46,7 +46,8 @@ def test_every_mistake_is_reported_at_once_with_its_line() -> None:
         "sweep.yaml:5: trial.adapter.rnk: unknown field; did you mean 'rank'?",
         "sweep.yaml:7: trial.quant.bit_width: Input should be 4, 8 or 16 (got 3)",
         "sweep.yaml:8: trial.optimizer.learning_rate: Input should be greater than 0 (got -1)",
-        "sweep.yaml:9: search.sampler: Input should be 'grid', 'random' or 'tpe' (got 'bayes')",
+        "sweep.yaml:9: search.sampler: Input should be 'grid', 'random', 'tpe', 'gp' or 'nsga2' "
+        "(got 'bayes')",
     ]
 
 

@@ -34,7 +34,7 @@ def progress(trial: int, attempt: int, tokens: int, rate: float = 10.0) -> Progr
 
 
 def standing(*packs: PackStanding, waiting: int = 0) -> Standing:
-    return Standing(waiting, 0, 0, packs)
+    return Standing(waiting, 0, 0, 0, packs)
 
 
 def value(samples: Iterable[Sample], metric: Metric, *labels: str) -> float:

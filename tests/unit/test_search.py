@@ -1,12 +1,22 @@
 import json
 import time
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.records import TrialResult, TrialSpec
-from orchestrator.search.space import SAMPLERS, ask, bounds, check_space, first_batch, num_trials
+from orchestrator.search.samplers import SAMPLERS
+from orchestrator.search.space import (
+    ask,
+    bounds,
+    check_space,
+    first_batch,
+    next_trial,
+    num_trials,
+)
 from tests.sweeps import sweep_config
 
 RANGES = {
@@ -40,7 +50,7 @@ def test_no_space_means_one_trial_as_written() -> None:
     assert trial.config == config.trial
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "nsga2"])
 def test_the_same_seed_asks_for_the_same_trials(sampler: str) -> None:
     search = {"space": RANGES, "sampler": sampler, "num_trials": 14, "seed": 3}
     trials = ask_all(sweep_config(search=search))
@@ -59,6 +69,102 @@ def test_what_is_asked_next_depends_only_on_the_records() -> None:
         for t in trials
     ]
     assert ask(config, trials[:12], results[:12]) == trials[12]
+
+
+def test_nsga2_draws_its_children_from_what_was_best(recwarn: pytest.WarningsRecorder) -> None:
+    search = {"space": RANGES, "sampler": "nsga2", "num_trials": 60}
+    trials = ask_all(sweep_config(search=search))
+    ranks = [trial.config.adapter.rank for trial in trials]
+    early = sum(abs(rank - 20) for rank in ranks[:12]) / 12
+    late = sum(abs(rank - 20) for rank in ranks[-12:]) / 12
+    assert late < 0.7 * early
+    assert {generation for trial in trials for generation in trial.notes.values()} >= {0, 1, 2}
+
+
+def test_a_sampler_that_goes_ahead_knows_just_the_trials_that_it_waits_for() -> None:
+    search = {"space": RANGES, "sampler": "tpe", "num_trials": 20, "ahead": 4}
+    config = sweep_config(search=search)
+    known = ask_all(config)[:14]
+    results = [TrialResult(n, "finished", 1, 0.0, eval_loss=float(n)) for n in range(14)]
+    assert next_trial(config, known, results[:10], most_under_way=99) is None
+    first = next_trial(config, known, results[:11], most_under_way=1)
+    assert first is not None
+    assert next_trial(config, known, results, most_under_way=1) == first
+
+
+def test_a_sampler_learns_from_pruned_and_refused_trials() -> None:
+    search = {
+        "space": {"adapter.rank": {"low": 2, "high": 32, "integer": True}},
+        "sampler": "tpe",
+        "num_trials": 60,
+        "constraints": {"adapter_mb": 1},
+    }
+    trials: list[TrialSpec] = []
+    results: list[TrialResult] = []
+    config = sweep_config(search=search)
+    while trial := next_trial(config, trials, results, most_under_way=1):
+        trials.append(trial)
+        rank = trial.config.adapter.rank
+        state: Any = "finished" if rank < 8 else "pruned"
+        ended = {"eval_loss": 1 / rank, "steps": 6} if state == "pruned" else {"eval_loss": 0.1}
+        if rank > 16:
+            state, ended = "failed", {"reason": "constraint", "adapter_bytes": rank * 10**5}
+        results.append(TrialResult(trial.number, state, 1, 0.0, **ended))
+    late = [trial.config.adapter.rank for trial in trials[-20:]]
+    assert sum(rank < 8 for rank in late) > 12
+    assert sum(rank > 16 for rank in late) < 4
+
+
+CONDITIONAL = {
+    "space": {
+        "quant.quant_type": ["nf4", "fp4"],
+        "quant.bit_width": [4, 16],
+        "adapter.rank": [4, 8],
+    },
+    "conditions": {"quant.quant_type": {"quant.bit_width": [4]}},
+}
+
+
+def test_a_field_is_searched_only_where_its_condition_holds() -> None:
+    config = sweep_config(search=CONDITIONAL)
+    points = [
+        (t.config.quant.bit_width, t.config.quant.quant_type, t.config.adapter.rank)
+        for t in ask_all(config)
+    ]
+    assert points == [
+        (4, "nf4", 4), (4, "nf4", 8), (4, "fp4", 4), (4, "fp4", 8), (16, "nf4", 4), (16, "nf4", 8),
+    ]  # fmt: skip
+    check_space(config)  # fp4 at 16 bits would be refused
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "nsga2"])
+def test_every_sampler_keeps_to_conditions(sampler: str) -> None:
+    search = CONDITIONAL | {"sampler": sampler, "num_trials": 30}
+    trials = ask_all(sweep_config(search=search))
+    for trial in trials:
+        assert ("quant.quant_type" in trial.params) == (trial.params["quant.bit_width"] == 4)
+    assert {trial.config.quant.quant_type for trial in trials} == {"nf4", "fp4"}
+
+
+def test_a_widened_grid_asks_for_the_new_points_alone() -> None:
+    narrow = ask_all(sweep_config())
+    space = {"quant.bit_width": [4, 16], "adapter.rank": [4, 8, 16], "adapter.alpha": [16, 32]}
+    wide = sweep_config(search={"space": space})
+    known = list(narrow)
+    while trial := next_trial(wide, known, [], most_under_way=1):
+        known.append(trial)
+    assert len(known) == 12  # the narrow ones have an alpha of 32
+    assert len({trial.config.model_dump_json() for trial in known}) == 12
+    assert known[4].number == 4
+
+
+def test_trials_of_a_grid_are_told_to_the_sampler_that_follows_it() -> None:
+    results = [TrialResult(n, "finished", 1, 0.0, eval_loss=float(n)) for n in range(4)]
+    search = {"space": RANGES, "sampler": "tpe", "num_trials": 30}
+    config = sweep_config(search=search | {"num_trials": 5})
+    trial = next_trial(config, ask_all(sweep_config()), results, most_under_way=4)
+    assert trial is not None
+    assert trial.number == 4
 
 
 def test_tpe_moves_towards_what_was_better() -> None:
@@ -159,4 +265,46 @@ def test_slots_have_room_for_the_largest_rank_of_the_space() -> None:
 
 def test_every_sampler_of_the_schema_exists() -> None:
     choices = SweepConfig.model_json_schema()["$defs"]["SearchConfig"]["properties"]["sampler"]
-    assert set(choices["enum"]) == set(SAMPLERS)
+    assert set(choices["enum"]) == {"grid", *SAMPLERS}
+
+
+@pytest.mark.parametrize(
+    ("search", "words"),
+    [
+        ({"pruner": {"kind": "asha", "rungs": [8, 4]}}, "must be steps in ascending order"),
+        ({"pruner": {"kind": "asha", "rungs": [4], "min_steps": 2}}, "exclude each other"),
+        ({"pruner": "bandit"}, "Input should be 'none', 'asha', 'hyperband' or 'median'"),
+        ({"pruner": "asha", "objectives": ["eval_loss", "adapter_bytes"]}, "set pruner: none"),
+        ({"objectives": []}, "objectives must name each at least one once"),
+        ({"ahead": 4}, "ahead is for samplers that learn"),
+        ({"conditions": {"adapter.rank": {"adapter.alpha": [1]}}}, "not in search.space"),
+        ({"conditions": {"adapter.rank": {"quant.bit_width": [8]}}}, "must list choices of"),
+        (
+            {
+                "conditions": {
+                    "adapter.rank": {"quant.bit_width": [4]},
+                    "quant.bit_width": {"adapter.rank": [4]},
+                }
+            },
+            "depends on itself through adapter.rank, quant.bit_width",
+        ),
+        ({"constraints": {"adapter_mb": 0}}, "Input should be greater than 0"),
+    ],
+)
+def test_a_search_that_cannot_be_meant_is_refused_with_the_rule(
+    search: dict[str, Any], words: str
+) -> None:
+    space = {"quant.bit_width": [4, 16], "adapter.rank": [4, 8]}
+    with pytest.raises(ValidationError) as caught:
+        sweep_config(search={"space": space} | search)
+    assert words in str(caught.value)
+
+
+def test_a_pruner_needs_a_rung_before_the_end() -> None:
+    pruner = {"kind": "asha", "rungs": [2, 6]}
+    (line,) = refusal(sweep_config(search__pruner=pruner))
+    assert line == (
+        "search.pruner needs rungs before the end of a trial, but got 6 steps, trial.steps=6: "
+        "lower search.pruner.rungs or min_steps, or set pruner: none"
+    )
+    check_space(sweep_config(search__pruner="asha"))

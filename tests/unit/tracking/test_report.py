@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.records import PackEvent, Progress
+from orchestrator.records import PackEvent, Progress, TrialResult
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking import adapter_model
 from orchestrator.tracking.description import describe_sweep
@@ -24,7 +24,7 @@ from orchestrator.tracking.report import write_report
 from orchestrator.tracking.summary import summary_rows
 from orchestrator.tracking.timeline import pack_times
 from orchestrator.tracking.trade_off_plot import MEASURES, pareto_front, quality_against
-from orchestrator.tracking.translation import MAX_TAG_CHARS
+from orchestrator.tracking.translation import MAX_TAG_CHARS, state_tags
 from tests.runs import BEGAN, GRID, make_config, make_run
 
 THREE_FIELDS = tuple(
@@ -221,3 +221,30 @@ def test_the_plots_are_written_as_png(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     description = describe_sweep(RunStore.open(tmp_path / "run"), "abc")
     assert "![packs](get-artifact?path=plots/packs.png&run_uuid=abc)" in description
+
+
+def test_a_pruned_trial_is_shown_with_its_reason(tmp_path: Path) -> None:
+    store = make_run(tmp_path / "run", unfinished=(3,))
+    reason = "held-out loss 3.1000 at step 10 is the 4th of 4 so far"
+    pruned = TrialResult(3, "pruned", 1, BEGAN, "asha", reason, eval_loss=3.1, steps=10)
+    store.finish_trial(pruned)
+    assert "3 finished, 1 pruned" in write_report(store).read_text()
+    assert reason in write_report(store).read_text()
+    assert "(3 finished, 1 pruned, 0 failed)" in describe_sweep(store, "run-id")
+    tags = state_tags(store.trial(3), 1, pruned)
+    assert tags["orchestrator.state"] == "pruned"
+    assert tags["orchestrator.reason"] == "asha"
+    assert tags["orchestrator.message"] == reason
+
+
+def test_a_sweep_of_several_objectives_shows_its_pareto_front(tmp_path: Path) -> None:
+    objectives = ["eval_loss", "adapter_bytes"]
+    search = {"objectives": objectives, "constraints": {"adapter_mb": 6}}
+    config = make_config(search=search)
+    store = make_run(tmp_path / "run", config=config)
+    text = write_report(store).read_text()
+    assert "Outside the constraints" in text
+    assert "search.constraints.adapter_mb allows 6" in text
+    names = [one.name for one in report_figures(store, summary_rows(store), [])]
+    assert "pareto-front" in names
+    assert "Pareto front" not in write_report(make_run(tmp_path / "other")).read_text()

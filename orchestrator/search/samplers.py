@@ -1,0 +1,202 @@
+"""How samplers draw: an Optuna study in memory, rebuilt from the run folder's records each time.
+
+In: trials and results. Out: a Draw. One sampler is made per trial, seeded by the trial's number, so
+that the n-th draw does not depend on how many were made by this process. Optuna is imported inside
+functions.
+
+Optuna 5.0 hears of a trial what each sampler can use: TPE learns from finished and pruned trials,
+and takes those under way for bad ones (constant_liar); GP and NSGA-II learn from finished trials
+only, and fields that a condition may leave out they draw at random.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.records import TrialResult, TrialSpec
+from orchestrator.search.objectives import OBJECTIVES, overshoots
+from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
+
+if TYPE_CHECKING:
+    import optuna
+
+# Optuna's 50 is more than most sweeps have trials; no figure of ours says that 12 is best.
+NSGA2_POPULATION = 12
+# Trials that a sampler draws at random, before it learns: Optuna's defaults, and NSGA-II's first
+# generation.
+STARTUP_TRIALS = {"tpe": 10, "gp": 10, "nsga2": NSGA2_POPULATION}
+
+
+@dataclass(frozen=True)
+class Draw:
+    params: dict[str, Choice]
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the sampler will want to know of this trial: NSGA-II its generation."""
+
+
+Suggest = Callable[[Callable[[str, Values], Choice]], dict[str, Choice]]
+"""Makes a point, given what draws one field."""
+Searched = Callable[[TrialSpec], dict[str, Choice]]
+"""Where a trial lies in the space as it is now."""
+
+
+def _random(
+    search: SearchConfig,
+    known: Sequence[TrialSpec],
+    results: Sequence[TrialResult],
+    suggest: Suggest,
+    searched: Searched,
+) -> Draw:
+    import optuna
+
+    # It looks at no earlier trial, and adding a thousand to a study takes long.
+    sampler = optuna.samplers.RandomSampler(seed=search.seed + len(known))
+    return _draw(search, sampler, (), (), suggest, searched)
+
+
+def _tpe(
+    search: SearchConfig,
+    known: Sequence[TrialSpec],
+    results: Sequence[TrialResult],
+    suggest: Suggest,
+    searched: Searched,
+) -> Draw:
+    import optuna
+
+    sampler = optuna.samplers.TPESampler(
+        seed=search.seed + len(known), n_startup_trials=STARTUP_TRIALS["tpe"], constant_liar=True
+    )
+    return _draw(search, sampler, known, results, suggest, searched)
+
+
+def _gp(
+    search: SearchConfig,
+    known: Sequence[TrialSpec],
+    results: Sequence[TrialResult],
+    suggest: Suggest,
+    searched: Searched,
+) -> Draw:
+    import optuna
+
+    sampler = optuna.samplers.GPSampler(
+        seed=search.seed + len(known),
+        n_startup_trials=STARTUP_TRIALS["gp"],
+        warn_independent_sampling=False,
+    )
+    return _draw(search, sampler, known, results, suggest, searched)
+
+
+def _nsga2(
+    search: SearchConfig,
+    known: Sequence[TrialSpec],
+    results: Sequence[TrialResult],
+    suggest: Suggest,
+    searched: Searched,
+) -> Draw:
+    import optuna
+
+    sampler = optuna.samplers.NSGAIISampler(
+        seed=search.seed + len(known), population_size=NSGA2_POPULATION
+    )
+    return _draw(search, sampler, known, results, suggest, searched)
+
+
+def _draw(
+    search: SearchConfig,
+    sampler: "optuna.samplers.BaseSampler",
+    known: Sequence[TrialSpec],
+    results: Sequence[TrialResult],
+    suggest: Suggest,
+    searched: Searched,
+) -> Draw:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    directions = [OBJECTIVES[name].direction for name in search.objectives]
+    study = optuna.create_study(directions=directions, sampler=sampler)
+    by_number = {result.number: result for result in results}
+    for spec in known:
+        for trial in _frozen(search, spec, by_number.get(spec.number), searched(spec)):
+            study.add_trial(trial)
+    trial = study.ask()
+
+    def draw(name: str, values: Values) -> Choice:
+        if not isinstance(values, RangeConfig):
+            choices = [_encoded(value) for value in values]
+            return _decoded(trial.suggest_categorical(name, choices), values)
+        if not values.integer:
+            return float(trial.suggest_float(name, values.low, values.high, log=values.log))
+        return int(trial.suggest_int(name, int(values.low), int(values.high), log=values.log))
+
+    params = suggest(draw)
+    return Draw(params, dict(study.get_trials(deepcopy=False)[-1].system_attrs))
+
+
+def _distribution(values: Values) -> Any:
+    import optuna
+
+    if not isinstance(values, RangeConfig):
+        return optuna.distributions.CategoricalDistribution([_encoded(value) for value in values])
+    if values.integer:
+        return optuna.distributions.IntDistribution(
+            int(values.low), int(values.high), log=values.log
+        )
+    return optuna.distributions.FloatDistribution(values.low, values.high, log=values.log)
+
+
+def _frozen(
+    search: SearchConfig,
+    spec: TrialSpec,
+    result: TrialResult | None,
+    point: Mapping[str, Choice],
+) -> "Iterator[optuna.trial.FrozenTrial]":
+    """The trial as Optuna knows trials; nothing where it lies outside the space as it is now."""
+    import optuna
+
+    if not all(_contains(search.space[name], value) for name, value in point.items()):
+        return
+    state, values = optuna.trial.TrialState.RUNNING, None
+    constraints: dict[str, float] = {}
+    if result is not None:
+        constraints = overshoots(search.constraints, result)
+        measured = [OBJECTIVES[name].value(result) for name in search.objectives]
+        if result.state == "finished" and all(map(math.isfinite, measured)):
+            state, values = optuna.trial.TrialState.COMPLETE, measured
+        elif result.state == "pruned" or result.reason == "constraint":
+            state = optuna.trial.TrialState.PRUNED
+        else:
+            state = optuna.trial.TrialState.FAIL
+    at_rung = result is not None and result.state == "pruned" and result.eval_loss is not None
+    yield optuna.trial.create_trial(
+        params={name: _encoded(value) for name, value in point.items()},
+        distributions={name: _distribution(search.space[name]) for name in point},
+        state=state,
+        values=values,
+        intermediate_values={result.steps: result.eval_loss} if result and at_rung else {},
+        constraints=constraints,
+        system_attrs=dict(spec.notes),
+    )
+
+
+def _contains(values: Values, value: Choice) -> bool:
+    if isinstance(values, RangeConfig):
+        return isinstance(value, int | float) and values.low <= value <= values.high
+    return value in values
+
+
+def _encoded(choice: Choice) -> Scalar:
+    """Optuna's categories are scalars: a list of names, which JSON gives back, becomes text."""
+    return json.dumps(choice) if isinstance(choice, list | tuple) else choice
+
+
+def _decoded(value: Scalar, values: tuple[Choice, ...]) -> Choice:
+    lists = (choice for choice in values if isinstance(choice, tuple))
+    return next((choice for choice in lists if _encoded(choice) == value), value)
+
+
+Sample = Callable[
+    [SearchConfig, Sequence[TrialSpec], Sequence[TrialResult], Suggest, Searched], Draw
+]
+SAMPLERS: dict[str, Sample] = {"random": _random, "tpe": _tpe, "gp": _gp, "nsga2": _nsga2}

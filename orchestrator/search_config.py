@@ -1,0 +1,216 @@
+"""The search section of the schema: space, conditions, sampler, pruner, objectives, constraints.
+
+In: a mapping. Out: a frozen SearchConfig, which knows nothing of the trial that it searches around:
+what needs both is checked in loading.py and search/. Imports pydantic only.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from orchestrator.strict import NonNegativeInt, PositiveInt, Strict, Switch
+
+Scalar = bool | int | float | str
+Choice = Scalar | tuple[str, ...]
+"""One listed value of a searched field; a tuple of names for adapter.target_modules."""
+
+SamplerKind = Literal["grid", "random", "tpe", "gp", "nsga2"]
+PrunerKind = Literal["none", "asha", "hyperband", "median"]
+ObjectiveName = Literal[
+    "eval_loss", "peak_memory_bytes", "model_memory_bytes", "adapter_bytes", "tokens_per_s"
+]
+
+
+class RangeConfig(Strict):
+    low: float
+    high: float
+    log: Switch = False
+    """Sample on a logarithmic scale."""
+    integer: Switch = False
+    """Sample whole numbers only."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RangeConfig":
+        if not self.low < self.high:
+            raise ValueError(f"low < high must hold, but got (low={self.low}, high={self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low > 0, but got low={self.low}")
+        if self.integer and (self.low % 1 or self.high % 1):
+            raise ValueError(
+                f"an integer range needs whole bounds, but got (low={self.low}, high={self.high})"
+            )
+        return self
+
+
+Values = tuple[Choice, ...] | RangeConfig
+"""What a searched field may be."""
+
+
+class PrunerConfig(Strict):
+    """When a trial is stopped early, by its held-out loss at rungs. Trials compete with those of
+    the same base (bit-width and code) and of a lower number, see docs/design.md."""
+
+    kind: PrunerKind = "none"
+    """asha: at each rung only the best 1/reduction_factor so far go on (asynchronous successive
+    halving, arXiv:1810.05934). hyperband: the same in brackets that begin at later rungs, the last
+    of which stops nobody. median: who is worse than the median at a rung is stopped."""
+
+    reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 4
+    """Of the trials at a rung, one in so many goes on; and each rung is so many times the one
+    before."""
+
+    min_steps: PositiveInt | None = None
+    """Steps of the first rung; null: trial.steps / reduction_factor^2."""
+
+    rungs: tuple[PositiveInt, ...] | None = None
+    """Steps of all rungs, instead of min_steps."""
+
+    startup_trials: NonNegativeInt = 5
+    """median stops nobody at a rung until so many trials have got there."""
+
+    @model_validator(mode="after")
+    def _rungs_ascend(self) -> "PrunerConfig":
+        if self.rungs is None:
+            return self
+        if self.min_steps is not None:
+            raise ValueError(
+                "pruner.rungs and pruner.min_steps exclude each other, but got "
+                f"rungs={list(self.rungs)}, min_steps={self.min_steps}: leave one out"
+            )
+        if not self.rungs or list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(
+                f"pruner.rungs must be steps in ascending order, but got {list(self.rungs)}"
+            )
+        return self
+
+
+def _named_pruner(written: Any) -> Any:
+    return {"kind": written} if isinstance(written, str) else written
+
+
+class ConstraintsConfig(Strict):
+    """What a winner must keep to."""
+
+    peak_memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """GiB of one worker. A trial that is expected to need more even alone is not trained, packs are
+    planned within it, and one whose worker was measured above it cannot win."""
+
+    adapter_mb: Annotated[float, Field(gt=0)] | None = None
+    """Megabytes (10^6 bytes) of the adapter. A trial with a larger one is not trained."""
+
+
+class SearchConfig(Strict):
+    space: dict[str, Values] = {}
+    """Dotted field of a trial -> list of choices, or a range {low, high, log, integer}. A choice of
+    adapter.target_modules may be a list of names itself: [all-linear, [q_proj, v_proj]]."""
+
+    conditions: dict[str, dict[str, tuple[Choice, ...]]] = {}
+    """Searched field -> {another searched field: values}: it is searched only where the other one
+    has one of these values, and elsewhere is as written under `trial`."""
+
+    sampler: SamplerKind = "grid"
+    """grid tries every combination of lists; the others draw `num_trials`: random; tpe (a
+    tree-structured Parzen estimator); gp (a Gaussian process: for few, costly trials over ranges);
+    nsga2 (a genetic algorithm: for several objectives). All are Optuna's."""
+
+    num_trials: PositiveInt | None = None
+    """Trials to run; for grid, null means all combinations."""
+
+    seed: NonNegativeInt = 0
+    """The same seed asks for the same trials."""
+
+    ahead: PositiveInt | None = None
+    """For samplers that learn. null: a trial is asked for when a slot is about to be free, knowing
+    all results that are in by then. A number N: trial n is asked for when trials 0 to n - N are
+    over, knowing these alone: it may wait, and the sweep repeats trial by trial on any cluster."""
+
+    pruner: Annotated[
+        PrunerConfig,
+        BeforeValidator(_named_pruner, json_schema_input_type=PrunerKind | PrunerConfig),
+    ] = PrunerConfig()
+    """A kind alone, such as asha, or a mapping."""
+
+    objectives: tuple[ObjectiveName, ...] = ("eval_loss",)
+    """What is sought: the least of each, and the most of tokens_per_s. eval_loss is the mean loss
+    per token on the held-out examples. Among the trials that keep to all constraints the winner
+    is the best in the first one; ties go to the smaller bit-width, then the smaller adapter, then
+    the earlier trial. With several, the report shows the Pareto front. NaN never wins."""
+
+    constraints: ConstraintsConfig = ConstraintsConfig()
+
+    @model_validator(mode="after")
+    def _sampler_fits_space(self) -> "SearchConfig":
+        ranges = [name for name, values in self.space.items() if isinstance(values, RangeConfig)]
+        if self.sampler == "grid" and ranges:
+            raise ValueError(
+                f"sampler: grid needs lists, but space.{ranges[0]} is a range: "
+                "list its values, or use sampler: random or tpe"
+            )
+        if self.sampler != "grid" and self.num_trials is None:
+            raise ValueError(f"sampler: {self.sampler} needs num_trials")
+        for name, values in self.space.items():
+            if not isinstance(values, RangeConfig) and not values:
+                raise ValueError(f"space.{name} needs at least one value")
+            if not isinstance(values, RangeConfig) and len(set(map(repr, values))) < len(values):
+                raise ValueError(f"space.{name} lists a value twice")
+        return self
+
+    @model_validator(mode="after")
+    def _learners_only(self) -> "SearchConfig":
+        if self.ahead is not None and self.sampler in ("grid", "random"):
+            raise ValueError(
+                f"ahead is for samplers that learn, but got ahead={self.ahead}, "
+                f"sampler={self.sampler}: leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_are_usable(self) -> "SearchConfig":
+        names = list(self.objectives)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"objectives must name each at least one once, but got {names}")
+        if self.pruner.kind != "none" and names != ["eval_loss"]:
+            raise ValueError(
+                f"pruner: {self.pruner.kind} goes by the held-out loss alone and would stop what "
+                f"is good in another way, but got objectives={names}: set pruner: none, or "
+                "objectives: [eval_loss]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _conditions_can_hold(self) -> "SearchConfig":
+        for field, needs in self.conditions.items():
+            for name in (field, *needs):
+                if name not in self.space:
+                    raise ValueError(
+                        f"conditions.{field} names {name}, which is not in search.space: add it "
+                        "there, or leave the condition out"
+                    )
+            for name, wanted in needs.items():
+                values = self.space[name]
+                if isinstance(values, RangeConfig):
+                    raise ValueError(
+                        f"conditions.{field}: {name} is a range, and a condition needs a list of "
+                        "choices: list its values"
+                    )
+                strange = [value for value in wanted if value not in values]
+                if strange or not wanted:
+                    raise ValueError(
+                        f"conditions.{field}.{name} must list choices of space.{name}, "
+                        f"{list(values)}, but got {list(wanted)}"
+                    )
+        self._refuse_circles()
+        return self
+
+    def _refuse_circles(self) -> None:
+        for field in self.conditions:
+            above, todo = set[str](), [field]
+            while todo:
+                parents = self.conditions.get(todo.pop(), {})
+                todo += [name for name in parents if name not in above]
+                above |= parents.keys()
+            if field in above:
+                raise ValueError(
+                    f"conditions.{field} depends on itself through {', '.join(sorted(above))}: "
+                    "leave one of these conditions out"
+                )

@@ -1,0 +1,74 @@
+"""What a trial is expected to need alone, and whether that breaks a constraint before it trains.
+
+In: a TrialSpec, the constraints and the planner's Premises. Out: a TrialResult that refuses it, or
+None. Pure: no torch, no Ray.
+"""
+
+from dataclasses import replace
+
+from orchestrator.planning.fit import BUDGET_FRACTION
+from orchestrator.planning.options import Premises
+from orchestrator.planning.packs import preview_packs
+from orchestrator.planning.shape import UnknownShape
+from orchestrator.records import TrialResult, TrialSpec
+from orchestrator.search.objectives import GIB, violations
+from orchestrator.search_config import ConstraintsConfig
+
+BYTES_PER_SAVED_PARAM = 4  # adapters are saved in fp32
+
+
+def within(constraints: ConstraintsConfig, premises: Premises) -> Premises:
+    """Premises whose packs keep to the constraint on memory."""
+    if constraints.peak_memory_gib is None:
+        return premises
+    limit = int(constraints.peak_memory_gib * GIB)
+    known = premises.worker_memory_bytes
+    return replace(premises, worker_memory_bytes=min(known, limit) if known else limit)
+
+
+def refusal(
+    trial: TrialSpec, constraints: ConstraintsConfig, premises: Premises, now: float
+) -> TrialResult | None:
+    """The result of a trial that cannot keep to the constraints, as far as is known before."""
+    expected = TrialResult(
+        number=trial.number,
+        state="failed",
+        attempt=0,
+        time=now,
+        reason="constraint",
+        peak_memory_bytes=_peak_memory_bytes(trial, constraints, premises),
+        adapter_bytes=_adapter_bytes(trial, premises),
+    )
+    found = violations(constraints, expected)
+    if not found:
+        return None
+    return replace(expected, message="expected: " + "; ".join(found))
+
+
+def _adapter_bytes(trial: TrialSpec, premises: Premises) -> int:
+    """Of the weights alone; 0 where the base's shape is not known."""
+    if isinstance(premises.shape, UnknownShape):
+        return 0
+    adapter = trial.config.adapter
+    layers = premises.shape.targets(adapter.target_modules)
+    params = sum(adapter.rank * (layer.in_features + layer.out_features) for layer in layers)
+    return BYTES_PER_SAVED_PARAM * params
+
+
+def _peak_memory_bytes(trial: TrialSpec, constraints: ConstraintsConfig, premises: Premises) -> int:
+    """Of the trial alone in a pack that gives up what it can; 0 where it is not estimated. With the
+    share of the memory that the planner leaves free."""
+    if constraints.peak_memory_gib is None:
+        return 0
+    alone = replace(
+        within(constraints, premises),
+        max_rank=trial.config.adapter.rank,
+        target_modules=trial.config.adapter.target_modules,
+        dropout=trial.config.adapter.dropout > 0,
+        resources=premises.resources.model_copy(
+            update={"slots_per_pack": 1, "workers_per_pack": 1}
+        ),
+    )
+    packs = preview_packs([trial], 1, alone)
+    memory = packs[0][0].fit.memory if packs else None
+    return round(memory.total_bytes / BUDGET_FRACTION) if memory is not None else 0

@@ -1,0 +1,177 @@
+"""A sweep that is killed again and again comes to the same end as one that is left alone."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.config import SweepConfig
+from orchestrator.records import (
+    Decision,
+    Evaluated,
+    Event,
+    Progress,
+    TrialDone,
+    TrialResult,
+    TrialSpec,
+)
+from orchestrator.sweep.executor import InProcessExecutor
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.selection import select_winner
+from orchestrator.sweep.simulated import SimulatedWorker
+from tests.sweeps import make_controller, make_store, sweep_config
+
+KILLS = 20
+RANGES = {
+    "optimizer.learning_rate": {"low": 1e-5, "high": 1e-1, "log": True},
+    "adapter.rank": {"low": 2, "high": 32, "integer": True},
+    "quant.bit_width": [4, 16],
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+class MortalStore(RunStore):
+    """Its process dies before or after the n-th write of one of the kinds that a sweep makes."""
+
+    lives: float = float("inf")
+
+    def _live(self) -> None:
+        self.lives -= 0.5
+        if self.lives < 0:
+            raise Killed
+
+    def add_trial(self, trial: TrialSpec) -> None:
+        self._live()
+        super().add_trial(trial)
+        self._live()
+
+    def add_point(self, point: Progress | Evaluated) -> None:
+        self._live()
+        super().add_point(point)
+        self._live()
+
+    def add_decision(self, decision: Decision) -> None:
+        self._live()
+        super().add_decision(decision)
+        self._live()
+
+    def add_done_event(self, event: TrialDone) -> None:
+        self._live()
+        super().add_done_event(event)
+        self._live()
+
+    def finish_trial(self, result: TrialResult) -> None:
+        self._live()
+        super().finish_trial(result)
+        self._live()
+
+
+def conclusion(store: RunStore) -> dict[str, Any]:
+    """What does not depend on when and where it was done: every trial, each verdict about it, how
+    it ended, and the winner."""
+    verdicts = [d for d in store.decisions if d["action"] in ("keep_trial", "stop_trial")]
+    winner = select_winner(store.trials, store.results, store.sweep.config.search)
+    return {
+        "trials": [(trial.number, trial.params) for trial in store.trials],
+        "verdicts": sorted(
+            (d["facts"]["trial"], d["facts"]["rung"], d["action"], d["facts"]["eval_loss"])
+            for d in verdicts
+        ),
+        "results": [(r.number, r.state, r.steps, r.eval_loss, r.reason) for r in store.results],
+        "winner": winner,
+    }
+
+
+def undisturbed(folder: Path, config: SweepConfig, num_workers: int = 2) -> RunStore:
+    store = make_store(folder, config)
+    assert make_controller(store, InProcessExecutor(SimulatedWorker), num_workers).run()
+    return store
+
+
+def killed_often(folder: Path, config: SweepConfig, seed: int, num_writes: int) -> RunStore:
+    draw = random.Random(seed)
+    make_store(folder, config)
+    deaths = 0
+    while True:
+        store = MortalStore.open(folder)
+        assert isinstance(store, MortalStore)
+        if deaths < KILLS:
+            store.lives = draw.uniform(1, 1.5 * num_writes / KILLS)
+        num_workers = draw.choice([1, 2, 3])  # and goes on where there is more or less room
+        try:
+            executor = InProcessExecutor(SimulatedWorker)
+            assert make_controller(store, executor, num_workers).run()
+        except Killed:
+            deaths += 1
+        else:
+            assert deaths == KILLS
+            return store
+
+
+def num_writes(store: RunStore) -> int:
+    points = sum(len(store.points(trial.number)) for trial in store.trials)
+    return points + len(store.decisions) + 3 * len(store.trials)
+
+
+SEARCHES: dict[str, dict[str, Any]] = {
+    "random, asha": {"sampler": "random", "space": RANGES, "num_trials": 18, "pruner": "asha"},
+    "grid, hyperband": {
+        "space": {
+            "adapter.rank": [9, 4, 12, 2, 24, 6, 3, 16],
+            "quant.bit_width": [4, 16],
+        },
+        "pruner": {"kind": "hyperband", "reduction_factor": 2, "min_steps": 2},
+    },
+    "tpe ahead, median": {
+        "sampler": "tpe",
+        "space": RANGES,
+        "num_trials": 18,
+        "ahead": 6,
+        "pruner": {"kind": "median", "rungs": [2, 5, 9], "startup_trials": 3},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_sweep_killed_20_times_ends_with_the_same_trials_verdicts_and_winner(
+    tmp_path: Path, name: str
+) -> None:
+    config = sweep_config(search=SEARCHES[name], trial__steps=16, max_restarts=0)
+    alone = undisturbed(tmp_path / "alone", config)
+    expected = conclusion(alone)
+    states = {state for _, state, *_ in expected["results"]}
+    assert states == {"finished", "pruned"}
+    killed = killed_often(tmp_path / "killed", config, seed=1, num_writes=num_writes(alone))
+    assert conclusion(killed) == expected
+
+
+def test_the_number_of_workers_changes_no_verdict(tmp_path: Path) -> None:
+    config = sweep_config(search=SEARCHES["random, asha"], trial__steps=16)
+    one = conclusion(undisturbed(tmp_path / "one", config, num_workers=1))
+    assert conclusion(undisturbed(tmp_path / "five", config, num_workers=5)) == one
+
+
+class LastComesFirst(InProcessExecutor):
+    """The pack that was started last runs alone, as long as there is something for it to do."""
+
+    def poll(self, timeout_s: float) -> list[tuple[int, list[Event]]]:
+        self._due = dict(sorted(self._due.items(), reverse=True))
+        return super().poll(timeout_s)
+
+
+def test_trials_that_race_ahead_are_pruned_all_the_same_even_at_their_end(tmp_path: Path) -> None:
+    search = SEARCHES["random, asha"] | {"space": {**RANGES, "quant.bit_width": [4]}}
+    config = sweep_config(search=search, trial__steps=16, resources__slots_per_pack=2)
+    alone = undisturbed(tmp_path / "alone", config, num_workers=1)
+    store = make_store(tmp_path / "raced", config)
+    assert make_controller(store, LastComesFirst(SimulatedWorker), num_workers=2).run()
+    assert conclusion(store) == conclusion(alone)
+    pruned = [result.number for result in store.results if result.state == "pruned"]
+    reached = [max(point["step"] for point in store.points(number)) for number in pruned]
+    for number in pruned:
+        assert not list((store.trial_dir(number) / "attempts").glob("*/adapter"))
+    assert 16 in reached  # trained to its end before the first trials came to a rung
