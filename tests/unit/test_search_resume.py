@@ -155,11 +155,15 @@ def test_the_number_of_workers_changes_no_verdict(tmp_path: Path) -> None:
     assert conclusion(undisturbed(tmp_path / "five", config, num_workers=5)) == one
 
 
-class LastComesFirst(InProcessExecutor):
-    """The pack that was started last runs alone, as long as there is something for it to do."""
+class FirstTrialsComeLast(InProcessExecutor):
+    """Pack 1 is given the first trials, and then pack 0 runs alone, as long as there is something
+    for it to do."""
+
+    _begun = False
 
     def poll(self, timeout_s: float) -> list[tuple[int, list[Event]]]:
-        self._due = dict(sorted(self._due.items(), reverse=True))
+        self._due = dict(sorted(self._due.items(), reverse=not self._begun))
+        self._begun = True
         return super().poll(timeout_s)
 
 
@@ -168,7 +172,7 @@ def test_trials_that_race_ahead_are_pruned_all_the_same_even_at_their_end(tmp_pa
     config = sweep_config(search=search, trial__steps=16, resources__slots_per_pack=2)
     alone = undisturbed(tmp_path / "alone", config, num_workers=1)
     store = make_store(tmp_path / "raced", config)
-    assert make_controller(store, LastComesFirst(SimulatedWorker), num_workers=2).run()
+    assert make_controller(store, FirstTrialsComeLast(SimulatedWorker), num_workers=2).run()
     assert conclusion(store) == conclusion(alone)
     pruned = [result.number for result in store.results if result.state == "pruned"]
     reached = [max(point["step"] for point in store.points(number)) for number in pruned]
