@@ -237,10 +237,10 @@ def run(three_nodes: LocalCluster, tmp_path: Path) -> Iterator[Callable[..., Run
 def test_a_sweep_survives_the_loss_of_any_worker_node(
     three_nodes: LocalCluster, run: Callable[..., RunningSweep], lost_size: int
 ) -> None:
-    # Trial 0 is short. Its slot goes to trial 3, so that a long one is in each of three packs.
+    # The longest begin: one is in each of three packs, and trial 0 follows where one is over.
     space = {"steps": [4, 80, 81, 82]}
     sweep = run(3, search__space=space, resources__slots_per_pack=1)
-    wait_until(lambda: sweep.ended == {0} and sweep.have_checkpoints(1, 2, 3), "training")
+    wait_until(lambda: sweep.have_checkpoints(1, 2, 3), "training")
     lost = three_nodes.of_size(lost_size)
     hit = {trial for trial in (1, 2, 3) if sweep.node_of(trial) == lost}
     assert len(hit) == lost_size
