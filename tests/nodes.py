@@ -17,6 +17,8 @@ from orchestrator.records import GroupPlace, PackReady, PackSpec
 from orchestrator.sweep.simulated import SimulatedWorker
 
 OBJECT_STORE_BYTES = 80 * 2**20
+ACCELERATORS = {2: "H100", 1: "A100"}
+"""By a node's cores, what it says that its GPUs are, of which it has none."""
 
 
 class LocalCluster:
@@ -39,7 +41,10 @@ class LocalCluster:
         return str(self._cluster.address)
 
     def add(self, num_cpus: int) -> None:
-        self._cluster.add_node(num_cpus=num_cpus, object_store_memory=OBJECT_STORE_BYTES)
+        kind = {f"accelerator_type:{ACCELERATORS[num_cpus]}": 1} if num_cpus in ACCELERATORS else {}
+        self._cluster.add_node(
+            num_cpus=num_cpus, object_store_memory=OBJECT_STORE_BYTES, resources=kind
+        )
 
     def node_ids(self) -> list[str]:
         return [node.node_id for node in self._cluster.worker_nodes]
