@@ -129,7 +129,7 @@ class SweepDisplay:
             config = row.trial.config
             table.add_row(
                 str(number),
-                str(config.quant.bit_width),
+                str(config.quant.mean_bits),
                 str(config.adapter.rank),
                 f"{row.step}/{config.steps}",
                 _number(row.train_loss, ".3f"),
@@ -190,7 +190,7 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
         finished = result.state == "finished"
         table.add_row(
             str(result.number),
-            str(config.quant.bit_width),
+            str(config.quant.mean_bits),
             str(config.adapter.rank),
             _number(result.eval_loss, ".4f"),
             _number(gain if finished else None, ".4f"),
@@ -217,7 +217,7 @@ def shown_path(path: Path) -> Path:
 
 def _title(trial: TrialSpec) -> str:
     config = trial.config
-    return f"trial {trial.number} ({config.quant.bit_width}-bit, rank {config.adapter.rank})"
+    return f"trial {trial.number} ({config.quant.mean_bits:g}-bit, rank {config.adapter.rank})"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -95,6 +95,8 @@ class PackSpec:
     """Workers that train the pack together, each with a part of every step's blocks."""
     dequantise_once: bool = False
     step_program: StepProgram = "eager"
+    loftq: bool = False
+    """Whether any trial of the sweep begins with the base's quantisation error."""
 
 
 @dataclass(frozen=True)

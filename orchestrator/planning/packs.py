@@ -31,7 +31,7 @@ AS_HAD = "as half-trained trials had"
 class PackKey:
     """Trials with an equal key can share a pack: one base, one program."""
 
-    quant: tuple[tuple[str, Any], ...]
+    quant: QuantConfig
     strategy: tuple[tuple[str, Any], ...]
     micro_batch_size: int | None
     """As set; then batch sizes may differ, and a slot with more passes steps less often."""
@@ -44,9 +44,7 @@ class PackKey:
 
     @property
     def title(self) -> str:
-        quant = dict(self.quant)
-        name = f"{quant['bit_width']}-bit"
-        return f"{name} {quant['quant_type']}" if quant["bit_width"] == 4 else name
+        return self.quant.title
 
     @property
     def zero(self) -> bool:
@@ -81,7 +79,7 @@ class PackPlan:
 
 def pack_key(trial: TrialConfig) -> PackKey:
     return PackKey(
-        tuple(sorted(trial.quant.model_dump().items())),
+        trial.quant,
         tuple(sorted(trial.strategy.model_dump().items())),
         trial.micro_batch_size,
         trial.batch_size if trial.micro_batch_size is None else None,
@@ -257,7 +255,7 @@ def _wish(
     asked = premises.resources.slots_per_pack
     num_slots = 1 if key.alone else min(asked, num_trials) if asked is not None else None
     wish = PackWish(
-        quant=QuantConfig.model_validate(dict(key.quant)),
+        quant=key.quant,
         zero=key.zero,
         alone=key.alone,
         share=share,
@@ -283,7 +281,7 @@ def _workers(count: int) -> str:
 def _why_alone(trial: TrialConfig) -> str:
     if trial.strategy.kind == "zero":
         return "strategy.kind: zero gives each trial a DeepSpeed engine of its own"
-    if trial.quant.bit_width == 8:
+    if trial.quant.llm_int8:
         # bitsandbytes 0.50 finds outlier columns over the whole batch, neighbours included.
         return "LLM.int8 treats a batch as one: neighbours would change each other's numbers"
     return ""

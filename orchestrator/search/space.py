@@ -43,6 +43,8 @@ class Bounds:
     """Whether any trial drops inputs of its adapter."""
     optimizers: tuple[str, ...]
     """All that a trial may use."""
+    loftq: bool = False
+    """Whether any trial begins with the base's quantisation error."""
 
 
 def num_trials(search: SearchConfig) -> int:
@@ -95,11 +97,25 @@ def ask(
 
 def bounds(trial: TrialConfig, search: SearchConfig) -> Bounds:
     return Bounds(
-        max_rank=int(_highest(search.space.get("adapter.rank", (trial.adapter.rank,)))),
+        max_rank=_max_rank(trial, search),
         target_modules=_target_modules(trial, search),
         dropout=_highest(search.space.get("adapter.dropout", (trial.adapter.dropout,))) > 0,
         optimizers=_optimizers(trial, search),
+        loftq="loftq" in _choices(search, "adapter.init", trial.adapter.init),
     )
+
+
+def _max_rank(trial: TrialConfig, search: SearchConfig) -> int:
+    ranks = search.space.get("adapter.rank", (trial.adapter.rank,))
+    patterns = _choices(search, "adapter.rank_pattern", trial.adapter.rank_pattern)
+    single = [rank for one in patterns if isinstance(one, dict) for rank in one.values()]
+    return int(max(_highest(ranks), *single, 0))
+
+
+def _choices(search: SearchConfig, field: str, written: Choice) -> tuple[Choice, ...]:
+    values = search.space.get(field, (written,))
+    assert isinstance(values, tuple), f"{field} is no number"
+    return values
 
 
 def _highest(values: tuple[Choice, ...] | RangeConfig) -> float:
@@ -247,13 +263,17 @@ def _frozen(spec: TrialSpec, result: TrialResult | None, distributions: dict[str
 
 
 def _encoded(choice: Choice) -> Scalar:
-    """Optuna's categories are scalars: a list of names, which JSON gives back, becomes text."""
+    """Optuna's categories are scalars: a list of names or a mapping becomes text."""
+    if isinstance(choice, dict):
+        return json.dumps(choice, sort_keys=True)
     return json.dumps(choice) if isinstance(choice, list | tuple) else choice
 
 
 def _decoded(value: Scalar, values: tuple[Choice, ...] | RangeConfig) -> Choice:
-    lists = () if isinstance(values, RangeConfig) else (c for c in values if isinstance(c, tuple))
-    return next((choice for choice in lists if _encoded(choice) == value), value)
+    if isinstance(values, RangeConfig):
+        return value
+    texts = (choice for choice in values if isinstance(choice, tuple | dict))
+    return next((choice for choice in texts if _encoded(choice) == value), value)
 
 
 SAMPLERS = {"grid": _grid, "random": _random, "tpe": _tpe}

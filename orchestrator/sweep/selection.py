@@ -36,8 +36,8 @@ def select_winner(trials: Sequence[TrialSpec], results: Sequence[TrialResult]) -
     if not candidates:
         return None
 
-    def order(result: TrialResult) -> tuple[float, int, int, int]:
-        bit_width = specs[result.number].config.quant.bit_width
+    def order(result: TrialResult) -> tuple[float, float, int, int]:
+        bit_width = specs[result.number].config.quant.mean_bits
         assert result.eval_loss is not None
         return (result.eval_loss, bit_width, result.num_adapter_params, result.number)
 

@@ -41,6 +41,7 @@ from orchestrator.training.engine import Engine, RowEngine
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.feed import Feed
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
+from orchestrator.training.loftq import Corrections
 from orchestrator.training.memory import peak_memory_bytes
 from orchestrator.training.program import EagerProgram, check_lanes
 from orchestrator.training.program_builder import ProgramBuilder
@@ -74,8 +75,14 @@ class PackWorker:
         strategy = StrategyConfig.model_validate(spec.strategy)
         self.replicas = join(self.place, spec.device)
         quant = QuantConfig.model_validate(spec.quant)
+        corrections = Corrections(spec.max_rank)
         self.base = load_base_model(
-            spec.base_model, quant, spec.device, strategy, spec.dequantise_once
+            spec.base_model,
+            quant,
+            spec.device,
+            strategy,
+            spec.dequantise_once,
+            corrections.add if spec.loftq else None,
         )
         if spec.gradient_checkpointing:
             enable_recomputation(self.base.model)
@@ -87,6 +94,7 @@ class PackWorker:
             self.base.device,
             self.base.wide_dtype,
         )
+        self.rows.corrections = corrections.by_layer
         train_reader = BlockReader(fetch_manifest(spec.data_place, "train"))
         self.held_out_reader = BlockReader(fetch_manifest(spec.data_place, "held_out"))
         self.feed = Feed(
@@ -166,7 +174,10 @@ class PackWorker:
         if slot.step:
             return [opened]
         # An adapter that was not trained yet changes nothing: its loss is the base's.
-        return [opened, Evaluated(trial, attempt, time.time(), 0, 0, self.baseline)]
+        loss = self.baseline
+        if slot.trial.adapter.init == "loftq":
+            loss = self._evaluate([slot.evaluated])[0].loss
+        return [opened, Evaluated(trial, attempt, time.time(), 0, 0, loss)]
 
     def _check_resumed(self, slot: Slot) -> None:
         """A shared disk may show one worker a checkpoint that another does not see yet."""
