@@ -238,10 +238,10 @@ def _has_own_layers(quant: dict[str, Any]) -> bool:
     if quant.get("bit_width_pattern") or quant["bit_width"] == "auto":
         return False
     if quant["bit_width"] == 8:
-        return quant.get("int8_type") != "blockwise"
-    if quant["bit_width"] < 4:
-        return False
-    return quant["bit_width"] == 16 or quant.get("block_size", 64) == 64
+        return bool(quant.get("int8_type") != "blockwise")
+    if quant["bit_width"] == 4:
+        return bool(quant.get("block_size", 64) == 64)
+    return bool(quant["bit_width"] == 16)
 
 
 def _round_as_trained(model: Any, quant: dict[str, Any]) -> None:

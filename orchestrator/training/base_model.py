@@ -315,7 +315,7 @@ def _quantization_config(
     if quant.packed:  # DeepSpeed moves bitsandbytes' own parameters
         compute_dtype = DTYPES[quant.compute_dtype]
         # ZeRO-3 moves parameters about in the base's type, into which 4-bit codes are packed.
-        storage = quant.compute_dtype if strategy.stage == 3 else "uint8"
+        storage: str = quant.compute_dtype if strategy.stage == 3 else "uint8"
         if quant.storage_dtype != "auto":
             storage = quant.storage_dtype
         return BitsAndBytesConfig(

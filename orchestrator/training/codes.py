@@ -54,18 +54,20 @@ def quantise(weight: Tensor, bits: int, quant: QuantConfig) -> Codes:
     if bits in HQQ_BITS:
         return quantise_hqq(weight, bits, quant.block_size)
     shape = list(weight.shape)
+    kind: str = quant.quant_type if bits == 4 else INT8
     if bits == 4:
         codes, state = bnb.quantize_4bit(
             weight.contiguous(), blocksize=quant.block_size, quant_type=quant.quant_type
         )
-        absmax, kind, maps = state.absmax, quant.quant_type, []
+        absmax, maps = state.absmax, []
     else:
         linear = _linear_map(weight.device)
         codes, state = bnb.quantize_blockwise(
             weight.contiguous(), code=linear, blocksize=quant.block_size
         )
-        absmax, kind, maps = state.absmax, INT8, [linear]
-    constants, blocksizes = [absmax], [quant.block_size]
+        absmax, maps = state.absmax, [linear]
+    constants = [absmax]
+    blocksizes: list[int] = [quant.block_size]
     if quant.double_quant:
         mean = absmax.mean()
         nested, inner = bnb.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)

@@ -98,7 +98,7 @@ def _learn(base: LoadedBase, batch: Batch) -> int:
     lanes = torch.zeros(count, dtype=torch.long, device=labels.device)
     weights = torch.ones(1, dtype=base.wide_dtype, device=labels.device)
     _, gradient = losses_and_gradient(hidden[kept], labels[kept], lanes, weights, base.head)
-    hidden[kept].backward(gradient)
+    torch.autograd.backward(hidden[kept], gradient)
     return count
 
 
@@ -110,7 +110,7 @@ def _watched(model: nn.Module) -> Iterator[dict[str, _Moments]]:
         (name, part) for name, part in model.named_modules() if isinstance(part, PackedLinear)
     ]
     for name, layer in layers:
-        place = layer.codes.device
+        place: torch.device = layer.codes.device  # type: ignore[assignment]
         sizes = (layer.in_features, layer.out_features)
         moments[name] = _Moments(
             *(torch.zeros(n, dtype=torch.float64, device=place) for n in sizes)
@@ -135,6 +135,6 @@ def _watch(moments: _Moments) -> Callable[..., None]:
 
     def on_forward(layer: nn.Module, inputs: Sequence[Any], output: Tensor) -> None:
         moments.inputs += squares(inputs[0])
-        output.register_hook(on_gradient)
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     return on_forward
