@@ -1,10 +1,15 @@
 """What each layer's bits cost the base, measured on a few of the training blocks.
 
 In: a base model, its 4-bit settings, a manifest. Out: LayerLoss records. A weight that changes by
-d adds about d^2 / 2 times the loss's curvature to the loss. The curvature is taken as the product
-of two means over the blocks' tokens, the squared input of the weight's column and the squared
-gradient of the loss by its row's output (the diagonal of K-FAC's Fisher matrix, arXiv:1503.05671).
-So layers are compared by one measure, the loss, and not each by its own size.
+d adds about d^2 / 2 times the loss's curvature to the loss, and the curvature is taken as the mean
+over the tokens of the squared gradient that the weight would have: squared input of its column
+times squared gradient of the loss by its row's output (the diagonal of the empirical Fisher
+matrix). So layers are compared by one measure, the loss, and not each by its own size.
+
+Instead of a number for each weight two vectors a layer are kept: the mean squared gradient of each
+output, and the mean squared input of each column, where a token counts as much as the gradient that
+comes back to it. Without that weight the few tokens whose activations are a thousand times larger
+than others', and to which next to no gradient comes back (attention sinks), decide everything.
 
 The base is calibrated at 4 bits, and the weights' errors are then taken layer by layer as they are
 read: whoever can train the base at 4 bits can measure it.
@@ -35,10 +40,13 @@ CALIBRATION_TOKENS = 4096
 
 @dataclass
 class _Moments:
-    """Means over tokens, fp64: of the squared inputs [in], of the squared gradients [out]."""
+    """Sums over tokens, fp64; a token's energy is its gradient's squared length."""
 
     inputs: Tensor
+    """Squared inputs times energy, [in]."""
     gradients: Tensor
+    """Squared gradients, [out]; their sum is the energy of all tokens."""
+    num_labels: int = 0
 
 
 def measure_sensitivity(
@@ -68,8 +76,10 @@ def measure_sensitivity(
 
 
 def _increase(error: Tensor, moments: _Moments) -> float:
-    by_row = error.double().square() @ moments.inputs.to(error.device)
-    return float(by_row @ moments.gradients.to(error.device)) / 2
+    inputs = moments.inputs / moments.gradients.sum().clamp_min(1e-300)
+    gradients = moments.gradients / max(1, moments.num_labels)
+    by_row = error.double().square() @ inputs.to(error.device)
+    return float(by_row @ gradients.to(error.device)) / 2
 
 
 def _moments(base: LoadedBase, reader: BlockReader, num_tokens: int) -> dict[str, _Moments]:
@@ -77,13 +87,9 @@ def _moments(base: LoadedBase, reader: BlockReader, num_tokens: int) -> dict[str
     # Spread over the whole: neighbours in a file may be of one kind.
     chosen = np.linspace(0, reader.num_blocks - 1, num_blocks).round().astype(int)
     with _watched(base.model) as moments:
-        seen = 0
-        for block in chosen:
-            batch = reader.blocks([block])
-            seen += _learn(base, batch)
+        num_labels = sum(_learn(base, reader.blocks([block])) for block in chosen)
     for moment in moments.values():
-        moment.inputs /= len(chosen) * reader.manifest.block_length
-        moment.gradients /= max(1, seen)
+        moment.num_labels = num_labels
     return moments
 
 
@@ -112,9 +118,8 @@ def _watched(model: nn.Module) -> Iterator[dict[str, _Moments]]:
     for name, layer in layers:
         place: torch.device = layer.codes.device  # type: ignore[assignment]
         sizes = (layer.in_features, layer.out_features)
-        moments[name] = _Moments(
-            *(torch.zeros(n, dtype=torch.float64, device=place) for n in sizes)
-        )
+        columns, rows = (torch.zeros(n, dtype=torch.float64, device=place) for n in sizes)
+        moments[name] = _Moments(columns, rows)
     # The embeddings are frozen: without this nothing would have a gradient.
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     handles = [embeddings.register_forward_hook(lambda *call: call[-1].requires_grad_())]
@@ -127,14 +132,14 @@ def _watched(model: nn.Module) -> Iterator[dict[str, _Moments]]:
 
 
 def _watch(moments: _Moments) -> Callable[..., None]:
-    def squares(tensor: Tensor) -> Tensor:
-        return tensor.detach().double().square().flatten(0, -2).sum(0)
-
-    def on_gradient(gradient: Tensor) -> None:
-        moments.gradients += squares(gradient)
-
     def on_forward(layer: nn.Module, inputs: Sequence[Any], output: Tensor) -> None:
-        moments.inputs += squares(inputs[0])
+        (x,) = inputs
+
+        def on_gradient(gradient: Tensor) -> None:
+            squares = gradient.double().square().flatten(0, -2)  # [tokens, out]
+            moments.gradients += squares.sum(0)
+            moments.inputs += squares.sum(1) @ x.detach().double().square().flatten(0, -2)
+
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     return on_forward

@@ -23,7 +23,7 @@ def test_the_layer_whose_outputs_matter_most_is_the_most_sensitive(
     make_spec: MakeSpec, base_folder: Path
 ) -> None:
     spec = make_spec()
-    found = measure_sensitivity(spec.base_model, FLOAT32, "cpu", spec.data_place)
+    found = measure_sensitivity(spec.base_model, FLOAT32, "cpu", spec.data_place, 512)
     assert len(found) == 14
     assert len({layer.name for layer in found}) == 14
     for layer in found:
@@ -32,7 +32,7 @@ def test_the_layer_whose_outputs_matter_most_is_the_most_sensitive(
     by_name = {layer.name: layer.loss_increase[4] for layer in found}
     assert min(by_name.values()) > 0
     assert max(by_name.values()) > 3 * min(by_name.values())
-    again = measure_sensitivity(spec.base_model, FLOAT32, "cpu", spec.data_place)
+    again = measure_sensitivity(spec.base_model, FLOAT32, "cpu", spec.data_place, 512)
     assert again == found
 
 
@@ -44,7 +44,7 @@ def test_the_expected_increase_follows_the_change_of_the_loss(
     from orchestrator.config import StrategyConfig
 
     spec = make_spec()
-    found = measure_sensitivity(spec.base_model, FLOAT32, "cpu", spec.data_place)
+    found = measure_sensitivity(spec.base_model, FLOAT32, "cpu", spec.data_place, 512)
     names = [layer.name for layer in found]
     words = torch.randint(5, 260, (4, 64), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(64).repeat(4, 1)
@@ -123,7 +123,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_trained(
 
 def test_the_map_that_was_chosen_covers_every_layer_of_the_base(make_spec: MakeSpec) -> None:
     spec = make_spec()
-    layers = measure_sensitivity(spec.base_model, FLOAT32, "cpu", spec.data_place)
+    layers = measure_sensitivity(spec.base_model, FLOAT32, "cpu", spec.data_place, 512)
     asked = QuantConfig(bit_width="auto", average_bits=5, compute_dtype="float32")
     quant = resolved(asked, allocate(asked, layers, 0, 4))
     assert {bits_of(quant, layer.name) for layer in layers} <= {4, 8, 16}
