@@ -36,7 +36,7 @@ from orchestrator.planning.capacity import worker_count, worker_memory_bytes
 from orchestrator.planning.machine import this_machine
 from orchestrator.records import Notice
 from orchestrator.search.space import check_space
-from orchestrator.sweep.bits import RunOnWorker, run_here
+from orchestrator.sweep.bits import RunOnWorker, check_hqq, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
 from orchestrator.sweep.flow import Services, auto_compute_dtype, run_sweep
@@ -178,6 +178,7 @@ def _absolute_source(written: Any) -> Any:
 def check_inputs(config: SweepConfig) -> None:
     """Find what is wrong before anything is written, started or downloaded."""
     check_space(config)
+    check_hqq(config)
     find_source(config.base_model)
     check_sources(config.data)
     check_tracking(config)

@@ -5,6 +5,7 @@ measured is kept in the cache and in the run folder; what was chosen in bits.jso
 needs a worker's device and is done before any pack holds it.
 """
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.files import cache_dir, read_json, record_digest, write_json
 from orchestrator.loading import trial_with
 from orchestrator.planning.allocation import Allocation, LayerLoss, allocate, resolved
-from orchestrator.planning.bits import bits_of
+from orchestrator.planning.bits import HQQ_BITS, bits_of
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.options import DTYPE_BYTES
 from orchestrator.planning.shape import BaseShape, UnknownShape
@@ -118,6 +119,19 @@ class BitChooser:
             **{name: getattr(concrete, name) for name in MADE_WITH},
         }
         return cache_dir() / "sensitivity" / f"{record_digest(key)[:32]}.json"
+
+
+def check_hqq(config: SweepConfig) -> None:
+    """Raises ConfigError if trials of 2 or 3 bits are asked for and HQQ is not installed here."""
+    quant, space = config.trial.quant, config.search.space
+    widths: Any = space.get("quant.bit_width", (quant.bit_width,))
+    patterns: Any = space.get("quant.bit_width_pattern", (quant.bit_width_pattern,))
+    found = {*widths, *itertools.chain(*(pattern.values() for pattern in patterns))}
+    if found & set(HQQ_BITS) and importlib.util.find_spec("hqq") is None:
+        raise ConfigError(
+            "quant.bit_width: 2 and 3 need HQQ, which is not installed: "
+            "DISABLE_CUDA=1 pip install 'qlora-orchestrator[hqq]', or set 4 bits or more"
+        )
 
 
 def last_allocation(

@@ -8,15 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.config import QuantConfig
+from orchestrator.config import AdapterConfig, QuantConfig
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.reader import BlockReader
+from orchestrator.errors import ConfigError
 from orchestrator.planning.options import PackWish
 from orchestrator.planning.packs import pack_key
 from orchestrator.records import TrialDone
+from orchestrator.sweep.bits import check_hqq
 from orchestrator.training.adapter_evaluation import evaluate_adapter
+from orchestrator.training.codes import quantise
 from orchestrator.training.export import Bounds, export_adapter
+from orchestrator.training.frozen import PackedLinear
+from orchestrator.training.lanes import Lanes, Served
 from orchestrator.training.parity import measure
+from orchestrator.training.slots import Slots
+from tests.sweeps import sweep_config
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import assert_equal, train
 
@@ -75,11 +82,15 @@ def test_an_export_from_a_map_says_what_the_adapter_says(
     assert exported.parity.reference_loss == pytest.approx(done.eval_loss, rel=1e-3)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
-    "fields",
-    [{"quant_type": "fp4"}, {"double_quant": False}, {"storage_dtype": "bfloat16"}],
-    ids=["FP4", "NF4, single", "stored in bfloat16"],
+    ("fields", "stage"),
+    [
+        ({"quant_type": "fp4"}, 3),
+        ({"double_quant": False}, 3),
+        ({"double_quant": False}, 2),
+        ({"storage_dtype": "bfloat16"}, 2),
+    ],
+    ids=["FP4", "NF4, single", "NF4, single, stage 2", "stored in bfloat16"],
 )
 @pytest.mark.filterwarnings("ignore:`torch.distributed")
 def test_every_4_bit_base_trains_under_zero_as_it_does_without(
@@ -119,6 +130,67 @@ def test_blockwise_layers_are_compiled_and_kept_as_4_bit_ones_are(
     wish = PackWish(QuantConfig.model_validate(fields), False, "", 1, 1, 1, 1, False)
     assert wish.can_be_resident == resident
     assert wish.only_eager == eager
+
+
+class Block(torch.nn.Module):
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        for name, width in (("one", bits), ("two", 4)):
+            weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(bits))
+            setattr(self, name, PackedLinear(quantise(weight, width, QuantConfig()), None))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(torch.relu(self.one(x)))  # type: ignore[no-any-return, operator]
+
+
+@pytest.mark.parametrize(("widths", "programs"), [((4, 4, 4), 1), ((8, 8, 8), 1), ((4, 8, 4), 2)])
+def test_blocks_whose_layers_have_the_same_bits_share_one_compiled_program(
+    widths: tuple[int, ...], programs: int
+) -> None:
+    """Though every layer scales its update by a number of its own."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = torch.nn.Module()
+    model.blocks = torch.nn.ModuleList(map(Block, widths))
+    slots = Slots(model, "all-linear", 2, 4, "cpu")
+    adapter = AdapterConfig(rank=4, rank_pattern={"one": 2})
+    for slot in (0, 1):
+        slots.open(slot, adapter, seed=slot)
+    slots.rows.normal_(std=0.1)
+    lanes = Lanes(slots, 2, torch.float32)
+    lanes.attach(model)
+    lanes.serve([Served(0, slots.scalings(adapter)), Served(1, 1.0)])
+
+    def run() -> tuple[torch.Tensor, ...]:
+        y = x
+        for block in model.blocks:
+            y = block(y)
+        return (y, *torch.autograd.grad(y.square().sum(), lanes.parameters))
+
+    x = torch.randn(2, 8, 64, requires_grad=True)
+    plain = run()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.blocks:
+        block.compile(backend=counter, dynamic=False, fullgraph=True)
+    for one, other in zip(run(), plain, strict=True):
+        torch.testing.assert_close(one, other)
+    assert counter.frame_count == programs
+
+
+def test_bits_that_need_hqq_are_refused_where_it_is_missing() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("hqq"):
+        pytest.skip("the extra hqq is installed")
+    for changes in (
+        {"trial__quant__bit_width": 3, "search__space": {}},
+        {"trial__quant__bit_width_pattern": {"q_proj": 2}},
+        {"search__space": {"quant.bit_width": [4, 3]}},
+    ):
+        with pytest.raises(ConfigError, match="2 and 3 need HQQ, which is not installed"):
+            check_hqq(sweep_config(**changes))
+    check_hqq(sweep_config())
 
 
 LOAD = """

@@ -91,8 +91,12 @@ def config_file(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_trial_of_auto_bits_trains_on_a_map_that_every_record_names(
-    config_file: Path, tmp_path: Path
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And a dry run shows it, once it was measured."""
+    dry_run = ["sweep", str(config_file), "--dry-run"]
+    assert run(dry_run) == 0
+    assert "bits: auto (6 bits): measured and chosen for each layer" in capsys.readouterr().out
     folder = tmp_path / "run"
     assert run(["train", str(config_file), "--run-dir", str(folder)]) == 0
     store = RunStore.open(folder)
@@ -109,6 +113,22 @@ def test_a_trial_of_auto_bits_trains_on_a_map_that_every_record_names(
     assert record["quant"]["bit_width_pattern"] == quant.bit_width_pattern
     sensitivity = list((tmp_path / "cache" / "sensitivity").glob("*.json"))
     assert len(sensitivity) == 1, "kept for the next sweep"
+    capsys.readouterr()
+    assert run(dry_run) == 0
+    shown = capsys.readouterr().out
+    assert f"bits: auto (6 bits): as measured last, {chosen['reason']}" in shown
+    for names, bits in quant.bit_width_pattern.items():
+        assert f"{bits} bits: {names}" in shown
+
+
+def test_a_pattern_for_no_layer_of_the_base_is_refused_before_anything_is_started(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for field in ("quant.bit_width_pattern", "adapter.rank_pattern", "adapter.alpha_pattern"):
+        change = ["--set", f"trial.{field}={{w_proj: 8}}"]
+        assert run(["sweep", str(config_file), "--dry-run", *change]) == 2
+        message = f"{field}: 'w_proj' matches no linear layer of the base model; it has down_proj"
+        assert message in capsys.readouterr().err
 
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_trained(
