@@ -227,13 +227,12 @@ print(peak - before, loaded.num_bytes)
 """
 
 
-@pytest.mark.parametrize("fields", [{}, {"bit_width": 8, "int8_type": "blockwise"}])
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_loading_holds_one_layer_in_full_beside_the_codes(
-    base_folder: Path, tmp_path: Path, fields: dict[str, Any]
+    base_folder: Path, tmp_path: Path
 ) -> None:
     """The peak of a child process, of memory of its own: pages of the file that the system keeps
-    do not count. The model is 96 MiB in its file, its layers up to 3 MiB."""
+    do not count. The model is 104 MiB in its file, its layers up to 1.5 MiB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -249,14 +248,14 @@ def test_loading_holds_one_layer_in_full_beside_the_codes(
     whole = sum(parameter.numel() * 2 for parameter in model.parameters())
     model.save_pretrained(tmp_path / "large")
     del model
-    settings = QuantConfig.model_validate({**fields, "compute_dtype": "bfloat16"})
+    settings = QuantConfig(compute_dtype="bfloat16")
     arguments = [str(tmp_path / "large"), settings.model_dump_json(), str(base_folder)]
     out = subprocess.run(
         [sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True, check=True
     )
     peak, num_bytes = map(int, out.stdout.split())
-    assert num_bytes < 0.6 * whole
-    slack = 24 * 2**20  # some layers of 3 MiB in bfloat16 and fp32, and what the allocator keeps
+    assert num_bytes < 0.3 * whole
+    slack = 40 * 2**20  # some layers of 1.5 MiB, also in fp32, and what the allocator keeps
     assert peak < num_bytes + slack < whole, (peak, num_bytes, whole)
 
 
