@@ -84,7 +84,7 @@ class SweepDisplay:
     def _refresh_rows(self) -> None:
         for trial in self._store.trials:
             config = trial.config
-            row = Row(trial.number, config.quant.bit_width, config.adapter.rank, config.steps)
+            row = Row(trial.number, config.quant.mean_bits, config.adapter.rank, config.steps)
             self._rows.setdefault(trial.number, row)
         for result in self._store.results:
             row = self._rows[result.number]
@@ -169,7 +169,7 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
         finished = result.state == "finished"
         table.add_row(
             str(result.number),
-            str(config.quant.bit_width),
+            str(config.quant.mean_bits),
             str(config.adapter.rank),
             number(result.eval_loss, ".4f"),
             number(gain if finished else None, ".4f"),

@@ -19,10 +19,11 @@ from orchestrator.loading import load_config
 from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.packs import preview_packs
-from orchestrator.planning.shape import UnknownShape, read_shape
+from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.pruning import rung_steps
 from orchestrator.search.space import ask, check_space, first_batch, num_trials
+from orchestrator.sweep.bits import auto_settings, last_allocation
 from orchestrator.sweep.expectations import refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.run_store import RunStore
@@ -67,6 +68,7 @@ def show_plan(
     for trial in trials:
         for problem in problems(trial.config, config.resources.workers_per_pack):
             console.print(f"trial {trial.number} will not be trained: {problem}", markup=False)
+    _print_bits(console, config, placement, base_model)
     _print_packs(console, config, trials, placement, base_model)
     if config.search.pruner.kind != "none":
         rungs = ", ".join(map(str, rung_steps(config.search.pruner, config.trial)))
@@ -119,6 +121,28 @@ def trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
     return table
 
 
+def _print_bits(
+    console: Console, config: SweepConfig, placement: Placement, base_model: Path | None
+) -> None:
+    """What `bit_width: auto` gives each layer, as far as it was measured before."""
+    device: Device = "cpu" if placement.device == "cpu" else "cuda"
+    for quant in auto_settings(config):
+        shape = _shape(base_model)
+        found = last_allocation(config, quant, shape, auto_compute_dtype(device))
+        if found is None:
+            words = "measured and chosen for each layer when the sweep starts"
+            console.print(f"bits: {quant.title}: {words}", markup=False)
+            continue
+        words = f"bits: {quant.title}: as measured last, {found.reason}"
+        console.print(words, markup=False, highlight=False)
+        for names, bits in found.bit_width_pattern.items():
+            console.print(f"  {bits} bits: {names}", markup=False, highlight=False)
+
+
+def _shape(base_model: Path | None) -> BaseShape | UnknownShape:
+    return read_shape(base_model) if base_model is not None and base_model.is_dir() else NO_BASE_YET
+
+
 def _print_packs(
     console: Console,
     config: SweepConfig,
@@ -137,7 +161,7 @@ def _print_packs(
         config,
         device,
         auto_compute_dtype(device),
-        read_shape(base_model) if base_model is not None and base_model.is_dir() else NO_BASE_YET,
+        _shape(base_model),
         placement.worker_memory_bytes,
     )
     refused = {}

@@ -23,7 +23,8 @@ TABLE_LINES = 7
 @dataclass
 class Row:
     number: int
-    bit_width: int
+    bits: float
+    """Of a base weight, on average where layers differ."""
     rank: int
     steps: int
     """In all."""
@@ -40,7 +41,7 @@ class Row:
 
     @property
     def title(self) -> str:
-        return f"trial {self.number} ({self.bit_width}-bit, rank {self.rank})"
+        return f"trial {self.number} ({self.bits:g}-bit, rank {self.rank})"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def sweep_table(title: str, rows: Iterable[Row], height: int) -> Table:
     for row in sorted(shown, key=lambda row: row.number):
         table.add_row(
             str(row.number),
-            str(row.bit_width),
+            f"{row.bits:g}",
             str(row.rank),
             f"{row.step}/{row.steps}",
             number(row.train_loss, ".3f"),
@@ -108,8 +109,8 @@ def read_line(text: str, rows: dict[int, Row]) -> Row | None:
     for form, pattern in _PATTERNS.items():
         if found := pattern.fullmatch(head["what"]):
             values = {name: _FIELDS[name].read(value) for name, value in found.groupdict().items()}
-            key, bit_width, rank = int(head["number"]), int(head["bit_width"]), int(head["rank"])
-            row = rows.setdefault(key, Row(key, bit_width, rank, values["steps"]))
+            key, bits, rank = int(head["number"]), float(head["bits"]), int(head["rank"])
+            row = rows.setdefault(key, Row(key, bits, rank, values["steps"]))
             row.state = FORMS[form]
             for name, value in values.items():
                 setattr(row, name, value)
@@ -164,7 +165,7 @@ _FIELDS: dict[str, _Field] = {
     "message": _Field(r".*", str, str),
 }
 _HEAD = re.compile(
-    r"trial (?P<number>\d+) \((?P<bit_width>\d+)-bit, rank (?P<rank>\d+)\): (?P<what>.*)"
+    r"trial (?P<number>\d+) \((?P<bits>[\d.]+)-bit, rank (?P<rank>\d+)\): (?P<what>.*)"
 )
 
 

@@ -37,6 +37,7 @@ from orchestrator.planning.kinds import WorkerKind, worker_kinds
 from orchestrator.planning.machine import this_machine
 from orchestrator.records import Notice
 from orchestrator.search.space import check_space, next_trial
+from orchestrator.sweep.bits import RunOnWorker, check_hqq, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
 from orchestrator.sweep.flow import Services, auto_compute_dtype, run_sweep
@@ -84,6 +85,7 @@ class Backend:
     watch: Callable[[Notice], None] = lambda notice: None
     """Makes metrics of what the controller tells."""
     sample_nodes: SampleNodes = sample_this_node
+    run_on_worker: RunOnWorker = run_here
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def _absolute_source(written: Any) -> Any:
 def check_inputs(config: SweepConfig) -> None:
     """Find what is wrong before anything is written, started or downloaded."""
     check_space(config)
+    check_hqq(config)
     find_source(config.base_model)
     check_sources(config.data)
     check_tracking(config)
@@ -229,6 +232,7 @@ def _ray_backend(
     print("starting Ray" if not address else f"attaching to Ray at {address}")
     from cluster.metrics import ray_metrics
     from cluster.node_use import node_sampler
+    from cluster.one_job import run_on_worker
     from cluster.ray_executor import RayExecutor
     from cluster.ray_runtime import Awaited, ray_cluster, release_room
     from cluster.sharding import RayTasks
@@ -256,6 +260,7 @@ def _ray_backend(
             release_room if awaited else lambda: None,
             ray_metrics(config.name),
             node_sampler(),
+            run_on_worker(device, config.resources.cpus_per_worker),
         )
 
 
@@ -342,6 +347,7 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
         backend.watch,
         backend.worker_memory_bytes,
         backend.kinds,
+        backend.run_on_worker,
     )
     with store.locked(lock_wait_s), interrupts.caught():
         with environment(FORWARDING_ENVIRONMENT):

@@ -7,6 +7,7 @@ of a trial to choices or ranges; each candidate is made by putting values into t
 validating the whole again, so no field is ever "a number or a distribution".
 """
 
+import json
 import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -42,20 +43,97 @@ class BaseModelConfig(Strict):
 
 
 class QuantConfig(Strict):
-    bit_width: Literal[4, 8, 16] = 4
-    """Bits per frozen base weight: 4 (quant_type), 8 (LLM.int8) or 16 (not quantised)."""
+    bit_width: Literal[2, 3, 4, 8, 16, "auto"] = 4
+    """Bits per frozen base weight: 2 or 3 (HQQ, needs the extra `hqq`), 4 (quant_type), 8
+    (int8_type) or 16 (not quantised). auto: 4, 8 or 16 for each layer, by what the base loses
+    there, within average_bits or budget_gib."""
+
+    bit_width_pattern: dict[str, Literal[2, 3, 4, 8, 16]] = {}
+    """Bits of single layers: name, ending or regular expression -> bits, as PEFT's rank_pattern. Of
+    several that match the longest counts. With bit_width auto, the others are chosen around
+    these."""
+
+    average_bits: Annotated[float, Field(gt=4, le=16)] | None = None
+    """Only with bit_width auto: bits that a weight of a linear layer may take on average, constants
+    of the quantisation included."""
+
+    budget_gib: Annotated[float, Field(gt=0)] | None = None
+    """Only with bit_width auto: memory that the whole base may take, instead of average_bits."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 4-bit code. Only with bit_width 4."""
+    """The 4-bit code. Only where layers have 4 bits."""
+
+    int8_type: Literal["llm_int8", "blockwise"] | None = None
+    """The 8-bit code. llm_int8: activations are rounded too, a trial is alone in its pack.
+    blockwise: weights only, in packs, compiled and in graphs as 4 bits are. null: llm_int8 for a
+    base whose layers all have 8 bits, blockwise where widths differ."""
 
     double_quant: Switch = True
-    """Quantise the quantisation constants too; saves 0.37 bits per weight (QLoRA, section 3). Only
-    with bit_width 4."""
+    """Quantise the quantisation constants too; saves 0.37 bits per weight (QLoRA, section 3). For 4
+    bits and blockwise 8."""
+
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """Weights that share a quantisation constant. Not for llm_int8; 32 for 4 bits only."""
+
+    storage_dtype: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = "auto"
+    """The type that 4-bit codes are packed into under strategy.kind zero. auto: compute_dtype for
+    stage 3, which moves parameters about in that type, else uint8."""
 
     compute_dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     """The arithmetic's type. auto: bfloat16 on GPUs and on CPUs with bfloat16 instructions, else
     float32; the choice is made once per sweep and recorded in its plan. float64, for checking
     results, needs bit_width 16."""
+
+    @field_validator("bit_width_pattern")
+    @classmethod
+    def _patterns_compile(cls, pattern: dict[str, int]) -> dict[str, int]:
+        for expression in pattern:
+            check_pattern("bit_width_pattern", expression)
+        return pattern
+
+    @model_validator(mode="after")
+    def _budget_for_auto(self) -> "QuantConfig":
+        given = [name for name in ("average_bits", "budget_gib") if getattr(self, name) is not None]
+        if self.bit_width == "auto" and len(given) != 1:
+            raise ValueError(
+                "bit_width: auto needs average_bits or budget_gib, one of them, but got "
+                + (" and ".join(given) or "none")
+            )
+        return self
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.model_dump(), sort_keys=True))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers may differ in their bits."""
+        return self.bit_width == "auto" or bool(self.bit_width_pattern)
+
+    @property
+    def llm_int8(self) -> bool:
+        return self.bit_width == 8 and not self.mixed and self.int8_type != "blockwise"
+
+    @property
+    def packed(self) -> bool:
+        """Whether layers are kept in codes that are made into values at every use, or once."""
+        return not self.llm_int8 and (self.mixed or self.bit_width != 16)
+
+    @property
+    def mean_bits(self) -> float:
+        """For tables and ties: of a weight on average where auto chose, else bit_width."""
+        return (self.average_bits or 4) if self.bit_width == "auto" else self.bit_width
+
+    @property
+    def title(self) -> str:
+        if self.bit_width == "auto":
+            limit = f"{self.budget_gib:g} GiB" if self.budget_gib else f"{self.average_bits:g} bits"
+            return f"auto ({limit})"
+        name = f"{self.bit_width}-bit"
+        if self.bit_width == 4:
+            name += f" {self.quant_type}"
+        if self.bit_width == 8 and self.int8_type == "blockwise":
+            name += " blockwise"
+        return f"{name}, mixed" if self.mixed else name
 
 
 class AdapterConfig(Strict):
@@ -74,6 +152,28 @@ class AdapterConfig(Strict):
 
     rslora: Switch = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
+
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Ranks of single layers: name, ending or regular expression -> rank, as in PEFT. Of several
+    that match the longest counts."""
+
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Alphas of single layers, likewise."""
+
+    init: Literal["default", "loftq", "pissa"] = "default"
+    """The adapter's first values. default: A random, B zero. loftq: the part of the base's
+    quantisation error that the rank can hold (arXiv:2310.08659, one iteration, so that the base
+    stays as it is). pissa is refused, see the rules."""
+
+    use_dora: Switch = False
+    """Refused, see the rules."""
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns_compile(cls, pattern: dict[str, float]) -> dict[str, float]:
+        for expression in pattern:
+            check_pattern("rank_pattern or alpha_pattern", expression)
+        return pattern
 
     @model_validator(mode="after")
     def _some_target(self) -> "AdapterConfig":
@@ -307,3 +407,14 @@ def has_password(uri: str) -> bool:
             return "@" in uri
     # As SQLAlchemy reads it: the password of a database may hold slashes.
     return re.match(r"[\w+.-]+://[^:/@]*:[^@]+@", uri) is not None
+
+
+def check_pattern(field: str, expression: str) -> None:
+    """Raises ValueError for a key of a pattern that is no regular expression."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(
+            f"{field}: {expression!r} is no regular expression: {error}: name a layer, its ending "
+            "or an expression that matches"
+        ) from error

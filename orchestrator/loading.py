@@ -63,7 +63,7 @@ def trial_with(trial: TrialConfig, params: dict[str, Any]) -> TrialConfig:
         place = content
         for parent in parents:
             place = place.get(parent) if isinstance(place, dict) else None  # type: ignore[assignment]
-        if not isinstance(place, dict) or leaf not in place or isinstance(place[leaf], dict):
+        if not isinstance(place, dict) or field not in trial_fields():
             raise ConfigError(f"{field} is no field of a trial{_suggestion(field, trial_fields())}")
         place[leaf] = value
     try:

@@ -106,6 +106,8 @@ class PackSpec:
     """Of its GPU, that a worker may use."""
     accelerator: str = ""
     """Kind of GPU that it was planned for, as Ray calls it; empty for any."""
+    loftq: bool = False
+    """Whether any trial of the sweep begins with the base's quantisation error."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from orchestrator.strict import NonNegativeInt, PositiveInt, Strict, Switch
 
 Scalar = bool | int | float | str
-Choice = Scalar | tuple[str, ...]
+Choice = Scalar | tuple[str, ...] | dict[str, int]
 """One listed value of a searched field; a tuple of names for adapter.target_modules."""
 
 SamplerKind = Literal["grid", "random", "tpe", "gp", "nsga2"]

@@ -121,7 +121,7 @@ def pack_spec(number: int, plan: PackPlan) -> PackSpec:
         base_model=BaseModel("somewhere/base", None, "/nowhere", "digest"),
         data_place="shards",
         template="plain",
-        quant=dict(plan.key.quant),
+        quant=plan.key.quant.model_dump(),
         target_modules="all-linear",
         num_slots=plan.num_slots,
         max_rank=16,

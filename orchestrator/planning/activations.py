@@ -102,7 +102,7 @@ def _kept_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -
         return shape.num_layers * layer
     # Each layer's input, and the whole of one layer at a time.
     inputs = shape.num_layers * shape.hidden_size * load.dtype_bytes
-    if load.quant.bit_width == 8:
+    if load.quant.llm_int8:
         # LLM.int8 keeps each layer's inputs where recomputation does not reach them: as attributes
         # of the context (bitsandbytes 0.50, MatMul8bitLt; bitsandbytes issue 1927).
         attention = shape.num_heads * shape.head_dim
@@ -146,9 +146,9 @@ def _adapter_inputs(targets: tuple[Linear, ...]) -> int:
 def _weight_bytes(shape: BaseShape, load: PackLoad) -> float:
     """Of the largest layer's values, where each use makes them again (frozen.py; for LLM.int8 the
     backward pass of bitsandbytes' MatMul8bitLt)."""
-    if load.quant.bit_width == 16 or load.resident:
+    if load.resident or not (load.quant.packed or load.quant.llm_int8):
         return 0.0
-    absmax = DEQUANTISED_ABSMAX_BYTES if load.quant.bit_width == 4 else 0.0
+    absmax = DEQUANTISED_ABSMAX_BYTES if load.quant.packed else 0.0
     largest = max((linear.num_params for linear in shape.linears), default=0)
     return largest * (load.dtype_bytes + absmax)
 

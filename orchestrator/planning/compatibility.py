@@ -2,20 +2,31 @@
 
 In: a TrialConfig, and how many workers are to share a pack. Out: a list of messages, empty when the
 trial can run. Pure.
-Each rule names the fields, the reason and its source; versions are those of constraints.txt.
+Each rule has its reason and its source; versions are those of constraints.txt. What is allowed has
+run: tests/unit/test_compatibility.py names the test of every cell.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from orchestrator.config import QuantConfig, TrialConfig
 
 # All that the rules read. Combinations that are equal in these have the same problems.
-RULED_FIELDS = ("quant.", "strategy.", "schedule.", "steps", "batch_size", "micro_batch_size")
+RULED_FIELDS = (
+    "quant.",
+    "strategy.",
+    "schedule.",
+    "steps",
+    "batch_size",
+    "micro_batch_size",
+    "adapter.init",
+    "adapter.use_dora",
+)
 
 
 def problems(trial: TrialConfig, workers_per_pack: int | None = None) -> list[str]:
     """Each names the fields, their values and what to do."""
-    found = [message for rule in RULES for message in rule(trial)]
+    found = [message for rule in RULES for message in rule.finds(trial)]
     return found or list(_workers_share_a_step(trial, workers_per_pack or 1))
 
 
@@ -48,7 +59,7 @@ def _warmup_is_shorter_than_training(trial: TrialConfig) -> Iterator[str]:
 
 def _four_bit_fields_need_four_bits(trial: TrialConfig) -> Iterator[str]:
     quant = trial.quant
-    if quant.bit_width != 4 and quant.quant_type != QuantConfig().quant_type:
+    if not _has(quant, 4) and quant.quant_type != QuantConfig().quant_type:
         yield (
             "quant.quant_type is a 4-bit code, but got "
             f"quant.quant_type={quant.quant_type}, quant.bit_width={quant.bit_width}"
@@ -56,11 +67,86 @@ def _four_bit_fields_need_four_bits(trial: TrialConfig) -> Iterator[str]:
 
 
 def _float64_needs_16_bits(trial: TrialConfig) -> Iterator[str]:
-    # bitsandbytes 0.50 dequantises to 32 bits at most.
-    if trial.quant.compute_dtype == "float64" and trial.quant.bit_width != 16:
+    if trial.quant.compute_dtype == "float64" and (
+        trial.quant.bit_width != 16 or trial.quant.mixed
+    ):
         yield (
-            "quant.compute_dtype: float64 needs quant.bit_width: 16, but got "
+            "quant.compute_dtype: float64 needs quant.bit_width: 16 for all layers, but got "
             f"quant.bit_width={trial.quant.bit_width}"
+            + (", quant.bit_width_pattern" if trial.quant.bit_width_pattern else "")
+        )
+
+
+def _llm_int8_is_for_the_whole_base(trial: TrialConfig) -> Iterator[str]:
+    quant = trial.quant
+    if quant.mixed and quant.int8_type == "llm_int8":
+        yield (
+            "quant.int8_type: llm_int8 needs all layers at 8 bits, but got "
+            f"quant.bit_width={quant.bit_width} with layers of other bits: set quant.int8_type: "
+            "blockwise"
+        )
+
+
+def _block_of_32_is_for_four_bits(trial: TrialConfig) -> Iterator[str]:
+    quant = trial.quant
+    if quant.block_size == 32 and _has(quant, 8) and not quant.llm_int8:
+        yield (
+            "quant.block_size: 32 is for 4-bit codes only, but got layers of 8 bits: set "
+            "quant.block_size: 64 or more"
+        )
+
+
+def _zero_moves_parameters_of_bitsandbytes(trial: TrialConfig) -> Iterator[str]:
+    quant, strategy = trial.quant, trial.strategy
+    if strategy.kind != "zero" or not quant.packed:
+        return
+    if quant.mixed or quant.bit_width != 4:
+        what = "quant.int8_type: blockwise" if quant.bit_width == 8 else "2 and 3 bits"
+        what = "quant.bit_width_pattern or auto" if quant.mixed else what
+        yield (
+            f"strategy.kind: zero cannot partition the codes of {what}: set strategy.kind: "
+            "replicated, or one quant.bit_width for all layers (with 8, int8_type: llm_int8)"
+        )
+    elif quant.block_size != QuantConfig().block_size:
+        yield (
+            "strategy.kind: zero needs quant.block_size: 64, but got "
+            f"quant.block_size={quant.block_size}"
+        )
+
+
+def _storage_matters_under_zero_only(trial: TrialConfig) -> Iterator[str]:
+    storage = trial.quant.storage_dtype
+    if storage not in ("auto", "uint8") and trial.strategy.kind != "zero":
+        yield (
+            "quant.storage_dtype is what DeepSpeed moves 4-bit codes in, but got "
+            f"quant.storage_dtype={storage}, strategy.kind={trial.strategy.kind}: set "
+            "quant.storage_dtype: auto"
+        )
+
+
+def _pissa_changes_the_base(trial: TrialConfig) -> Iterator[str]:
+    if trial.adapter.init == "pissa":
+        yield (
+            "adapter.init: pissa is not possible on a shared quantised base: set adapter.init: "
+            "loftq, which begins with the same kind of values, or default"
+        )
+
+
+def _dora_needs_the_weights_norms(trial: TrialConfig) -> Iterator[str]:
+    if trial.adapter.use_dora:
+        yield (
+            "adapter.use_dora is not possible in a pack: set adapter.use_dora: false; a higher "
+            "adapter.rank, or adapter.rslora, is what a pack can try instead"
+        )
+
+
+def _loftq_makes_up_for_quantisation(trial: TrialConfig) -> Iterator[str]:
+    quant, strategy = trial.quant, trial.strategy
+    if trial.adapter.init == "loftq" and not (quant.packed and strategy.kind == "replicated"):
+        yield (
+            "adapter.init: loftq needs a base in codes and strategy.kind: replicated, but got "
+            f"quant.bit_width={quant.bit_width}, quant.int8_type={quant.int8_type}, "
+            f"strategy.kind={strategy.kind}: set adapter.init: default"
         )
 
 
@@ -80,7 +166,6 @@ def _zero_has_a_stage(trial: TrialConfig) -> Iterator[str]:
 
 
 def _parameter_offload_needs_stage_3(trial: TrialConfig) -> Iterator[str]:
-    # DeepSpeed keeps parameters whole below stage 3 (deepspeed.ai, ZeRO configuration).
     strategy = trial.strategy
     if strategy.kind == "zero" and strategy.offload_params != "none" and strategy.stage != 3:
         yield (
@@ -90,8 +175,6 @@ def _parameter_offload_needs_stage_3(trial: TrialConfig) -> Iterator[str]:
 
 
 def _int8_weights_cannot_be_offloaded(trial: TrialConfig) -> Iterator[str]:
-    # bitsandbytes 0.50 keeps a second reference to int8 weights (Linear8bitLt.state.CB), so they
-    # stay on the GPU whatever DeepSpeed does: it would train, and save no memory.
     if trial.strategy.offload_params != "none" and trial.quant.bit_width == 8:
         yield (
             "strategy.offload_params cannot move the weights of quant.bit_width: 8 off the GPU, "
@@ -100,12 +183,98 @@ def _int8_weights_cannot_be_offloaded(trial: TrialConfig) -> Iterator[str]:
         )
 
 
-RULES: tuple[Callable[[TrialConfig], Iterator[str]], ...] = (
-    _micro_batch_divides_batch,
-    _warmup_is_shorter_than_training,
-    _four_bit_fields_need_four_bits,
-    _float64_needs_16_bits,
-    _zero_has_a_stage,
-    _parameter_offload_needs_stage_3,
-    _int8_weights_cannot_be_offloaded,
+def _has(quant: QuantConfig, bits: int) -> bool:
+    """Whether some layers may have so many bits."""
+    return quant.bit_width in (bits, "auto") or bits in quant.bit_width_pattern.values()
+
+
+@dataclass(frozen=True)
+class Rule:
+    finds: Callable[[TrialConfig], Iterator[str]]
+    reason: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        return self.finds.__name__.strip("_").replace("_", " ")
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        _micro_batch_divides_batch,
+        "a step is a whole number of passes, so that each label weighs the same",
+        "orchestrator/training/feed.py",
+    ),
+    Rule(
+        _warmup_is_shorter_than_training,
+        "the peak learning rate would never be reached",
+        "orchestrator/training/optimizers.py",
+    ),
+    Rule(
+        _four_bit_fields_need_four_bits,
+        "the field would be read by nobody",
+        "orchestrator/training/codes.py",
+    ),
+    Rule(
+        _float64_needs_16_bits,
+        "bitsandbytes dequantises to 32 bits at most",
+        "bitsandbytes 0.50, functional.dequantize_4bit",
+    ),
+    Rule(
+        _llm_int8_is_for_the_whole_base,
+        "it rounds activations too and finds outliers over the whole batch, which no pack, no "
+        "compiled step and no graph allows; blockwise layers of the same base do",
+        "bitsandbytes 0.50, nn.Linear8bitLt",
+    ),
+    Rule(
+        _block_of_32_is_for_four_bits,
+        "on GPUs the 8-bit blockwise quantiser takes blocks of 64 and more",
+        "bitsandbytes 0.50, backends/cuda/ops.py, quantize_blockwise",
+    ),
+    Rule(
+        _zero_moves_parameters_of_bitsandbytes,
+        "our packed layers keep codes in buffers, and DeepSpeed partitions and offloads parameters "
+        "alone; transformers makes bitsandbytes' own layers with blocks of 64 and no others",
+        "DeepSpeed 0.19, zero/partition_parameters.py; transformers 5.23, BitsAndBytesConfig",
+    ),
+    Rule(
+        _storage_matters_under_zero_only,
+        "a replicated base's codes never move: their values would be the same",
+        "orchestrator/training/codes.py",
+    ),
+    Rule(
+        _pissa_changes_the_base,
+        "it takes the principal part out of the weights and quantises what is left, which differs "
+        "with each rank: trials would not share one base, and one that is loaded alone from its "
+        "adapter would have another base than it was trained on",
+        "arXiv:2404.02948, section 4; peft 0.21, tuners/lora/layer.py, pissa_init",
+    ),
+    Rule(
+        _dora_needs_the_weights_norms,
+        "each step needs the norm of every row of W + BA, which the grouped low-rank path never "
+        "forms; an adapter's row in a pack has no place for magnitudes",
+        "arXiv:2402.09353, section 4; peft 0.21, tuners/lora/dora.py",
+    ),
+    Rule(
+        _loftq_makes_up_for_quantisation,
+        "its first values are the error of the codes, which 16 bits do not have, and which is "
+        "taken while our own loader makes them",
+        "arXiv:2310.08659; orchestrator/training/loftq.py",
+    ),
+    Rule(
+        _zero_has_a_stage,
+        "DeepSpeed's stage 0 partitions nothing: that is kind: replicated",
+        "deepspeed.ai, ZeRO configuration",
+    ),
+    Rule(
+        _parameter_offload_needs_stage_3,
+        "DeepSpeed keeps parameters whole below stage 3",
+        "deepspeed.ai, ZeRO configuration",
+    ),
+    Rule(
+        _int8_weights_cannot_be_offloaded,
+        "bitsandbytes keeps a second reference to int8 weights, so they stay on the GPU whatever "
+        "DeepSpeed does: it would train, and save no memory",
+        "bitsandbytes 0.50, nn.Linear8bitLt.state.CB",
+    ),
 )

@@ -6,7 +6,7 @@ In: Premises and the GPU of each kind of worker. Out: seconds. Pure, no torch.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from orchestrator.config import QuantConfig, StrategyConfig
+from orchestrator.config import StrategyConfig
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.options import DTYPE_BYTES, Premises
@@ -48,9 +48,9 @@ class Durations:
 
 def plan_load(plan: PackPlan, premises: Premises) -> PackLoad:
     """What each worker of the pack holds and computes."""
-    chosen, written = plan.fit, dict(plan.key.quant)["compute_dtype"]
+    chosen, written = plan.fit, plan.key.quant.compute_dtype
     return PackLoad(
-        quant=QuantConfig.model_validate(dict(plan.key.quant)),
+        quant=plan.key.quant,
         dtype_bytes=DTYPE_BYTES[premises.compute_dtype if written == "auto" else written],
         num_slots=chosen.num_slots,
         max_rank=premises.max_rank,

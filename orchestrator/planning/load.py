@@ -43,8 +43,8 @@ class PackLoad:
 
     @property
     def resident(self) -> bool:
-        """Whether a 4-bit base is kept as the values that its codes stand for."""
-        return self.dequantise_once and self.quant.bit_width == 4
+        """Whether a base in codes is kept as the values that these stand for."""
+        return self.dequantise_once and self.quant.packed
 
     @property
     def by_document(self) -> bool:

@@ -9,20 +9,17 @@ token and head; SDPA holds none).
 """
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
+from orchestrator.config import QuantConfig
 from orchestrator.planning.activations import PassMemory, pass_memory
+from orchestrator.planning.bits import linear_bytes
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.shape import BaseShape
 from orchestrator.planning.zero import MAX_BUCKET_ELEMENTS
 
 GIB = 2**30
 MIB = 2**20
-
-# Bits per weight beside the 4-bit code: a constant for each 64 weights; with double quantisation 8
-# bits, and 32 more for each 256 of these (QLoRA, arXiv:2305.14314, section 3).
-CONSTANT_BITS = 32 / 64
-DOUBLE_QUANT_CONSTANT_BITS = 8 / 64 + 32 / (64 * 256)
-INT8_SCALE_BYTES = 4  # LLM.int8: one fp32 scale for each output row
 
 # A row's value and its gradient are fp32, and fp64 under float64; a lane holds a copy of both in
 # the arithmetic's type.
@@ -115,7 +112,7 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
     optimizer_on_host = load.strategy.offload_optimizer != "none"
     graph, training, evaluation = _passes(pass_, load, gradients, step, measured)
     base = shape.num_plain_params * load.dtype_bytes
-    base += 0 if load.resident else _linear_bytes(shape, load)
+    base += 0 if load.resident else _linear_bytes(shape, load.quant, load.dtype_bytes)
     base_on_host = 0
     if load.strategy.offload_params != "none":
         base, base_on_host = _offloaded_base(shape, load, base)
@@ -166,21 +163,17 @@ def _offloaded_base(shape: BaseShape, load: PackLoad, base: int) -> tuple[int, i
     """Bytes on the GPU, where a part of the parameters is at a time, and on the host."""
     constants = 0
     if load.quant.bit_width == 4:
-        constants = _linear_bytes(shape, load) - shape.num_linear_params // 2
+        constants = (
+            _linear_bytes(shape, load.quant, load.dtype_bytes) - shape.num_linear_params // 2
+        )
     on_host = base - constants
     live = min(on_host, ZERO_LIVE_VALUES * load.dtype_bytes)
     return live + constants, on_host
 
 
-def _linear_bytes(shape: BaseShape, load: PackLoad) -> int:
-    """Of the linear layers at their bit-width, constants included."""
-    if load.quant.bit_width == 16:
-        return shape.num_linear_params * load.dtype_bytes
-    if load.quant.bit_width == 8:
-        scales = sum(linear.out_features for linear in shape.linears)
-        return shape.num_linear_params + scales * INT8_SCALE_BYTES
-    constants = DOUBLE_QUANT_CONSTANT_BITS if load.quant.double_quant else CONSTANT_BITS
-    return round(shape.num_linear_params * (4 + constants) / 8)
+@lru_cache(maxsize=256)
+def _linear_bytes(shape: BaseShape, quant: QuantConfig, dtype_bytes: int) -> int:
+    return linear_bytes(quant, shape.linears, dtype_bytes)
 
 
 def _runtime_bytes(load: PackLoad, measured: Measured) -> int:

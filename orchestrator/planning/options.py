@@ -84,14 +84,14 @@ class PackWish:
 
     @property
     def can_be_resident(self) -> bool:
-        return self.quant.bit_width == 4 and not self.zero
+        return self.quant.packed and not self.zero
 
     @property
     def only_eager(self) -> str:
         """Whose code must run between the layers, so that they cannot be compiled."""
         if self.zero:
             return "DeepSpeed"
-        return "LLM.int8" if self.quant.bit_width == 8 else ""
+        return "LLM.int8" if self.quant.llm_int8 else ""
 
 
 def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:

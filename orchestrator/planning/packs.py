@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.config import QuantConfig, StrategyConfig, TrialConfig
+from orchestrator.config import StrategyConfig, TrialConfig
 from orchestrator.planning.fit import Fit, after_out_of_memory, fit
 from orchestrator.planning.kinds import ALIKE, WorkerKind, longest_for
 from orchestrator.planning.options import PackWish, Premises
@@ -248,7 +248,7 @@ def _wish(
     asked = premises.resources.slots_per_pack
     num_slots = 1 if key.alone else min(asked, num_trials) if asked is not None else None
     wish = PackWish(
-        quant=QuantConfig.model_validate(dict(key.quant)),
+        quant=key.quant,
         strategy=StrategyConfig.model_validate(dict(key.strategy)),
         alone=key.alone,
         share=share,

@@ -96,10 +96,10 @@ def _keeping(load: PackLoad) -> PackLoad:
 
 
 def _bytes_per_weight(load: PackLoad) -> float:
-    if load.quant.bit_width == 4 and not load.resident:
+    if load.quant.packed and not load.resident:
         return DEQUANTISED_BYTES_MOVED
     return load.dtype_bytes
 
 
 def _int8(load: PackLoad) -> bool:
-    return load.quant.bit_width == 8
+    return load.quant.llm_int8

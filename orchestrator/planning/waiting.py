@@ -31,7 +31,7 @@ be waited for."""
 class PackKey:
     """Trials with an equal key can share a pack: one base, one program."""
 
-    quant: tuple[tuple[str, Any], ...]
+    quant: QuantConfig
     strategy: tuple[tuple[str, Any], ...]
     micro_batch_size: int | None
     """As set; then batch sizes may differ, and a slot with more passes steps less often."""
@@ -52,9 +52,7 @@ class PackKey:
 
     @property
     def title(self) -> str:
-        quant = dict(self.quant)
-        name = f"{quant['bit_width']}-bit"
-        return f"{name} {quant['quant_type']}" if quant["bit_width"] == 4 else name
+        return self.quant.title
 
     @property
     def zero(self) -> bool:
@@ -81,7 +79,7 @@ def _pack_key(
     gradient_checkpointing: bool | None,
 ) -> PackKey:
     return PackKey(
-        tuple(sorted(quant.model_dump().items())),
+        quant,
         tuple(sorted(strategy.model_dump().items())),
         micro_batch_size,
         batch_size,
@@ -93,7 +91,7 @@ def _pack_key(
 def _why_alone(quant: QuantConfig, strategy: StrategyConfig) -> str:
     if strategy.kind == "zero":
         return "strategy.kind: zero gives each trial a DeepSpeed engine of its own"
-    if quant.bit_width == 8:
+    if quant.llm_int8:
         # bitsandbytes 0.50 finds outlier columns over the whole batch, neighbours included.
         return "LLM.int8 treats a batch as one: neighbours would change each other's numbers"
     return ""

@@ -73,7 +73,7 @@ class Pruning:
 
     def add(self, trial: TrialSpec) -> None:
         """Trials come in the order of their numbers."""
-        base: Group = tuple(sorted(trial.config.quant.model_dump().items()))
+        base: Group = (trial.config.quant,)
         steps = rung_steps(self._pruner, trial.config)
         if self._pruner.kind == "hyperband":
             number = self._sizes[base] = self._sizes.get(base, -1) + 1

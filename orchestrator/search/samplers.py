@@ -124,7 +124,7 @@ def _draw(
 
     def draw(name: str, values: Values) -> Choice:
         if not isinstance(values, RangeConfig):
-            choices = [_encoded(value) for value in values]
+            choices = [encoded(value) for value in values]
             return _decoded(trial.suggest_categorical(name, choices), values)
         if not values.integer:
             return float(trial.suggest_float(name, values.low, values.high, log=values.log))
@@ -138,7 +138,7 @@ def _distribution(values: Values) -> Any:
     import optuna
 
     if not isinstance(values, RangeConfig):
-        return optuna.distributions.CategoricalDistribution([_encoded(value) for value in values])
+        return optuna.distributions.CategoricalDistribution([encoded(value) for value in values])
     if values.integer:
         return optuna.distributions.IntDistribution(
             int(values.low), int(values.high), log=values.log
@@ -170,7 +170,7 @@ def _frozen(
             state = optuna.trial.TrialState.FAIL
     at_rung = result is not None and result.state == "pruned" and result.eval_loss is not None
     yield optuna.trial.create_trial(
-        params={name: _encoded(value) for name, value in point.items()},
+        params={name: encoded(value) for name, value in point.items()},
         distributions={name: _distribution(search.space[name]) for name in point},
         state=state,
         values=values,
@@ -186,14 +186,16 @@ def _contains(values: Values, value: Choice) -> bool:
     return value in values
 
 
-def _encoded(choice: Choice) -> Scalar:
-    """Optuna's categories are scalars: a list of names, which JSON gives back, becomes text."""
+def encoded(choice: Choice) -> Scalar:
+    """Optuna's categories are scalars: a list of names or a mapping becomes text."""
+    if isinstance(choice, dict):
+        return json.dumps(choice, sort_keys=True)
     return json.dumps(choice) if isinstance(choice, list | tuple) else choice
 
 
 def _decoded(value: Scalar, values: tuple[Choice, ...]) -> Choice:
-    lists = (choice for choice in values if isinstance(choice, tuple))
-    return next((choice for choice in lists if _encoded(choice) == value), value)
+    texts = (choice for choice in values if isinstance(choice, tuple | dict))
+    return next((choice for choice in texts if encoded(choice) == value), value)
 
 
 Sample = Callable[

@@ -15,8 +15,8 @@ from orchestrator.errors import ConfigError
 from orchestrator.loading import trial_with
 from orchestrator.planning.compatibility import RULED_FIELDS, problems
 from orchestrator.records import TrialResult, TrialSpec
-from orchestrator.search.samplers import SAMPLERS, STARTUP_TRIALS, Draw
-from orchestrator.search_config import Choice, RangeConfig, SearchConfig, Values
+from orchestrator.search.samplers import SAMPLERS, STARTUP_TRIALS, Draw, encoded
+from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
 
 MAX_LISTED_PROBLEMS = 20
 
@@ -31,6 +31,8 @@ class Bounds:
     """Whether any trial drops inputs of its adapter."""
     optimizers: tuple[str, ...]
     """All that a trial may use."""
+    loftq: bool = False
+    """Whether any trial begins with the base's quantisation error."""
 
 
 def num_trials(search: SearchConfig) -> int:
@@ -181,11 +183,25 @@ def grid_points(search: SearchConfig) -> Iterator[dict[str, Choice]]:
 
 def bounds(trial: TrialConfig, search: SearchConfig) -> Bounds:
     return Bounds(
-        max_rank=int(_highest(search.space.get("adapter.rank", (trial.adapter.rank,)))),
+        max_rank=_max_rank(trial, search),
         target_modules=_target_modules(trial, search),
         dropout=_highest(search.space.get("adapter.dropout", (trial.adapter.dropout,))) > 0,
         optimizers=_optimizers(trial, search),
+        loftq="loftq" in _choices(search, "adapter.init", trial.adapter.init),
     )
+
+
+def _max_rank(trial: TrialConfig, search: SearchConfig) -> int:
+    ranks = search.space.get("adapter.rank", (trial.adapter.rank,))
+    patterns = _choices(search, "adapter.rank_pattern", trial.adapter.rank_pattern)
+    single = [rank for one in patterns if isinstance(one, dict) for rank in one.values()]
+    return int(max(_highest(ranks), *single, 0))
+
+
+def _choices(search: SearchConfig, field: str, written: Choice) -> tuple[Choice, ...]:
+    values = search.space.get(field, (written,))
+    assert isinstance(values, tuple), f"{field} is no number"
+    return values
 
 
 def _highest(values: Values) -> float:
@@ -270,9 +286,13 @@ def _next_point(config: SweepConfig, known: Sequence[TrialSpec]) -> dict[str, Ch
     if all(trial.params == next(in_order, None) for trial in known):  # it was not widened
         return next(in_order, None)
     # As sets of values, for which 16 and 16.0 are one: fields turn what is written into their type.
-    taken = {frozenset(point_of(search, trial.config).items()) for trial in known}
+    taken = {_as_set(point_of(search, trial.config)) for trial in known}
     points = _points(search, ordered_fields(search), {})
-    return next((point for point in points if frozenset(point.items()) not in taken), None)
+    return next((point for point in points if _as_set(point) not in taken), None)
+
+
+def _as_set(point: Mapping[str, Choice]) -> frozenset[tuple[str, Scalar]]:
+    return frozenset((name, encoded(value)) for name, value in point.items())
 
 
 def _spec(config: SweepConfig, number: int, draw: Draw) -> TrialSpec:

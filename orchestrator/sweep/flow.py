@@ -5,12 +5,13 @@ step leaves a record in the run folder and is passed over when its record is the
 resumed sweep runs the same function. What differs between Ray and one process comes in as Services.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from orchestrator.config import SweepConfig
 from orchestrator.data.prepare import PreparedData, RunTasks, find_prepared, prepare
@@ -21,6 +22,7 @@ from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import OPTIMIZER_BYTES
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan
+from orchestrator.planning.patterns import unmatched
 from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import (
     BaseModel,
@@ -34,6 +36,7 @@ from orchestrator.records import (
 )
 from orchestrator.search.objectives import violations
 from orchestrator.search.space import bounds, next_trial
+from orchestrator.sweep.bits import BitChooser, RunOnWorker, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.expectations import within
@@ -68,6 +71,8 @@ class Services:
     """Of the worker that has least; 0: unknown."""
     kinds: tuple[WorkerKind, ...] = ()
     """Of the workers, the fastest first; empty where all are alike."""
+    run_on_worker: RunOnWorker = run_here
+    """Runs one job where a worker would train; before any pack does."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +135,19 @@ def _data(
 def _train(
     store: RunStore, config: SweepConfig, base: BaseModel, data: PreparedData, services: Services
 ) -> bool:
+    from orchestrator.training.model_source import local_folder
+
+    shape = read_shape(Path(local_folder(base)))
+    chooser = _bit_chooser(store, base, data, shape, services)
+
     def ask(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
         per_worker = config.resources.slots_per_pack or LEARNING_TRIALS_PER_WORKER
-        return next_trial(config, known, results, services.num_workers * per_worker)
+        trial = next_trial(config, known, results, services.num_workers * per_worker)
+        if trial is not None:
+            trial = chooser.settle(trial)
+            if chooser.chosen:
+                store.write("bits", chooser.chosen)
+        return trial
 
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(store, base, data, number, plan)
@@ -140,8 +155,6 @@ def _train(
     def observe(notice: Notice) -> None:
         services.display.observe(notice)
         services.watch(notice)
-
-    from orchestrator.training.model_source import local_folder
 
     with closing(services.executor) as executor:
         check_pack_fits(config.resources, services.num_workers)
@@ -155,7 +168,7 @@ def _train(
                 config,
                 device_named(store.sweep.device),
                 store.sweep.compute_dtype,
-                read_shape(Path(local_folder(base))),
+                shape,
                 services.worker_memory_bytes,
             ),
             observe,
@@ -165,6 +178,20 @@ def _train(
         return controller.run()
 
 
+def _bit_chooser(
+    store: RunStore,
+    base: BaseModel,
+    data: PreparedData,
+    shape: BaseShape | UnknownShape,
+    services: Services,
+) -> BitChooser:
+    sweep = store.sweep
+    chooser = BitChooser(base, shape, data, sweep.compute_dtype, device_named(sweep.device))
+    chooser.chosen |= store.read("bits") or {}
+    chooser.measure(sweep.config, services.run_on_worker, services.display.say)
+    return chooser
+
+
 def sweep_premises(
     config: SweepConfig,
     device: Device,
@@ -172,8 +199,11 @@ def sweep_premises(
     shape: BaseShape | UnknownShape,
     worker_memory_bytes: int,
 ) -> Premises:
-    """Raises ConfigError for a step program that the device cannot run."""
+    """Raises ConfigError for a step program that the device cannot run, and for patterns that
+    match no layer of the base."""
     resources = config.resources
+    if not isinstance(shape, UnknownShape):
+        check_patterns(config, shape)
     if resources.step_program == "graph" and device == "cpu":
         raise ConfigError(
             "resources.step_program: graph needs GPUs, but the device is cpu: set auto or compiled"
@@ -197,13 +227,31 @@ def sweep_premises(
     return within(config.search.constraints, premises)
 
 
+def check_patterns(config: SweepConfig, shape: BaseShape) -> None:
+    """Raises ConfigError for a key of a pattern that matches no layer of the base."""
+    names = [linear.name for linear in shape.linears]
+    trial, space = config.trial, config.search.space
+    written: dict[str, Any] = {
+        "quant.bit_width_pattern": trial.quant.bit_width_pattern,
+        "adapter.rank_pattern": trial.adapter.rank_pattern,
+        "adapter.alpha_pattern": trial.adapter.alpha_pattern,
+    }
+    for name, own in written.items():
+        patterns: Any = space.get(name, (own,))
+        for idle in itertools.chain(*(unmatched(pattern, names) for pattern in patterns)):
+            known = ", ".join(sorted({layer.rpartition(".")[2] for layer in names}))
+            raise ConfigError(
+                f"{name}: {idle!r} matches no linear layer of the base model; it has {known}"
+            )
+
+
 def pack_spec(
     store: RunStore, base: BaseModel, data: PreparedData, number: int, plan: PackPlan
 ) -> PackSpec:
     sweep = store.sweep
     config = sweep.config
     room = bounds(config.trial, config.search)
-    quant = dict(plan.key.quant)
+    quant = plan.key.quant.model_dump()
     if quant["compute_dtype"] == "auto":
         quant["compute_dtype"] = sweep.compute_dtype
     return PackSpec(
@@ -228,6 +276,7 @@ def pack_spec(
         step_program=plan.fit.step_program,
         memory_fraction=config.resources.memory_fraction,
         accelerator=plan.kind.name,
+        loftq=room.loftq and plan.key.quant.packed,
     )
 
 

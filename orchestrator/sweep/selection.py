@@ -36,9 +36,9 @@ def select_winner(
     specs = {trial.number: trial for trial in trials}
     objective = OBJECTIVES[search.objectives[0]]
 
-    def order(result: TrialResult) -> tuple[float, int, int, int]:
-        bit_width = specs[result.number].config.quant.bit_width
-        return (objective.cost(result), bit_width, result.num_adapter_params, result.number)
+    def order(result: TrialResult) -> tuple[float, float, int, int]:
+        bits = specs[result.number].config.quant.mean_bits
+        return (objective.cost(result), bits, result.num_adapter_params, result.number)
 
     ranked = sorted(candidates(search, results), key=order)
     if not ranked:

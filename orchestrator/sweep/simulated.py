@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.config import TrialConfig
+from orchestrator.config import QuantConfig, TrialConfig
 from orchestrator.errors import TrialFailed
 from orchestrator.files import read_json, record_digest, write_json
 from orchestrator.records import (
@@ -36,13 +36,12 @@ from orchestrator.records import (
 
 BASELINE_LOSS = 4.0
 TOKENS_PER_STEP = 100
-BYTES_PER_PARAM = {4: 0.53, 8: 1.0, 16: 2.0}
 
 
 def simulated_loss(trial: TrialConfig, step: int) -> float:
     """Falls with steps, rank and bits, and is least at a learning rate of 1e-3."""
     mistuned = abs(math.log10(trial.optimizer.learning_rate) + 3)
-    floor = 1.0 + 1.0 / trial.adapter.rank + 0.4 / trial.quant.bit_width + 0.2 * mistuned
+    floor = 1.0 + 1.0 / trial.adapter.rank + 0.4 / trial.quant.mean_bits + 0.2 * mistuned
     return floor + (BASELINE_LOSS - floor) * math.exp(-3 * step / trial.steps)
 
 
@@ -66,7 +65,8 @@ class SimulatedWorker:
 
     def load(self) -> PackReady:
         self._befall(-1)
-        num_bytes = round(1e6 * BYTES_PER_PARAM[self._spec.quant["bit_width"]])
+        mean_bits = QuantConfig.model_validate(self._spec.quant).mean_bits
+        num_bytes = round(1e6 * mean_bits / 8)
         return PackReady(self._spec.pack, num_bytes, 10**6, BASELINE_LOSS, 0.0)
 
     def advance(self, directives: Sequence[Directive]) -> list[Event]:
@@ -192,7 +192,7 @@ class _SimulatedSlot:
             tokens_per_s=1000.0,
             train_s=self.tokens / 1000.0,
             peak_memory_bytes=10**9,
-            model_memory_bytes=10**6 * self.task.config.quant.bit_width,
+            model_memory_bytes=round(10**6 * self.task.config.quant.mean_bits),
             num_adapter_params=num_params,
             adapter_bytes=4 * num_params,
             adapter_dir=str(folder),

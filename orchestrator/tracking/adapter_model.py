@@ -11,6 +11,7 @@ loaded only if they have the digests that orchestrator.json gives them.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 BASE_FILES = (".safetensors", ".bin", ".gguf", ".json", ".model", ".jinja", ".py")
 BASE_MODEL_VARIABLE = "ORCHESTRATOR_BASE_MODEL"
 MAX_NEW_TOKENS = 128
+NESTED_BLOCK = 256  # constants that share a constant of their own
 
 
 class DamagedFiles(ValueError):
@@ -52,30 +54,40 @@ def load(adapter_dir: Path) -> tuple[Any, Any]:
         FileNotFoundError: the base model is not on this machine.
     """
     verify_adapter(adapter_dir)
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     record = json.loads((adapter_dir / RECORD).read_text())
     base = record["base_model"]
     source = base_source(base)
-    trust = base["trust_remote_code"]
+    model = load_base(record, source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=base["trust_remote_code"])
+    if record["template"] == "plain":
+        tokenizer.chat_template = None
+    return PeftModel.from_pretrained(model, str(adapter_dir)).eval(), tokenizer
+
+
+def load_base(record: dict[str, Any], source: str) -> Any:
+    """The base with the very values that the adapter of this record was trained on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quant = record["quant"]
     model = AutoModelForCausalLM.from_pretrained(
         source,
         dtype=getattr(torch, record["compute_dtype"]),
         quantization_config=_quantization_config(record),
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-        trust_remote_code=trust,
+        trust_remote_code=record["base_model"]["trust_remote_code"],
     )
     for module in model.modules():
         # An eval-mode forward otherwise rewrites 4-bit weights with rounded constants on CPUs with
         # AVX512-BF16 (bitsandbytes 0.50.2).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
-    if record["template"] == "plain":
-        tokenizer.chat_template = None
-    return PeftModel.from_pretrained(model, str(adapter_dir)).eval(), tokenizer
+    if not _has_own_layers(quant):
+        _round_as_trained(model, quant)
+    return model
 
 
 def verify_adapter(adapter_dir: Path) -> None:
@@ -209,6 +221,8 @@ def _quantization_config(record: dict[str, Any]) -> Any:
     from transformers import BitsAndBytesConfig
 
     quant = record["quant"]
+    if not _has_own_layers(quant):
+        return None
     if quant["bit_width"] == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -217,6 +231,74 @@ def _quantization_config(record: dict[str, Any]) -> Any:
             bnb_4bit_compute_dtype=getattr(torch, record["compute_dtype"]),
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quant["bit_width"] == 8 else None
+
+
+def _has_own_layers(quant: dict[str, Any]) -> bool:
+    """Whether transformers makes bitsandbytes' own layers of these bits, which take few bytes."""
+    if quant.get("bit_width_pattern") or quant["bit_width"] == "auto":
+        return False
+    if quant["bit_width"] == 8:
+        return bool(quant.get("int8_type") != "blockwise")
+    if quant["bit_width"] == 4:
+        return bool(quant.get("block_size", 64) == 64)
+    return bool(quant["bit_width"] == 16)
+
+
+def _round_as_trained(model: Any, quant: dict[str, Any]) -> None:
+    """Weights become the values that their codes stand for: the same numbers, in 16 bits."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if type(module) in (torch.nn.Linear, Conv1D) and should_convert_module(name, kept):
+                weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+                weight.copy_(_rounded(weight.data.contiguous(), _bits_of(quant, name), quant))
+
+
+def _bits_of(quant: dict[str, Any], name: str) -> int:
+    """As training has it: of the patterns that match the longest counts."""
+    pattern = quant.get("bit_width_pattern") or {}
+    found = [key for key in pattern if re.fullmatch(rf"(.*\.)?({key})", name)]
+    if not found:
+        return int(quant["bit_width"])
+    return int(pattern[max(found, key=lambda key: (len(key), key))])
+
+
+def _rounded(weight: Any, bits: int, quant: dict[str, Any]) -> Any:
+    from bitsandbytes import functional as bnb
+
+    block = quant.get("block_size", 64)
+    if bits == 16:
+        return weight
+    if bits < 4:
+        return _rounded_by_hqq(weight, bits, block)
+    if bits == 4:
+        codes, state = bnb.quantize_4bit(weight, blocksize=block, quant_type=quant["quant_type"])
+    else:
+        code = bnb.create_linear_map().to(weight.device)
+        codes, state = bnb.quantize_blockwise(weight, code=code, blocksize=block)
+    if quant["double_quant"]:
+        mean = state.absmax.mean()
+        nested, inner = bnb.quantize_blockwise(state.absmax - mean, blocksize=NESTED_BLOCK)
+        state.absmax = bnb.dequantize_blockwise(nested, inner) + mean
+    if bits == 4:
+        return bnb.dequantize_4bit(codes, state)
+    return bnb.dequantize_blockwise(codes, state)
+
+
+def _rounded_by_hqq(weight: Any, bits: int, block: int) -> Any:
+    from hqq.core.quantize import Quantizer
+
+    place = str(weight.device)
+    codes, meta = Quantizer.quantize(
+        weight, nbits=bits, group_size=block, axis=1, bitpack=False, device=place
+    )
+    scale, zero = (meta[name].half().float() for name in ("scale", "zero"))
+    return ((codes.float() - zero) * scale).to(weight.dtype).view_as(weight)
 
 
 def _encode(tokenizer: Any, prompt: str) -> list[int]:

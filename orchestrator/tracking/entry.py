@@ -45,7 +45,7 @@ class Entry:
             RUN_ID_TAG: self.sweep_id,
             "trial": str(self.trial.number),
             "rank": str(self.trial.config.adapter.rank),
-            "bit_width": str(self.trial.config.quant.bit_width),
+            "bit_width": str(self.trial.config.quant.mean_bits),
             "quant": json.dumps(self.record["quant"], sort_keys=True),
             "eval_loss": str(result.eval_loss),
             "baseline_eval_loss": str(result.baseline_eval_loss),

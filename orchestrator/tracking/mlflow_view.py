@@ -48,7 +48,14 @@ from orchestrator.tracking.trial_run import TrialRun
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-ARTIFACTS = ("plan.json", "decisions.jsonl", "packs.jsonl", "environment.json", "report.html")
+ARTIFACTS = (
+    "plan.json",
+    "bits.json",
+    "decisions.jsonl",
+    "packs.jsonl",
+    "environment.json",
+    "report.html",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +237,7 @@ class MlflowView:
         fields = trial.params | {
             "trial": trial.number,
             "rank": trial.config.adapter.rank,
-            "bit_width": trial.config.quant.bit_width,
+            "bit_width": trial.config.quant.mean_bits,
         }
         log(
             self._client,

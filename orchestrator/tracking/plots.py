@@ -106,7 +106,7 @@ def learning_curves(rows: Sequence[SummaryRow], curves: Curves) -> "Figure":
 
 
 def _cell(
-    rows: Sequence[SummaryRow], bit_width: int, rank: int
+    rows: Sequence[SummaryRow], bit_width: float, rank: int
 ) -> tuple[float | None, SummaryRow | None]:
     """Least loss of the trials with this pair, and the trial; rows come best first."""
     here = [row for row in rows if (row["bit_width"], row["rank"]) == (bit_width, rank)]

@@ -32,7 +32,7 @@ class SummaryRow(TypedDict):
     params: dict[str, Choice]
     """The searched fields, by their short names."""
     rank: int
-    bit_width: int
+    bit_width: float
     steps: int
     eval_loss: float | None
     baseline_eval_loss: float | None
@@ -71,7 +71,7 @@ def _row(
         winner=trial.number == winner,
         params=searched(trial.params),
         rank=trial.config.adapter.rank,
-        bit_width=trial.config.quant.bit_width,
+        bit_width=trial.config.quant.mean_bits,
         steps=known.steps,
         eval_loss=finite(known.eval_loss),
         baseline_eval_loss=finite(known.baseline_eval_loss),

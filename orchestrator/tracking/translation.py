@@ -25,7 +25,10 @@ SHORT_NAMES = {
     "strategy.kind": "strategy",
     "strategy.stage": "zero_stage",
 }
-ONLY_FOR_4_BITS = ("quant.quant_type", "quant.double_quant")
+ONLY_FOR_CODES = ("quant.quant_type", "quant.double_quant", "quant.block_size")
+PATTERNS = ("bit_width_pattern", "rank_pattern", "alpha_pattern")
+"""Mappings that are one field."""
+ONLY_FOR_AUTO = ("quant.average_bits", "quant.budget_gib")
 ONLY_FOR_ZERO = ("strategy.stage", "strategy.offload_optimizer", "strategy.offload_params")
 TITLES = {"bit_width": "{}-bit", "rank": "rank {}", "learning_rate": "lr {}", "alpha": "alpha {}"}
 TITLES_FIRST = ("quant.bit_width", "adapter.rank")
@@ -45,7 +48,10 @@ def searched(params: Mapping[str, Any]) -> dict[str, Any]:
     """The searched fields by short name, bit-width and rank first."""
     first = [field for field in TITLES_FIRST if field in params]
     fields = first + [field for field in params if field not in first]
-    return {short_name(field): params[field] for field in fields}
+    found = {short_name(field): params[field] for field in fields}
+    return {
+        name: shown(value) if isinstance(value, dict) else value for name, value in found.items()
+    }
 
 
 def trial_name(number: int, params: Mapping[str, Any]) -> str:
@@ -68,15 +74,21 @@ def shown(value: Any) -> str:
         return "none" if value is None else str(value).lower()
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {part}" for name, part in value.items())
     return str(value)
 
 
 def trial_params(config: TrialConfig, compute_dtype: str) -> dict[str, str]:
     """All fields of a trial that have a meaning for it."""
     fields = _flat(config.model_dump(mode="json")) | {"quant.compute_dtype": compute_dtype}
-    idle: tuple[str, ...] = () if config.quant.bit_width == 4 else ONLY_FOR_4_BITS
+    quant = config.quant
+    idle: tuple[str, ...] = () if quant.packed else ONLY_FOR_CODES
+    idle += () if quant.bit_width == "auto" else ONLY_FOR_AUTO
+    idle += () if quant.bit_width_pattern else ("quant.bit_width_pattern",)
+    idle += () if quant.int8_type else ("quant.int8_type",)
     if config.strategy.kind != "zero":
-        idle += ONLY_FOR_ZERO
+        idle += (*ONLY_FOR_ZERO, "quant.storage_dtype")
     return cut({short_name(name): value for name, value in fields.items() if name not in idle})
 
 
@@ -179,7 +191,10 @@ def place_tags(place: Mapping[str, Any]) -> dict[str, str]:
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in record.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
+        if name in PATTERNS:
+            flat[prefix + name] = value
+        elif isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
     return flat

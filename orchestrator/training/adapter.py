@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from orchestrator.config import TrialConfig
-from orchestrator.files import file_digest, whole_folder, write_file, write_json
+from orchestrator.config import AdapterConfig, TrialConfig
+from orchestrator.files import file_digest, read_json, whole_folder, write_file, write_json
+from orchestrator.planning.ranks import alpha_of, rank_of
 from orchestrator.records import BaseModel
 from orchestrator.training.quiet import quiet_libraries
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of PEFT's names
 
 
 def save_adapter(
@@ -32,16 +34,23 @@ def save_adapter(
     if not any("lora_B" in name and bool(tensor.any()) for name, tensor in tensors.items()):
         # An adapter that never changed is an error upstream: DeepSpeed 7900, peft 2892.
         raise AssertionError("every lora_B is zero: the adapter was not trained")
-    modules = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors})
+    adapter = trial.adapter
+    layers = {name.split(".lora_")[0].removeprefix(PREFIX) for name in tensors}
+    modules = sorted({name.rpartition(".")[2] for name in layers})
+    ranks = {name: rank_of(adapter, name) for name in sorted(layers)}
+    alphas = {name: alpha_of(adapter, name) for name in sorted(layers)}
     with quiet_libraries():
         from peft import LoraConfig
         from safetensors.torch import save_file
 
     config = LoraConfig(
-        r=trial.adapter.rank,
-        lora_alpha=trial.adapter.alpha,
-        lora_dropout=trial.adapter.dropout,
-        use_rslora=trial.adapter.rslora,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        # By whole names: PEFT takes the first key that matches, we the longest.
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != adapter.rank},
+        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != adapter.alpha},
         target_modules=modules,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.folder,
@@ -69,3 +78,18 @@ def save_adapter(
             },
         )
     return file_digest(folder / WEIGHTS)
+
+
+def saved_config(folder: Path) -> AdapterConfig:
+    """What a saved adapter's shapes and scaling follow from."""
+    content = read_json(folder / CONFIG)
+    return AdapterConfig.model_validate(
+        {
+            "rank": content["r"],
+            "alpha": content["lora_alpha"],
+            "rslora": content["use_rslora"],
+            "target_modules": tuple(content["target_modules"]),
+            "rank_pattern": content.get("rank_pattern") or {},
+            "alpha_pattern": content.get("alpha_pattern") or {},
+        }
+    )

@@ -16,8 +16,9 @@ from orchestrator.data.reader import BlockReader
 from orchestrator.data.tokenizing import tokenizer_digest
 from orchestrator.errors import BaseModelError, DataError
 from orchestrator.files import read_json
+from orchestrator.planning.ranks import largest_rank
 from orchestrator.records import BaseModel, Device
-from orchestrator.training.adapter import CONFIG, WEIGHTS
+from orchestrator.training.adapter import WEIGHTS, saved_config
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from orchestrator.training.engine import RowEngine
 from orchestrator.training.evaluation import evaluate
@@ -61,15 +62,15 @@ def evaluate_adapter(
     return adapter.to_json(reader), alone.to_json(reader)
 
 
-def _load_rows(base: LoadedBase, adapter_dir: Path) -> tuple[Slots, float]:
-    config = read_json(adapter_dir / CONFIG)
-    rank = int(config["r"])
-    rows = Slots(base.model, tuple(config["target_modules"]), 1, rank, base.device, base.wide_dtype)
+def _load_rows(base: LoadedBase, adapter_dir: Path) -> tuple[Slots, float | tuple[float, ...]]:
+    config = saved_config(adapter_dir)
+    targets, rank = config.target_modules, largest_rank(config)
+    rows = Slots(base.model, targets, 1, rank, base.device, base.wide_dtype)
     try:
-        rows.load(0, load_file(adapter_dir / WEIGHTS), rank)
+        rows.load(0, load_file(adapter_dir / WEIGHTS), config)
     except (KeyError, ValueError) as error:
         raise BaseModelError(f"{adapter_dir} does not fit its base model: {error}") from error
-    return rows, float(config["lora_alpha"]) / (rank**0.5 if config["use_rslora"] else rank)
+    return rows, rows.scalings(config)
 
 
 def _check_examples(manifest: Manifest, template: str, folder: str) -> None:

@@ -1,15 +1,19 @@
-"""The frozen base model: loaded once per pack at one bit-width, quantised by bitsandbytes.
+"""The frozen base model: loaded once per pack at its bits, quantised by bitsandbytes.
 
 In: a BaseModel record and a QuantConfig. Out: a model whose base parameters are frozen, its decoder
 and its output head. This is the one place where `bit_width` becomes a library's own words.
 """
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -23,9 +27,12 @@ from orchestrator.training.attention import (
     set_attention,
     why_not_by_document,
 )
-from orchestrator.training.frozen import freeze_packed
+from orchestrator.training.frozen import PackedLinear, keep_values
 from orchestrator.training.model_source import local_folder
 from orchestrator.training.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from orchestrator.training.quantiser import OnLayer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -108,24 +115,26 @@ def load_base_model(
     device: Device,
     strategy: StrategyConfig,
     dequantise_once: bool = False,
+    on_layer: "OnLayer | None" = None,
 ) -> LoadedBase:
-    """`quant.compute_dtype` must be concrete. With `dequantise_once` a 4-bit base is kept as the
-    values that its codes stand for.
+    """`quant.compute_dtype` must be concrete. With `dequantise_once` packed layers are kept as the
+    values that their codes stand for. `on_layer` sees each as it is quantised.
 
     Raises:
+        ConfigError: a key of `bit_width_pattern` matches no layer.
         BaseModelError: the folder holds no causal language model that transformers can load, or one
             of a family that cannot be trained on packed documents.
     """
     folder = local_folder(base)
     try:
-        with quiet_libraries():
+        with quiet_libraries(), loading_alone():
             from transformers import AutoModelForCausalLM
 
             # No attn_implementation: SDPA where the class supports it, else its eager attention.
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[quant.compute_dtype],
-                quantization_config=_quantization_config(quant, strategy),
+                quantization_config=_quantization_config(quant, strategy, on_layer),
                 device_map={"": _first_place(quant, device, strategy)},
                 trust_remote_code=base.trust_remote_code,
                 local_files_only=True,
@@ -133,10 +142,21 @@ def load_base_model(
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"{base.source}: transformers cannot load it: {error}") from error
     loaded = _prepare(model, device, DTYPES[quant.compute_dtype])
-    if quant.bit_width == 4 and strategy.kind == "replicated":
-        freeze_packed(model, dequantise_once)  # DeepSpeed moves bitsandbytes' parameters itself
+    if dequantise_once:
+        keep_values(model)
     _check_family(loaded)
     return _with_fastest_attention(loaded, strategy)
+
+
+@contextmanager
+def loading_alone() -> Iterator[None]:
+    """One base at a time is read and quantised on a machine, whoever else wants to: the workers of
+    all its GPUs together would fill its memory and read the same files at once."""
+    # In the machine's own temporary folder: a cache may be on a disk that machines share.
+    place = Path(tempfile.gettempdir()) / f"qlora-orchestrator-{os.getuid()}"
+    place.mkdir(exist_ok=True)
+    with FileLock(place / "loading.lock"):
+        yield
 
 
 def _prepare(model: nn.Module, device: Device, dtype: torch.dtype) -> LoadedBase:
@@ -149,9 +169,9 @@ def _prepare(model: nn.Module, device: Device, dtype: torch.dtype) -> LoadedBase
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     _remove_randomness(model)
     model.train()
-    num_params = sum(_num_values(parameter) for parameter in model.parameters())
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    return LoadedBase(model, num_params, _num_bytes(model), place, dtype, "not tried yet")
+    num_params, num_bytes = _num_values(model), _num_bytes(model)
+    return LoadedBase(model, num_params, num_bytes, place, dtype, "not tried yet")
 
 
 def _remove_randomness(model: nn.Module) -> None:
@@ -283,36 +303,54 @@ def _first_place(quant: QuantConfig, device: Device, strategy: StrategyConfig) -
     return 0 if device == "cuda" and not offloaded else "cpu"
 
 
-def _quantization_config(quant: QuantConfig, strategy: StrategyConfig) -> Any:
+def _quantization_config(
+    quant: QuantConfig, strategy: StrategyConfig, on_layer: "OnLayer | None"
+) -> Any:
+    if quant.packed and strategy.kind == "replicated":
+        from orchestrator.training.quantiser import LayerByLayer
+
+        return LayerByLayer(quant, on_layer)
     from transformers import BitsAndBytesConfig
 
-    if quant.bit_width == 4:
+    if quant.packed:  # DeepSpeed moves bitsandbytes' own parameters
         compute_dtype = DTYPES[quant.compute_dtype]
+        # ZeRO-3 moves parameters about in the base's type, into which 4-bit codes are packed.
+        storage: str = quant.compute_dtype if strategy.stage == 3 else "uint8"
+        if quant.storage_dtype != "auto":
+            storage = quant.storage_dtype
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quant.quant_type,
             bnb_4bit_use_double_quant=quant.double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
-            # ZeRO-3 moves parameters about in the base's type, into which 4-bit codes are packed.
-            bnb_4bit_quant_storage=compute_dtype if strategy.stage == 3 else None,
+            bnb_4bit_quant_storage=storage,
         )
-    if quant.bit_width == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return None
+    return BitsAndBytesConfig(load_in_8bit=True) if quant.llm_int8 else None
 
 
-def _num_values(parameter: nn.Parameter) -> int:
-    """Weights that a parameter stands for; 4-bit ones are packed."""
+def _num_values(model: nn.Module) -> int:
+    """Weights that the parameters and codes stand for."""
+    packed = sum(part.num_weights for part in model.modules() if isinstance(part, PackedLinear))
+    return packed + sum(_values_of(parameter) for parameter in model.parameters())
+
+
+def _values_of(parameter: nn.Parameter) -> int:
+    """More than it has elements where 4-bit ones are packed into it."""
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 
 
 def _num_bytes(model: nn.Module) -> int:
     """Bytes of all weights, with the constants of quantised ones."""
-    storages: dict[int, int] = {}
-    for parameter in model.parameters():
-        for tensor in (parameter.data, *_quant_tensors(parameter)):
-            storages[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    tensors = [
+        tensor
+        for parameter in model.parameters()
+        for tensor in (parameter.data, *_quant_tensors(parameter))
+    ]
+    for part in model.modules():
+        if isinstance(part, PackedLinear):
+            tensors += part.buffers()
+    storages = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
     return sum(storages.values())
 
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from orchestrator.errors import ConfigError, ExportRefused
 from orchestrator.files import read_json, whole_folder, write_json
-from orchestrator.training.base_model import DTYPES
 from orchestrator.training.merge import DTYPES_16, ExportType, merge
 from orchestrator.training.parity import Measured, Parity, compare
 from orchestrator.training.quiet import quiet_libraries
@@ -116,17 +115,10 @@ def why_refused(parity: Parity, bounds: Bounds) -> str:
 def load_adapted(adapter_dir: Path, base_folder: str) -> nn.Module:
     """The adapter on its quantised base, through PEFT and bitsandbytes: what is registered."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    record = read_json(adapter_dir / "orchestrator.json")
-    model = AutoModelForCausalLM.from_pretrained(
-        base_folder,
-        dtype=DTYPES[record["compute_dtype"]],
-        quantization_config=_bitsandbytes(record["quant"], DTYPES[record["compute_dtype"]]),
-        device_map={"": _place()},
-        trust_remote_code=record["base_model"]["trust_remote_code"],
-        local_files_only=True,
-    )
+    from orchestrator.tracking.adapter_model import load_base
+
+    model = load_base(read_json(adapter_dir / "orchestrator.json"), base_folder)
     adapted: nn.Module = PeftModel.from_pretrained(model, str(adapter_dir))
     return _frozen(adapted)
 

@@ -1,4 +1,4 @@
-"""Frozen 4-bit linear layers: codes that are made into values at every use, or once for all.
+"""Frozen linear layers in codes that are made into values at every use, or once for all.
 
 bitsandbytes quantises and dequantises. Its own layer is not used for training here: it keeps its
 constants in Python objects, on each of which torch.compile would compile every layer anew, and on a
@@ -13,25 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from orchestrator.training.codes import Codes, values
+
 
 class PackedLinear(nn.Module):
-    """x [..., in] -> [..., out] by weights in 4-bit codes."""
+    """x [..., in] -> [..., out] by weights in codes."""
 
-    def __init__(self, linear: Any) -> None:
+    def __init__(self, codes: Codes, bias: nn.Parameter | None) -> None:
         super().__init__()
-        state = linear.weight.quant_state
-        self.in_features: int = linear.in_features
-        self.out_features: int = linear.out_features
-        self.bias = linear.bias
-        self._quant_type: str = state.quant_type
-        self._dtype: torch.dtype = state.dtype
-        self.register_buffer("codes", linear.weight.data)
-        inner = state.state2  # of double quantisation: the constants' own constants
-        constants = [inner.absmax, inner.code, state.offset] if inner else []
-        for number, tensor in enumerate([state.absmax, *constants]):
+        self.out_features, self.in_features = codes.shape
+        self.bias = bias
+        self._kind = codes.kind
+        self._dtype = codes.dtype
+        self._blocksizes = codes.blocksizes
+        self._num_constants = len(codes.constants)
+        self.register_buffer("codes", codes.codes)
+        for number, tensor in enumerate(codes.constants):
             self.register_buffer(f"constants_{number}", tensor)
-        self._num_constants = 1 + len(constants)
-        self._blocksizes = [state.blocksize, *([inner.blocksize] if inner else [])]
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -40,30 +38,32 @@ class PackedLinear(nn.Module):
 
     def values(self) -> Tensor:
         """The weights, [out, in], in the arithmetic's type."""
-        return _values(*self._weight())
+        return values(*self._weight())
+
+    @property
+    def num_weights(self) -> int:
+        return self.out_features * self.in_features
 
     def _weight(self) -> tuple[Any, ...]:
         return (
             self.codes,
             [getattr(self, f"constants_{number}") for number in range(self._num_constants)],
             self._blocksizes,
-            self._quant_type,
+            self._kind,
             self._dtype,
             [self.out_features, self.in_features],
         )
 
 
-def freeze_packed(model: nn.Module, dequantise_once: bool) -> None:
-    """Put our layers in the place of bitsandbytes' 4-bit ones, one at a time: the peak is one
-    layer's values more than what stays."""
-    from bitsandbytes.nn import Linear4bit
-
+def keep_values(model: nn.Module) -> None:
+    """Put the values of packed layers in their place, one at a time: the peak is one layer's codes
+    more than what stays."""
     # Names, not modules: a list of those would keep all codes until the last values are made.
-    names = [name for name, part in model.named_modules() if isinstance(part, Linear4bit)]
+    names = [name for name, part in model.named_modules() if isinstance(part, PackedLinear)]
     for name in names:
-        packed = PackedLinear(model.get_submodule(name))
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _whole(packed) if dequantise_once else packed)
+        packed = model.get_submodule(name)
+        assert isinstance(packed, PackedLinear)
+        model.set_submodule(name, _whole(packed))
 
 
 def _whole(packed: PackedLinear) -> nn.Linear:
@@ -73,30 +73,6 @@ def _whole(packed: PackedLinear) -> nn.Linear:
         bias = packed.bias.data.to(linear.weight.dtype)
         linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
-
-
-def _values(
-    codes: Tensor,
-    constants: Sequence[Tensor],
-    blocksizes: Sequence[int],
-    quant_type: str,
-    dtype: torch.dtype,
-    shape: Sequence[int],
-) -> Tensor:
-    import bitsandbytes  # noqa: F401  (registers its operators)
-
-    absmax, *nested = constants
-    blocksize, *inner_blocksize = blocksizes
-    if nested:
-        scale, code, offset = nested
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-            absmax, scale, code, *inner_blocksize, torch.float32
-        )
-        absmax = absmax + offset
-    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes, absmax, blocksize, quant_type, shape, dtype
-    )
-    return values
 
 
 # One operator from codes to product, in both directions: a compiler cannot keep the values from the
@@ -109,12 +85,12 @@ def _packed_linear(
     codes: Tensor,
     constants: Sequence[Tensor],
     blocksizes: Sequence[int],
-    quant_type: str,
+    kind: str,
     dtype: torch.dtype,
     shape: Sequence[int],
 ) -> Tensor:
-    values = _values(codes, constants, blocksizes, quant_type, dtype, shape).to(x.dtype)
-    return x @ values if transposed else functional.linear(x, values, bias)
+    weight = values(codes, constants, blocksizes, kind, dtype, shape).to(x.dtype)
+    return x @ weight if transposed else functional.linear(x, weight, bias)
 
 
 @_packed_linear.register_fake

@@ -29,7 +29,8 @@ class Served:
 
     slot: int | None
     """None: no adapter, the base alone."""
-    scaling: float
+    scaling: float | tuple[float, ...]
+    """What updates are multiplied by: in all layers, or in each."""
     drops: Drops = Drops()
 
 
@@ -52,7 +53,9 @@ class Lanes:
         rows = slots.rows
         shape = (num_lanes, rows.shape[1])
         self.weights = rows if over_rows else torch.zeros(shape, dtype=dtype, device=rows.device)
-        self.scaling = torch.zeros(num_lanes, 1, 1, device=rows.device, dtype=rows.dtype)
+        sizes = (len(slots.layers), num_lanes, 1, 1)
+        self.scaling = torch.zeros(sizes, device=rows.device, dtype=rows.dtype)
+        """[layers, n, 1, 1]; each layer reads its own part."""
         self.dropout = Dropout(num_lanes, masked_blocks, rows.device, rows.dtype)
         self.parameters = list(self._views())
         self._serving: tuple[int | None, ...] = ()
@@ -64,8 +67,7 @@ class Lanes:
     def serve(self, served: Sequence[Served]) -> None:
         """Copy the slots' rows in; lanes beyond `served` serve nothing."""
         idle = len(self) - len(served)
-        scaling = [lane.scaling for lane in served] + [0.0] * idle
-        self.scaling.copy_(_on(self.scaling, scaling).view(-1, 1, 1), non_blocking=True)
+        self._scale([lane.scaling for lane in served] + [0.0] * idle)
         self.dropout.set([lane.drops for lane in served], idle)
         self._serving = tuple(lane.slot for lane in served)
         if self.weights is self._slots.rows:
@@ -102,6 +104,15 @@ class Lanes:
             self._gatherer = GradientGatherer(self._slots.segments, self.weights.device)
         self._gatherer.add(parts, self._slots.gradients, slots, fresh)
 
+    def _scale(self, scaling: Sequence[float | tuple[float, ...]]) -> None:
+        num_layers = len(self.scaling)
+        if all(isinstance(one, float) for one in scaling):
+            by_layer = _on(self.scaling, scaling).view(1, -1, 1, 1)
+        else:
+            columns = [one if isinstance(one, tuple) else (one,) * num_layers for one in scaling]
+            by_layer = _on(self.scaling, list(zip(*columns, strict=True)))[..., None, None]
+        self.scaling.copy_(by_layer, non_blocking=True)
+
     def attach(self, model: nn.Module) -> None:
         """Let the model's layers read these lanes; wraps them the first time."""
         parameters = iter(self.parameters)
@@ -113,6 +124,7 @@ class Lanes:
                 setattr(model.get_submodule(parent), leaf, module)
             module.A, module.B = next(parameters), next(parameters)
             module.lanes = self
+            module.scaling = self.scaling[number]
 
     def _views(self) -> Iterator[nn.Parameter]:
         rank = self._slots.max_rank
@@ -129,6 +141,7 @@ class AdaptedLinear(nn.Module):
     A: nn.Parameter  # [n, in, R]
     B: nn.Parameter  # [n, R, out]
     lanes: Lanes
+    scaling: Tensor  # [n, 1, 1]
 
     def __init__(self, base: nn.Module, number: int) -> None:
         super().__init__()
@@ -143,7 +156,7 @@ class AdaptedLinear(nn.Module):
         if lanes.dropout.active:
             tokens = lanes.dropout(tokens, self.number)  # type: ignore[arg-type]
         inner = torch.bmm(tokens, A.to(tokens.dtype))  # [n, b*S, R]
-        inner = (inner * lanes.scaling).to(tokens.dtype)
+        inner = (inner * self.scaling).to(tokens.dtype)
         update = torch.bmm(inner, B.to(tokens.dtype))
         return output + update.view_as(output)
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.errors import BaseModelError
 from orchestrator.files import read_json, write_file, write_json
+from orchestrator.planning.ranks import scaling_of
 from orchestrator.records import BaseModel, Device
-from orchestrator.training.adapter import CONFIG, WEIGHTS
+from orchestrator.training.adapter import PREFIX, WEIGHTS, saved_config
 from orchestrator.training.base_model import load_base_model
 from orchestrator.training.frozen import PackedLinear
 
@@ -30,7 +31,6 @@ DTYPES_16: dict[ExportType, torch.dtype] = {"bfloat16": torch.bfloat16, "float16
 INDEX = "model.safetensors.index.json"
 FILE_BYTES = 2 * 2**30
 INT8_MAX = 127
-PREFIX = "base_model.model."
 
 
 def merge(adapter_dir: Path, base_folder: str, to: Path, dtype: ExportType) -> None:
@@ -66,9 +66,7 @@ class Updates:
     """What an adapter adds to each layer's weight, made when it is asked for."""
 
     def __init__(self, adapter_dir: Path) -> None:
-        config = read_json(adapter_dir / CONFIG)
-        rank = int(config["r"])
-        self._scaling = float(config["lora_alpha"]) / (rank**0.5 if config["use_rslora"] else rank)
+        self._config = saved_config(adapter_dir)
         self._tensors = load_file(adapter_dir / WEIGHTS)
         self.left = {name.removeprefix(PREFIX).split(".lora_")[0] for name in self._tensors}
         """Layers that were not asked for yet."""
@@ -79,7 +77,7 @@ class Updates:
             return None
         self.left.remove(layer)
         A, B = (self._tensors.pop(f"{PREFIX}{layer}.lora_{part}.weight").float() for part in "AB")
-        update: Tensor = (B @ A) * self._scaling
+        update: Tensor = (B @ A) * scaling_of(self._config, layer)
         return update
 
 

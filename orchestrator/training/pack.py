@@ -42,6 +42,7 @@ from orchestrator.training.engine import Engine, RowEngine
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.feed import Feed
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
+from orchestrator.training.loftq import Corrections
 from orchestrator.training.memory import cap_memory, peak_memory_bytes
 from orchestrator.training.program import EagerProgram, check_lanes
 from orchestrator.training.program_builder import ProgramBuilder
@@ -75,7 +76,8 @@ class PackWorker:
             cap_memory(spec.memory_fraction)
         strategy = StrategyConfig.model_validate(spec.strategy)
         self.replicas = join(self.place, spec.device)
-        self.base = self._load_base(strategy)
+        corrections = Corrections(spec.max_rank)
+        self.base = self._load_base(strategy, corrections)
         if spec.gradient_checkpointing:
             enable_recomputation(self.base.model)
         self.rows = Slots(
@@ -86,6 +88,7 @@ class PackWorker:
             self.base.device,
             self.base.wide_dtype,
         )
+        self.rows.corrections = corrections.by_layer
         train_reader = BlockReader(fetch_manifest(spec.data_place, "train"))
         self.held_out_reader = BlockReader(fetch_manifest(spec.data_place, "held_out"))
         self.feed = Feed(
@@ -143,10 +146,16 @@ class PackWorker:
         words += ["recomputation"] if spec.gradient_checkpointing else []
         return ", ".join(words)
 
-    def _load_base(self, strategy: StrategyConfig) -> LoadedBase:
+    def _load_base(self, strategy: StrategyConfig, corrections: Corrections) -> LoadedBase:
         spec = self.spec
-        quant = QuantConfig.model_validate(spec.quant)
-        return load_base_model(spec.base_model, quant, spec.device, strategy, spec.dequantise_once)
+        return load_base_model(
+            spec.base_model,
+            QuantConfig.model_validate(spec.quant),
+            spec.device,
+            strategy,
+            spec.dequantise_once,
+            corrections.add if spec.loftq else None,
+        )
 
     def _build_engine(self, strategy: StrategyConfig) -> Engine:
         spec = self.spec
@@ -180,7 +189,10 @@ class PackWorker:
         if slot.step:
             return [opened]
         # An adapter that was not trained yet changes nothing: its loss is the base's.
-        return [opened, Evaluated(trial, attempt, time.time(), 0, 0, self.baseline)]
+        loss = self.baseline
+        if slot.trial.adapter.init == "loftq":
+            loss = self._evaluate([slot.evaluated])[0].loss
+        return [opened, Evaluated(trial, attempt, time.time(), 0, 0, loss)]
 
     def _check_resumed(self, slot: Slot) -> None:
         """A shared disk may show one worker a checkpoint that another does not see yet."""

@@ -20,7 +20,7 @@ from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed, ReadAhead, StepBlocks
 from orchestrator.training.lanes import Served
 from orchestrator.training.optimizers import learning_rate
-from orchestrator.training.slots import Slots, mix, scaling
+from orchestrator.training.slots import Slots, mix
 
 
 class Slot:
@@ -42,7 +42,7 @@ class Slot:
         self._feed = feed
         self._program = program
         self.note = ""
-        self._scaling = scaling(task.config.adapter)
+        self._scaling = slots.scalings(task.config.adapter)
         self._micro = 0
         self._blocks: StepBlocks | None = None
         self._ahead = ReadAhead(feed, task.config)

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from orchestrator.config import AdapterConfig
 from orchestrator.errors import BaseModelError, ConfigError
+from orchestrator.planning.patterns import unmatched
+from orchestrator.planning.ranks import rank_of, scaling_of
 from orchestrator.planning.shape import Targets, matching
 from orchestrator.training.frozen import PackedLinear
+from orchestrator.training.loftq import Correction
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,37 @@ class Slots:
         self.layers = tuple(_layout(model, target_names(model, targets), max_rank))
         self.rows = torch.zeros(num_slots, self.layers[-1].end, device=device, dtype=dtype)
         self.gradients = torch.zeros_like(self.rows)
+        self.corrections: dict[str, Correction] = {}
+        """Of the base's quantisation errors, by layer, where a trial begins with them."""
 
     def open(self, slot: int, adapter: AdapterConfig, seed: int) -> None:
-        """Give the slot its first values: A as PEFT draws it, B zero, everything else zero."""
+        """Give the slot its first values: A as PEFT draws it, B zero, everything else zero; with
+        loftq those of `corrections`, where a layer has some.
+
+        Raises:
+            ConfigError: a key of a pattern matches no layer that the trial targets.
+        """
         self.clear(slot)
-        targets = set(matching([layer.name for layer in self.layers], adapter.target_modules))
+        targets = self._targets(adapter)
+        for field in ("rank_pattern", "alpha_pattern"):
+            if idle := unmatched(getattr(adapter, field), targets):
+                raise ConfigError(
+                    f"adapter.{field}: {idle[0]!r} matches no layer that adapter.target_modules "
+                    "names",
+                )
         for number, layer in enumerate(self.layers):
-            if layer.name in targets:
-                generator = torch.Generator().manual_seed(mix(seed, number))
-                first = torch.empty(adapter.rank, layer.in_features)
-                nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
-                self._A(slot, layer)[:, : adapter.rank] = first.T.to(self.rows)
+            if layer.name not in targets:
+                continue
+            rank = rank_of(adapter, layer.name)
+            if adapter.init == "loftq" and layer.name in self.corrections:
+                A, B = self.corrections[layer.name].parts(rank, scaling_of(adapter, layer.name))
+                self._A(slot, layer)[:, :rank] = A.T.to(self.rows)
+                self._B(slot, layer)[:rank] = B.T.to(self.rows)
+                continue
+            generator = torch.Generator().manual_seed(mix(seed, number))
+            first = torch.empty(rank, layer.in_features)
+            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
+            self._A(slot, layer)[:, :rank] = first.T.to(self.rows)
 
     def give_up_gradients(self) -> None:
         """Another engine makes the gradients: free the rows for them."""
@@ -87,13 +110,14 @@ class Slots:
 
     def adapter_tensors(self, slot: int, adapter: AdapterConfig) -> dict[str, Tensor]:
         """The slot's weights without padding, under PEFT's names (peft 0.21)."""
-        targets = set(matching([layer.name for layer in self.layers], adapter.target_modules))
+        targets = self._targets(adapter)
         tensors = {}
         for layer in self.layers:
             if layer.name in targets:
                 prefix = f"base_model.model.{layer.name}"
-                A = self._A(slot, layer)[:, : adapter.rank]
-                B = self._B(slot, layer)[: adapter.rank]
+                rank = rank_of(adapter, layer.name)
+                A = self._A(slot, layer)[:, :rank]
+                B = self._B(slot, layer)[:rank]
                 tensors[f"{prefix}.lora_A.weight"] = A.T.cpu().clone(
                     memory_format=torch.contiguous_format
                 )
@@ -102,7 +126,7 @@ class Slots:
                 )
         return tensors
 
-    def load(self, slot: int, tensors: Mapping[str, Tensor], rank: int) -> None:
+    def load(self, slot: int, tensors: Mapping[str, Tensor], adapter: AdapterConfig) -> None:
         """Take an adapter's weights under PEFT's names: the way back from `adapter_tensors`.
 
         Raises:
@@ -112,12 +136,21 @@ class Slots:
         for layer in self.layers:
             prefix = f"base_model.model.{layer.name}"
             A, B = (tensors[f"{prefix}.lora_{name}.weight"].T for name in ("A", "B"))
+            rank = rank_of(adapter, layer.name)
             if A.shape != (layer.in_features, rank) or B.shape != (rank, layer.out_features):
                 raise ValueError(f"{layer.name}: an adapter of another shape: {A.shape}, {B.shape}")
             self._A(slot, layer)[:, :rank] = A.to(self.rows)
             self._B(slot, layer)[:rank] = B.to(self.rows)
         if len(tensors) != 2 * len(self.layers):
             raise ValueError("the adapter has weights of layers that the base model does not have")
+
+    def scalings(self, adapter: AdapterConfig) -> float | tuple[float, ...]:
+        """What each layer's update is multiplied by; one number where that is the same for all."""
+        found = tuple(scaling_of(adapter, layer.name) for layer in self.layers)
+        return found[0] if len(set(found)) == 1 else found
+
+    def _targets(self, adapter: AdapterConfig) -> set[str]:
+        return set(matching([layer.name for layer in self.layers], adapter.target_modules))
 
     def layout_key(self) -> str:
         """Equal for two packs whose rows can be exchanged."""
@@ -131,11 +164,6 @@ class Slots:
     def _B(self, slot: int, layer: Layer) -> Tensor:
         row = self.rows[slot, layer.middle : layer.end]
         return row.view(self.max_rank, layer.out_features)
-
-
-def scaling(adapter: AdapterConfig) -> float:
-    divisor = math.sqrt(adapter.rank) if adapter.rslora else adapter.rank
-    return adapter.alpha / divisor
 
 
 def target_names(model: nn.Module, targets: Targets) -> list[str]:

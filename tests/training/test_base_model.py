@@ -1,4 +1,3 @@
-import copy
 import os
 import subprocess
 from pathlib import Path
@@ -15,7 +14,6 @@ from orchestrator.records import BaseModel
 from orchestrator.tracking.adapter_model import base_digest
 from orchestrator.tracking.entry import find_license
 from orchestrator.training.base_model import LoadedBase, load_base_model
-from orchestrator.training.frozen import freeze_packed
 from orchestrator.training.loss import token_losses
 from orchestrator.training.model_source import find_source, resolve_base_model
 from tests.training.conftest import MakeSpec
@@ -174,25 +172,3 @@ def test_a_conversion_removes_what_killed_ones_left_and_nothing_else(
     assert not killed.exists()
     assert recent.exists()
     assert alive.exists()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_packed_layer_with_a_bias_computes_what_its_dequantised_values_compute(
-    dtype: str,
-) -> None:
-    from bitsandbytes.nn import Linear4bit
-
-    torch.manual_seed(0)
-    kind = getattr(torch, dtype)
-    linear = Linear4bit(64, 96, bias=True, compute_dtype=kind, quant_type="nf4").to(kind)
-    model = torch.nn.ModuleDict({"layer": linear.to("cpu")})
-    x = torch.randn(3, 5, 64, dtype=kind, requires_grad=True)
-    results = []
-    for once in (False, True):
-        frozen = copy.deepcopy(model)
-        freeze_packed(frozen, dequantise_once=once)
-        y = frozen["layer"](x)
-        (gradient,) = torch.autograd.grad(y.float().square().sum(), x)
-        results.append((y, gradient))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])

@@ -107,6 +107,8 @@ def reference_adapter(spec: PackSpec, trial: TrialConfig) -> Adapter:
         r=trial.adapter.rank,
         lora_alpha=trial.adapter.alpha,
         use_rslora=trial.adapter.rslora,
+        rank_pattern=trial.adapter.rank_pattern,
+        alpha_pattern=trial.adapter.alpha_pattern,
         target_modules="all-linear",
     )
     model = get_peft_model(base, config)

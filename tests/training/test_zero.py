@@ -85,7 +85,7 @@ def test_trials_one_after_another_under_zero_end_as_replicated_ones_do(
     assert zero_losses == [pytest.approx(pair, rel=1e-5) for pair in losses]
 
 
-@pytest.mark.parametrize("name", ["stage 2", "stage 3"])
+@pytest.mark.parametrize("name", ["stage 1", "stage 2", "stage 3"])
 def test_an_8_bit_base_trains_under_zero_too(
     make_spec: MakeSpec, zero_spec: MakeSpec, tmp_path: Path, name: str
 ) -> None:

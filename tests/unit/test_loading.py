@@ -37,14 +37,14 @@ def test_every_mistake_is_reported_at_once_with_its_line() -> None:
         "trial:\n"
         "  adapter: {rnk: 8, rank: 0}\n"
         "  quant:\n"
-        "    bit_width: 3\n"
+        "    bit_width: 5\n"
         "  optimizer: {learning_rate: -1}\n"
         "search: {sampler: bayes}\n"
     )
     assert mistakes(text) == [
         "sweep.yaml:5: trial.adapter.rank: Input should be greater than or equal to 1 (got 0)",
         "sweep.yaml:5: trial.adapter.rnk: unknown field; did you mean 'rank'?",
-        "sweep.yaml:7: trial.quant.bit_width: Input should be 4, 8 or 16 (got 3)",
+        "sweep.yaml:7: trial.quant.bit_width: Input should be 2, 3, 4, 8, 16 or 'auto' (got 5)",
         "sweep.yaml:8: trial.optimizer.learning_rate: Input should be greater than 0 (got -1)",
         "sweep.yaml:9: search.sampler: Input should be 'grid', 'random', 'tpe', 'gp' or 'nsga2' "
         "(got 'bayes')",

@@ -23,7 +23,7 @@ counts = st.integers(0, 10**6)
 rows = st.builds(
     Row,
     number=counts,
-    bit_width=st.sampled_from([4, 8, 16]),
+    bits=st.sampled_from([4.0, 4.5, 8.0, 16.0]),
     rank=counts,
     steps=counts,
     step=counts,

@@ -1,0 +1,192 @@
+"""`bit_width: auto` becomes a map of bits before a trial is planned.
+
+In: a RunStore, the base, the data. Out: TrialSpecs whose quant names every layer's bits. What was
+measured is kept in the cache and in the run folder; what was chosen in bits.json there. Measuring
+needs a worker's device and is done before any pack holds it.
+"""
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import QuantConfig, SweepConfig, TrialConfig
+from orchestrator.data.prepare import PreparedData
+from orchestrator.errors import ConfigError
+from orchestrator.files import cache_dir, read_json, record_digest, write_json
+from orchestrator.loading import trial_with
+from orchestrator.planning.allocation import Allocation, LayerLoss, allocate, resolved
+from orchestrator.planning.bits import HQQ_BITS, bits_of
+from orchestrator.planning.compatibility import problems
+from orchestrator.planning.options import DTYPE_BYTES
+from orchestrator.planning.shape import BaseShape, UnknownShape
+from orchestrator.records import BaseModel, Device, TrialSpec
+
+METHOD_VERSION = 1  # raise when the measurement changes
+# What 4 and 8 bits are made with; the measurement depends on these.
+MADE_WITH = ("quant_type", "double_quant", "block_size", "compute_dtype")
+
+RunOnWorker = Callable[[Callable[[], Any]], Any]
+"""Calls a picklable function where a worker would train."""
+
+
+def run_here(job: Callable[[], Any]) -> Any:
+    return job()
+
+
+class BitChooser:
+    """Gives trials of bit_width auto their map. The same measurements give the same map."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        shape: BaseShape | UnknownShape,
+        data: PreparedData,
+        compute_dtype: str,
+        device: Device,
+    ) -> None:
+        self._base = base
+        self._shape = shape
+        self._data = data
+        self._compute_dtype = compute_dtype
+        self._device = device
+        self._measured: dict[str, list[LayerLoss]] = {}
+        self.chosen: dict[str, dict[str, Any]] = {}
+        """What was asked for and chosen, as bits.json has it."""
+
+    def measure(
+        self, config: SweepConfig, run_on_worker: RunOnWorker, say: Callable[[str], None]
+    ) -> None:
+        """Everything that the sweep's trials may need.
+
+        Raises:
+            ConfigError: a budget that no map fits.
+        """
+        for quant in auto_settings(config):
+            path = self._cached(quant)
+            if not path.exists():
+                say("bits: measuring what each layer's bits cost the base")
+                from orchestrator.training.sensitivity import measure_sensitivity
+
+                concrete = self._concrete(quant)
+                place = self._data.place
+                job = partial(measure_sensitivity, self._base, concrete, self._device, place)
+                layers = run_on_worker(job)
+                write_json(path, {"layers": [layer.to_json() for layer in layers]})
+            # A dry run does not read the data, whose digest the measurement is kept under.
+            write_json(_last(config, self._concrete(quant)), read_json(path))
+            say(f"bits: {quant.title}: {self.allocation(quant).reason}")
+
+    def settle(self, trial: TrialSpec) -> TrialSpec:
+        """Raises ConfigError for a budget that no map fits."""
+        quant = trial.config.quant
+        if quant.bit_width != "auto" or self._is_settled(quant):
+            return trial
+        allocation = self.allocation(quant)
+        self.chosen[record_digest(quant.model_dump(mode="json"))[:12]] = {
+            "asked": quant.model_dump(mode="json"),
+            "reason": allocation.reason,
+            **allocation.to_json(),
+        }
+        content = trial.config.model_dump() | {"quant": resolved(quant, allocation).model_dump()}
+        return replace(trial, config=TrialConfig.model_validate(content))
+
+    def allocation(self, quant: QuantConfig) -> Allocation:
+        return _allocation(self._concrete(quant), self._layers(quant), self._shape)
+
+    def _layers(self, quant: QuantConfig) -> list[LayerLoss]:
+        path = self._cached(quant)
+        if path.name not in self._measured:
+            records = read_json(path)["layers"]
+            self._measured[path.name] = [LayerLoss.from_json(record) for record in records]
+        return self._measured[path.name]
+
+    def _is_settled(self, quant: QuantConfig) -> bool:
+        return all(bits_of(quant, layer.name) is not None for layer in self._layers(quant))
+
+    def _concrete(self, quant: QuantConfig) -> QuantConfig:
+        return _concrete(quant, self._compute_dtype)
+
+    def _cached(self, quant: QuantConfig) -> Path:
+        concrete = self._concrete(quant)
+        key = {
+            "version": METHOD_VERSION,
+            "base": self._base.digest,
+            "data": self._data.train.digest,
+            **{name: getattr(concrete, name) for name in MADE_WITH},
+        }
+        return cache_dir() / "sensitivity" / f"{record_digest(key)[:32]}.json"
+
+
+def check_hqq(config: SweepConfig) -> None:
+    """Raises ConfigError if trials of 2 or 3 bits are asked for and HQQ is not installed here."""
+    quant, space = config.trial.quant, config.search.space
+    widths: Any = space.get("quant.bit_width", (quant.bit_width,))
+    patterns: Any = space.get("quant.bit_width_pattern", (quant.bit_width_pattern,))
+    found = {*widths, *itertools.chain(*(pattern.values() for pattern in patterns))}
+    if found & set(HQQ_BITS) and importlib.util.find_spec("hqq") is None:
+        raise ConfigError(
+            "quant.bit_width: 2 and 3 need HQQ, which is not installed: "
+            "DISABLE_CUDA=1 pip install 'qlora-orchestrator[hqq]', or set 4 bits or more"
+        )
+
+
+def last_allocation(
+    config: SweepConfig, quant: QuantConfig, shape: BaseShape | UnknownShape, compute_dtype: str
+) -> Allocation | None:
+    """By what was measured last for this base and data, if anything was; reads neither."""
+    concrete = _concrete(quant, compute_dtype)
+    path = _last(config, concrete)
+    if not path.exists():
+        return None
+    layers = [LayerLoss.from_json(record) for record in read_json(path)["layers"]]
+    return _allocation(concrete, layers, shape)
+
+
+def _last(config: SweepConfig, concrete: QuantConfig) -> Path:
+    key = {
+        "version": METHOD_VERSION,
+        "base": config.base_model.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json"),
+        **{name: getattr(concrete, name) for name in MADE_WITH},
+    }
+    return cache_dir() / "sensitivity" / "last" / f"{record_digest(key)[:32]}.json"
+
+
+def _concrete(quant: QuantConfig, compute_dtype: str) -> QuantConfig:
+    if quant.compute_dtype != "auto":
+        return quant
+    return QuantConfig.model_validate(quant.model_dump() | {"compute_dtype": compute_dtype})
+
+
+def _allocation(
+    quant: QuantConfig, layers: Sequence[LayerLoss], shape: BaseShape | UnknownShape
+) -> Allocation:
+    if quant.budget_gib is not None and isinstance(shape, UnknownShape):
+        raise ConfigError(
+            f"quant.budget_gib needs a base whose shape is known, but {shape.reason}: set "
+            "quant.average_bits instead"
+        )
+    dtype_bytes = DTYPE_BYTES[quant.compute_dtype]
+    plain = 0 if isinstance(shape, UnknownShape) else shape.num_plain_params * dtype_bytes
+    return allocate(quant, layers, plain, dtype_bytes)
+
+
+def auto_settings(config: SweepConfig) -> Iterator[QuantConfig]:
+    """All of bit_width auto that the sweep's trials may have; of a range, those at its ends."""
+    space = config.search.space
+    widths: Any = space.get("quant.bit_width", (config.trial.quant.bit_width,))
+    if "auto" not in widths:
+        return
+    lists: dict[str, Any] = {
+        field: values if isinstance(values, tuple) else (values.low, values.high)
+        for field, values in space.items()
+        if field.startswith("quant.")
+    } | {"quant.bit_width": ("auto",)}
+    for point in itertools.product(*lists.values()):
+        trial = trial_with(config.trial, dict(zip(lists, point, strict=True)))
+        if not problems(trial):
+            yield trial.quant

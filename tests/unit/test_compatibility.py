@@ -1,0 +1,146 @@
+"""The rules: each says why and where from, and what they allow has run.
+
+COVERED names, for every combination of bits and strategy, the test that trains it; those under
+tests/gpu run on GPUs alone. A combination that is neither refused nor named fails here.
+"""
+
+import ast
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.planning.compatibility import RULES, problems
+from tests.sweeps import sweep_config
+
+ROOT = Path(__file__).parents[2]
+
+QUANTS: dict[str, dict[str, Any]] = {
+    "16 bits": {"bit_width": 16},
+    "NF4": {"bit_width": 4},
+    "NF4, single": {"bit_width": 4, "double_quant": False},
+    "FP4": {"bit_width": 4, "quant_type": "fp4"},
+    "NF4, blocks of 128": {"bit_width": 4, "block_size": 128},
+    "LLM.int8": {"bit_width": 8},
+    "blockwise int8": {"bit_width": 8, "int8_type": "blockwise"},
+    "3 bits": {"bit_width": 3},
+    "a map": {"bit_width": 4, "bit_width_pattern": {"down_proj": 8, "q_proj": 16}},
+    "auto": {"bit_width": "auto", "average_bits": 5},
+}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "replicated": {"kind": "replicated"},
+    "ZeRO-1": {"kind": "zero", "stage": 1},
+    "ZeRO-2": {"kind": "zero", "stage": 2},
+    "ZeRO-3": {"kind": "zero", "stage": 3},
+    "ZeRO-3, parameters offloaded": {"kind": "zero", "stage": 3, "offload_params": "cpu"},
+}
+TRAINING = "tests/training/"
+PACK = TRAINING + "test_pack.py::test_training_lowers_the_held_out_loss_at_every_bit_width"
+BITS = TRAINING + "test_bits.py::test_training_lowers_the_held_out_loss_on_every_kind_of_base"
+AUTO = (
+    TRAINING
+    + "test_sensitivity.py::test_a_trial_of_auto_bits_trains_on_a_map_that_every_record_names"
+)
+ZERO = TRAINING + "test_zero.py::test_trials_one_after_another_under_zero_end_as_replicated_ones_do"
+ZERO_8 = TRAINING + "test_zero.py::test_an_8_bit_base_trains_under_zero_too"
+ZERO_4 = TRAINING + "test_bits.py::test_every_4_bit_base_trains_under_zero_as_it_does_without"
+
+REPLICATED = {
+    "16 bits": PACK,
+    "NF4": PACK,
+    "NF4, single": BITS,
+    "FP4": BITS,
+    "NF4, blocks of 128": BITS,
+    "LLM.int8": PACK,
+    "blockwise int8": BITS,
+    "3 bits": BITS,
+    "a map": BITS,
+    "auto": AUTO,
+}
+UNDER_ZERO = {
+    "16 bits": ZERO,
+    "NF4": ZERO,
+    "NF4, single": ZERO_4,
+    "FP4": ZERO_4,
+    "LLM.int8": ZERO_8,
+}
+COVERED = {(quant, "replicated"): test for quant, test in REPLICATED.items()} | {
+    (quant, strategy): test
+    for quant, test in UNDER_ZERO.items()
+    for strategy in STRATEGIES
+    if strategy != "replicated"
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("quant", QUANTS)
+def test_every_combination_is_refused_or_has_a_test_that_trains_it(
+    quant: str, strategy: str
+) -> None:
+    trial = sweep_config(trial__quant=QUANTS[quant], trial__strategy=STRATEGIES[strategy]).trial
+    test = COVERED.get((quant, strategy))
+    refused = problems(trial)
+    if (quant, strategy) == ("LLM.int8", "ZeRO-3, parameters offloaded"):
+        assert "cannot move the weights" in refused[0]
+    elif refused:
+        assert test is None, refused
+    else:
+        assert test is not None, "allowed, but nothing shows that it works"
+        file, _, name = test.partition("::")
+        functions = ast.parse((ROOT / file).read_text()).body
+        assert name in {node.name for node in functions if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_rule_has_a_reason_and_a_source() -> None:
+    assert len({rule.name for rule in RULES}) == len(RULES)
+    for rule in RULES:
+        assert len(rule.reason.split()) >= 6, rule.name
+        assert rule.source, rule.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"trial__quant": {"bit_width": 8, "bit_width_pattern": {"q_proj": 4},
+                              "int8_type": "llm_int8"}},
+            "llm_int8 needs all layers at 8 bits",
+        ),
+        (
+            {"trial__quant": {"bit_width": 8, "int8_type": "blockwise", "block_size": 32}},
+            "set quant.block_size: 64 or more",
+        ),
+        ({"trial__quant": {"storage_dtype": "bfloat16"}}, "set quant.storage_dtype: auto"),
+        (
+            {"trial__quant": {"bit_width": 16, "bit_width_pattern": {"q_proj": 4},
+                              "compute_dtype": "float64"}},
+            "needs quant.bit_width: 16 for all layers",
+        ),
+        ({"trial__adapter": {"init": "pissa"}}, "set adapter.init: loftq"),
+        ({"trial__adapter": {"use_dora": True}}, "adapter.use_dora is not possible in a pack"),
+        (
+            {"trial__adapter": {"init": "loftq"}, "trial__quant": {"bit_width": 16}},
+            "loftq needs a base in codes",
+        ),
+        (
+            {"trial__adapter": {"init": "loftq"}, "trial__quant": {"bit_width": 8}},
+            "quant.bit_width=8, quant.int8_type=None",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_with_the_remedy(changes: dict[str, Any], words: str) -> None:
+    (problem,) = problems(sweep_config(**changes).trial)
+    assert words in problem
+
+
+def test_what_the_rules_refuse_together_is_found_in_a_grid() -> None:
+    """One allowed combination of each pair is enough to see that no rule is too wide."""
+    allowed = [
+        (quant, strategy)
+        for quant, strategy in itertools.product(QUANTS, STRATEGIES)
+        if not problems(
+            sweep_config(trial__quant=QUANTS[quant], trial__strategy=STRATEGIES[strategy]).trial
+        )
+    ]
+    assert len(allowed) == 10 + 4 * 4 + 3
