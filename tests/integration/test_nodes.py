@@ -151,7 +151,7 @@ def test_prometheus_reads_every_metric_of_a_sweep(three_nodes: LocalCluster) -> 
         adapter_digest="",
     )
     for notice in (
-        Standing(5, 2, 0, 1, (pack,)),
+        Standing(5, 2, 3, 1, (pack,)),
         Progress(0, 1, 0.0, 1, 100, 1.0, 1e-3, 1.0, 250.0),
         Decision(0.0, "retry_trial", "trial 1", "its pack is lost"),
         done,
@@ -161,6 +161,7 @@ def test_prometheus_reads_every_metric_of_a_sweep(three_nodes: LocalCluster) -> 
         "ray_orchestrator_trials waiting": 5,
         "ray_orchestrator_trials training": 2,
         "ray_orchestrator_trials finished": 2,
+        "ray_orchestrator_trials pruned": 3,
         "ray_orchestrator_trials failed": 1,
         "ray_orchestrator_slots": 4,
         "ray_orchestrator_slots_used": 2,
