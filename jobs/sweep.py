@@ -17,7 +17,7 @@ from typing import Any
 
 from jobs.display import SweepDisplay, command_name, results_table, shown_path
 from jobs.environment import describe_environment
-from jobs.interrupts import Interrupts
+from jobs.interrupts import Interrupts, await_the_end, ignore_eviction
 from orchestrator import __version__
 from orchestrator.config import SweepConfig, has_password
 from orchestrator.data.prepare import RunTasks, run_in_process
@@ -101,6 +101,7 @@ class Start:
 
 
 def start_sweep(path: Path, overrides: list[str], start: Start) -> int:
+    ignore_eviction()
     config = settled(load_config(path, overrides))
     check_inputs(config)
     if start.or_resume and start.run_dir is not None and holds_sweep(start.run_dir):
@@ -363,9 +364,12 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
             finally:
                 if status != "FINISHED":
                     _close_tracking(follower, view, status)
-        if status == "KILLED":
-            return _say_interrupted(store)
-        return _conclude(store, follower, view, display)
+        if status == "FINISHED":
+            return _conclude(store, follower, view, display)
+        code = _say_interrupted(store)
+    if interrupts.is_evicted:  # the run folder is free now for the driver that comes next
+        await_the_end()
+    return code
 
 
 def _conclude(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.pre_stop import save
 from orchestrator.sweep.run_store import RunStore
 from tests.integration.conftest import Command, program, write_config
 
@@ -228,6 +229,25 @@ def test_ctrl_c_saves_the_trials_and_says_how_to_go_on(
     assert process.returncode == 130, output
     assert "orchestrator resume runs/one" in output
     assert "Traceback" not in output
+    done = orchestrator("resume", "runs/one", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_all_trained_once(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_driver_whose_pod_is_taken_away_saves_and_waits_for_its_end(
+    tmp_path: Path, tiny_base: Path, environment: Mapping[str, str], orchestrator: Command
+) -> None:
+    long_sweep(tmp_path, tiny_base)
+    process = start(tmp_path, environment)
+    wait_until_training(tmp_path, process)
+    assert save(process.pid, tmp_path / "runs" / "one", START_TIMEOUT_S)
+    # An end would be taken for the job's.
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=3)
+    os.killpg(process.pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=START_TIMEOUT_S)
+    assert "interrupted: 1 of 2 trials are over" in output
     done = orchestrator("resume", "runs/one", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_all_trained_once(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 
 from jobs.cli import run
 from jobs.environment import describe_environment
+from jobs.pre_stop import drivers, save
 from jobs.sweep import change_sweep, settled
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.loading import override_config, trial_with
@@ -109,3 +110,24 @@ def test_a_run_keeps_its_packages_and_the_commit_of_the_folder_it_was_started_in
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
     assert len(describe_environment(tmp_path)["git_commit"]) == 40
+
+
+def test_a_pod_finds_its_driver_and_no_other_process(tmp_path: Path) -> None:
+    """The folder stands for /proc."""
+    commands = {
+        "7": ["python", "/opt/venv/bin/orchestrator", "sweep", "-", "--run-dir", "/mnt/runs/a-1"],
+        "8": ["ray", "start", "--head", "--block"],
+        "9": ["orchestrator", "resume", "/mnt/runs/a-1"],
+        "self": ["orchestrator", "sweep", "--run-dir", "x", "--or-resume"],
+    }
+    commands["7"] += ["--or-resume", "--ray-address", "auto"]
+    for process, command in commands.items():
+        (tmp_path / process).mkdir()
+        (tmp_path / process / "cmdline").write_bytes("\0".join([*command, ""]).encode())
+    assert list(drivers(tmp_path)) == [(7, Path("/mnt/runs/a-1"))]
+
+
+def test_a_driver_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert not save(ended.pid, tmp_path, patience_s=0)
