@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from orchestrator.config import OptimizerConfig
 from orchestrator.training.optimizers import (
+    RowOptimizers,
     States,
-    build_optimizer,
     clip_and_step,
     num_state_bytes,
     optimizer_states,
@@ -93,6 +93,7 @@ class RowEngine:
         self._slots = slots
         self._replicas = replicas
         self._steppers: dict[int, RowStepper] = {}
+        self._optimizers = [RowOptimizers(nn.Parameter(row)) for row in slots.rows]
 
     def forward(self, run: Callable[[], Result]) -> Result:
         return run()
@@ -102,9 +103,9 @@ class RowEngine:
         self.program.lanes.add_gradients(parts, fresh)
 
     def stepper(self, slot: int, config: OptimizerConfig) -> Stepper:
-        row, gradient = self._slots.rows[slot], self._slots.gradients[slot]
-        self._steppers[slot] = RowStepper(row, gradient, config)
-        return self._steppers[slot]
+        stepper = RowStepper(self._optimizers[slot], self._slots.gradients[slot], config)
+        self._steppers[slot] = stepper
+        return stepper
 
     def step(self, rates: dict[int, float]) -> list[float]:
         if len(rates) == len(self._slots.rows):
@@ -128,10 +129,12 @@ class RowStepper:
     copies = 2  # the row and its gradient
     layout = ""
 
-    def __init__(self, row: Tensor, gradient: Tensor, config: OptimizerConfig) -> None:
-        self._row = nn.Parameter(row)
+    def __init__(
+        self, optimizers: RowOptimizers, gradient: Tensor, config: OptimizerConfig
+    ) -> None:
+        self._row = optimizers.row
         self._row.grad = self._gradient = gradient
-        self._optimizer = build_optimizer(self._row, config)
+        self._optimizer = optimizers.begin(config)
         self._max_norm = config.max_grad_norm
 
     def apply(self, norm: float, rate: float) -> None:

@@ -16,8 +16,32 @@ from orchestrator.config import OptimizerConfig, ScheduleConfig
 States = tuple[dict[str, Tensor], dict[str, float]]
 
 
-def build_optimizer(row: nn.Parameter, config: OptimizerConfig) -> torch.optim.Optimizer:
-    return OPTIMIZERS[config.name](row, config)
+class RowOptimizers:
+    """The optimizers of one row, for one trial after another.
+
+    Paged ones begin anew in the memory of the last of their name: bitsandbytes 0.50 has no call to
+    free managed memory, and keeps a reference to all of it (GlobalPageManager).
+    """
+
+    def __init__(self, row: nn.Parameter) -> None:
+        self.row = row
+        self._paged: dict[str, torch.optim.Optimizer] = {}
+
+    def begin(self, config: OptimizerConfig) -> torch.optim.Optimizer:
+        """As if it were new: without states."""
+        if config.name not in self._paged:
+            optimizer = OPTIMIZERS[config.name](self.row, config)
+            if getattr(optimizer, "is_paged", False):
+                self._paged[config.name] = optimizer
+            return optimizer
+        optimizer = self._paged[config.name]
+        optimizer.param_groups[0].update(_common(config))
+        for states in optimizer.state.values():
+            for name, value in states.items():
+                if isinstance(value, Tensor) and not name.startswith("qmap"):
+                    value.zero_()
+            states["step"] = 0
+        return optimizer
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -83,7 +107,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, states: States) -> None:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {0: state | numbers}, "param_groups": groups})
         return
-    optimizer.init_state(optimizer.param_groups[0], row, 0, 0)  # type: ignore[attr-defined]
+    if not optimizer.state[row]:
+        optimizer.init_state(optimizer.param_groups[0], row, 0, 0)  # type: ignore[attr-defined]
     for name, tensor in tensors.items():
         optimizer.state[row][name].copy_(tensor)
     optimizer.state[row].update(numbers)

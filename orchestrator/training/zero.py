@@ -21,8 +21,8 @@ from orchestrator.planning.zero import zero_config
 from orchestrator.records import Device
 from orchestrator.training.engine import Stepper
 from orchestrator.training.optimizers import (
+    RowOptimizers,
     States,
-    build_optimizer,
     clip_and_step,
     num_state_bytes,
     optimizer_states,
@@ -72,6 +72,7 @@ class ZeroEngine:
                 model_parameters=program.lanes.parameters,
                 config=config,
             )
+        self._optimizers = RowOptimizers(self._master())
 
     def forward(self, run: Callable[[], Result]) -> Result:
         self._whole.run = run
@@ -88,8 +89,7 @@ class ZeroEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def stepper(self, slot: int, config: OptimizerConfig) -> Stepper:
-        master = self._master()
-        self._optimizer.trial = build_optimizer(master, config)
+        self._optimizer.trial = self._optimizers.begin(config)
         self._optimizer.max_norm = config.max_grad_norm
         stepper = ZeroStepper(
             self._optimizer, self._slots, self.program.lanes.parameters, self._replicas, self._stage

@@ -29,7 +29,7 @@ from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.loss import losses_and_gradient, token_losses
 from orchestrator.training.optimizers import (
     OPTIMIZERS,
-    build_optimizer,
+    RowOptimizers,
     clip_and_step,
     learning_rate,
     optimizer_states,
@@ -71,19 +71,41 @@ def test_an_optimizer_restored_from_its_states_goes_on_as_if_never_stopped(name:
         row.grad = gradient.clone()
         optimizer.step()
 
-    optimizer = build_optimizer(rows[0], config)
+    optimizer = RowOptimizers(rows[0]).begin(config)
     for gradient in gradients:
         step(rows[0], optimizer, gradient)
 
-    first = build_optimizer(rows[1], config)
+    first = RowOptimizers(rows[1]).begin(config)
     for gradient in gradients[:3]:
         step(rows[1], first, gradient)
     tensors, numbers = optimizer_states(first)
-    second = build_optimizer(rows[1], config)
+    second = RowOptimizers(rows[1]).begin(config)
     restore_optimizer(second, ({k: v.clone() for k, v in tensors.items()}, numbers))
     for gradient in gradients[3:]:
         step(rows[1], second, gradient)
     assert torch.equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_next_trial_of_a_row_begins_anew_and_a_paged_one_in_the_same_memory(name: str) -> None:
+    def config(beta1: float) -> OptimizerConfig:
+        return OptimizerConfig.model_validate({"name": name, "beta1": beta1})
+
+    def train(row: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        row.data.fill_(1.0)
+        for seed in range(3):
+            row.grad = torch.randn(5000, generator=torch.Generator().manual_seed(seed))
+            clip_and_step(optimizer, row.grad, 1.0, None, 1e-2)
+        tensors, _ = optimizer_states(optimizer)
+        return {key: tensor.data_ptr() for key, tensor in tensors.items()}
+
+    rows = [nn.Parameter(torch.ones(5000)) for _ in range(2)]
+    optimizers = RowOptimizers(rows[0])
+    first = train(rows[0], optimizers.begin(config(0.5)))
+    second = train(rows[0], optimizers.begin(config(0.9)))
+    train(rows[1], RowOptimizers(rows[1]).begin(config(0.9)))
+    assert torch.equal(rows[0], rows[1])
+    assert (first == second) == name.startswith("paged")
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
