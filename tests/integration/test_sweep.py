@@ -108,7 +108,7 @@ def test_a_pruned_sweep_is_extended_where_it_ended(
     config = write_config(tmp_path, tiny_base, search=search)
     done = orchestrator("sweep", str(config), "--run-dir", "runs/one", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "pruned at step 2: held-out loss" in done.stdout
+    assert "pruned at step 2/" in done.stdout
     assert [r.state for r in store_of(tmp_path).results] == ["finished", "pruned", "pruned"]
     space = f"search.space.optimizer.learning_rate={[*rates, 3e-2]}"
     more = orchestrator("resume", "runs/one", "--set", space, "--add-trials", "1", cwd=tmp_path)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.config import AdapterConfig, QuantConfig
+from orchestrator.config import AdapterConfig, QuantConfig, StrategyConfig
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.reader import BlockReader
 from orchestrator.errors import ConfigError
@@ -127,7 +127,7 @@ def test_packs_of_one_base_need_the_whole_map_to_be_the_same() -> None:
 def test_blockwise_layers_are_compiled_and_kept_as_4_bit_ones_are(
     fields: dict[str, Any], resident: bool, eager: str
 ) -> None:
-    wish = PackWish(QuantConfig.model_validate(fields), False, "", 1, 1, 1, 1, False)
+    wish = PackWish(QuantConfig.model_validate(fields), StrategyConfig(), "", 1, 1, 1, 1, False)
     assert wish.can_be_resident == resident
     assert wish.only_eager == eager
 
@@ -262,7 +262,6 @@ def test_loading_holds_one_layer_in_full_beside_the_codes(
 def test_a_base_waits_while_another_is_loaded_on_the_machine(base_folder: Path) -> None:
     import threading
 
-    from orchestrator.config import StrategyConfig
     from orchestrator.records import BaseModel
     from orchestrator.training.base_model import load_base_model, loading_alone
 
