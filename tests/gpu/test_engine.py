@@ -41,6 +41,19 @@ def test_trials_in_a_pack_train_as_alone(make_spec: MakeSpec, tmp_path: Path) ->
         assert_equal(together[number], alone[0], tolerance=1e-4)
 
 
+def test_refilled_slots_take_no_more_paged_memory(make_spec: MakeSpec, tmp_path: Path) -> None:
+    from bitsandbytes.functional import GlobalPageManager
+
+    paged = GlobalPageManager.get_instance().paged_tensors
+    before = len(paged)
+    optimizer = "paged_adamw_8bit"
+    spec = make_spec(device="cuda", max_rank=64)
+    trials = [trial_config(adapter__rank=64, optimizer__name=optimizer, seed=n) for n in range(6)]
+    train(spec, trials, tmp_path)
+    assert len(paged) - before == 2 * spec.num_slots  # two states each
+    assert all(tensor.is_paged for tensor in paged[before:])
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
     make_spec: MakeSpec, tmp_path: Path, optimizer: str

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,18 +119,47 @@ def test_long_blocks_give_the_same_bits_every_time(
     assert digests[0] == digests[1]
 
 
-def load(folder: Path, bit_width: int, dtype: str, **options: bool) -> LoadedBase:
-    quant = QuantConfig.model_validate({"bit_width": bit_width, "compute_dtype": dtype})
+BITS = [
+    {"bit_width": 4},
+    {"bit_width": 8, "int8_type": "blockwise"},
+    {"bit_width": 4, "bit_width_pattern": {"down_proj": 8, "o_proj": 16}},
+]
+
+
+def load(folder: Path, quant: dict[str, Any], **options: bool) -> LoadedBase:
+    config = QuantConfig.model_validate(quant | {"compute_dtype": "bfloat16"})
     base = BaseModel("tiny", None, str(folder), "digest")
-    return load_base_model(base, quant, "cuda", StrategyConfig(), **options)
+    return load_base_model(base, config, "cuda", StrategyConfig(), **options)
 
 
-def test_dequantised_once_the_base_computes_the_same_bits(base_folder: Path) -> None:
-    packed = load(base_folder, 4, "bfloat16")
-    once = load(base_folder, 4, "bfloat16", dequantise_once=True)
+@pytest.mark.parametrize("quant", BITS)
+def test_dequantised_once_the_base_computes_the_same_bits(
+    base_folder: Path, quant: dict[str, Any]
+) -> None:
+    packed = load(base_folder, quant)
+    once = load(base_folder, quant, dequantise_once=True)
     words = torch.arange(48, device="cuda").view(1, 48)
     positions = torch.arange(48, device="cuda").view(1, 48)
     assert torch.equal(once.hidden(words, positions), packed.hidden(words, positions))
+
+
+@pytest.mark.parametrize("quant", BITS)
+@pytest.mark.parametrize("dequantise_once", [False, True])
+def test_a_base_of_any_bits_trains_in_a_recorded_program(
+    make_spec: MakeSpec, tmp_path: Path, quant: dict[str, Any], dequantise_once: bool
+) -> None:
+    config = QuantConfig.model_validate(quant | {"compute_dtype": "bfloat16"})
+    spec = make_spec(
+        device="cuda",
+        quant=config.model_dump(),
+        step_program="graph",
+        dequantise_once=dequantise_once,
+    )
+    trials = [trial_config(steps=20, seed=1), trial_config(steps=20, seed=2)]
+    _, events = train(spec, trials, tmp_path)
+    done = [event for event in events if isinstance(event, TrialDone)]
+    assert len(done) == 2
+    assert all(event.eval_loss < event.baseline_eval_loss - 0.2 for event in done)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
