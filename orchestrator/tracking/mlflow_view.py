@@ -153,7 +153,9 @@ class MlflowView:
             note = describe_sweep(self._store, self._run_id)
             self._client.set_tag(self._run_id, "mlflow.note.content", note)
             self._upload_artifacts()
-            end(self._client, self._run_id, status)
+            # A view may be rebuilt long after the sweep.
+            ended = max((decision["time"] for decision in self._store.decisions), default=None)
+            end(self._client, self._run_id, status, ended)
 
     def _create_parent(self) -> str:
         sweep = self._sweep

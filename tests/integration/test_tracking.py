@@ -18,6 +18,7 @@ from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.follower import TrackingFollower
 from orchestrator.tracking.mlflow_view import MlflowView
 from orchestrator.tracking.registry import Registry
+from orchestrator.tracking.runs import milliseconds
 from orchestrator.tracking.stores import check_reachable, default_store
 from orchestrator.tracking.system_run import PROBE
 from tests import runs as samples
@@ -47,6 +48,7 @@ def test_a_finished_sweep_is_shown_whole(make_run: MakeRun, uri: str, client: Ml
 
     parent = client.get_run(view.run_id)
     assert parent.info.status == "FINISHED"
+    assert parent.info.end_time == milliseconds(samples.BEGAN + 900)  # its last decision's
     assert parent.data.tags["orchestrator.run_id"] == store.sweep.run_id
     assert parent.data.params["winner/rank"] == "16"
     assert parent.data.metrics["best_eval_loss"] == pytest.approx(store.read("winner")["eval_loss"])
