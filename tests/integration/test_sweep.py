@@ -98,6 +98,7 @@ def test_the_champion_loads_with_plain_peft(finished: tuple[Path, str], tmp_path
     assert any("lora_A" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_pruned_sweep_is_extended_where_it_ended(
     tmp_path: Path, tiny_base: Path, orchestrator: Command
 ) -> None:
