@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config import TrialConfig
-from orchestrator.records import Checkpointed, GroupPlace, PackSpec, TrialDone
+from orchestrator.records import Checkpointed, GroupPlace, PackSpec, TrialDone, TrialOpened
 from orchestrator.training.pack import PackWorker
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_data_parallel import outcomes, run_together, train_together
@@ -42,7 +42,7 @@ def test_two_workers_train_a_trial_under_zero_as_one_does_replicated(
     zero = make_spec(num_slots=1, bit_width=bit_width, micro_batch_size=1, strategy=strategy)
     (pair, events), (_, other_events) = train_together(zero, TRIALS, tmp_path / "pair")
     for number in range(len(TRIALS)):
-        assert_equal(pair[number], alone[number])
+        assert_equal(pair[number], alone[number], tolerance=1e-5)  # sums in another order
     assert outcomes(events) == pytest.approx(outcomes(alone_events), rel=1e-5)
     assert outcomes(other_events) == outcomes(events)
 
@@ -79,7 +79,7 @@ def resume(place: GroupPlace, spec: PackSpec, trials: Sequence[TrialConfig], fol
     worker = PackWorker(spec, place)
     worker.load()
     events: list[Any] = worker.advance([task(0, trials[0], folder, attempt=2)])
-    assert worker.slots[0].step == 4
+    assert [event.step for event in events if isinstance(event, TrialOpened)] == [4]
     while not (done := [event for event in events if isinstance(event, TrialDone)]):
         events += worker.advance([])
     if place.world_rank == 0:
