@@ -42,77 +42,19 @@ Searched = Callable[[TrialSpec], dict[str, Choice]]
 """Where a trial lies in the space as it is now."""
 
 
-def _random(
+def draw(
     search: SearchConfig,
     known: Sequence[TrialSpec],
     results: Sequence[TrialResult],
     suggest: Suggest,
     searched: Searched,
 ) -> Draw:
+    """Trial number len(known). Not for the grid."""
     import optuna
 
-    # It looks at no earlier trial, and adding a thousand to a study takes long.
-    sampler = optuna.samplers.RandomSampler(seed=search.seed + len(known))
-    return _draw(search, sampler, (), (), suggest, searched)
-
-
-def _tpe(
-    search: SearchConfig,
-    known: Sequence[TrialSpec],
-    results: Sequence[TrialResult],
-    suggest: Suggest,
-    searched: Searched,
-) -> Draw:
-    import optuna
-
-    sampler = optuna.samplers.TPESampler(
-        seed=search.seed + len(known), n_startup_trials=STARTUP_TRIALS["tpe"], constant_liar=True
-    )
-    return _draw(search, sampler, known, results, suggest, searched)
-
-
-def _gp(
-    search: SearchConfig,
-    known: Sequence[TrialSpec],
-    results: Sequence[TrialResult],
-    suggest: Suggest,
-    searched: Searched,
-) -> Draw:
-    import optuna
-
-    sampler = optuna.samplers.GPSampler(
-        seed=search.seed + len(known),
-        n_startup_trials=STARTUP_TRIALS["gp"],
-        warn_independent_sampling=False,
-    )
-    return _draw(search, sampler, known, results, suggest, searched)
-
-
-def _nsga2(
-    search: SearchConfig,
-    known: Sequence[TrialSpec],
-    results: Sequence[TrialResult],
-    suggest: Suggest,
-    searched: Searched,
-) -> Draw:
-    import optuna
-
-    sampler = optuna.samplers.NSGAIISampler(
-        seed=search.seed + len(known), population_size=NSGA2_POPULATION
-    )
-    return _draw(search, sampler, known, results, suggest, searched)
-
-
-def _draw(
-    search: SearchConfig,
-    sampler: "optuna.samplers.BaseSampler",
-    known: Sequence[TrialSpec],
-    results: Sequence[TrialResult],
-    suggest: Suggest,
-    searched: Searched,
-) -> Draw:
-    import optuna
-
+    sampler = SAMPLERS[search.sampler](search.seed + len(known))
+    if search.sampler == "random":  # looks at no earlier trial, and adding a thousand takes long
+        known = ()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directions = [OBJECTIVES[name].direction for name in search.objectives]
     study = optuna.create_study(directions=directions, sampler=sampler)
@@ -122,7 +64,7 @@ def _draw(
             study.add_trial(trial)
     trial = study.ask()
 
-    def draw(name: str, values: Values) -> Choice:
+    def choose(name: str, values: Values) -> Choice:
         if not isinstance(values, RangeConfig):
             choices = [encoded(value) for value in values]
             return _decoded(trial.suggest_categorical(name, choices), values)
@@ -130,7 +72,7 @@ def _draw(
             return float(trial.suggest_float(name, values.low, values.high, log=values.log))
         return int(trial.suggest_int(name, int(values.low), int(values.high), log=values.log))
 
-    params = suggest(draw)
+    params = suggest(choose)
     return Draw(params, dict(study.get_trials(deepcopy=False)[-1].system_attrs))
 
 
@@ -198,7 +140,37 @@ def _decoded(value: Scalar, values: tuple[Choice, ...]) -> Choice:
     return next((choice for choice in texts if encoded(choice) == value), value)
 
 
-Sample = Callable[
-    [SearchConfig, Sequence[TrialSpec], Sequence[TrialResult], Suggest, Searched], Draw
-]
-SAMPLERS: dict[str, Sample] = {"random": _random, "tpe": _tpe, "gp": _gp, "nsga2": _nsga2}
+def _random(seed: int) -> "optuna.samplers.BaseSampler":
+    import optuna
+
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _tpe(seed: int) -> "optuna.samplers.BaseSampler":
+    import optuna
+
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=STARTUP_TRIALS["tpe"], constant_liar=True
+    )
+
+
+def _gp(seed: int) -> "optuna.samplers.BaseSampler":
+    import optuna
+
+    return optuna.samplers.GPSampler(
+        seed=seed, n_startup_trials=STARTUP_TRIALS["gp"], warn_independent_sampling=False
+    )
+
+
+def _nsga2(seed: int) -> "optuna.samplers.BaseSampler":
+    import optuna
+
+    return optuna.samplers.NSGAIISampler(seed=seed, population_size=NSGA2_POPULATION)
+
+
+SAMPLERS: dict[str, Callable[[int], "optuna.samplers.BaseSampler"]] = {
+    "random": _random,
+    "tpe": _tpe,
+    "gp": _gp,
+    "nsga2": _nsga2,
+}

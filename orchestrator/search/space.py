@@ -15,7 +15,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.loading import trial_with
 from orchestrator.planning.compatibility import RULED_FIELDS, problems
 from orchestrator.records import TrialResult, TrialSpec
-from orchestrator.search.samplers import SAMPLERS, STARTUP_TRIALS, Draw, encoded
+from orchestrator.search.samplers import STARTUP_TRIALS, Draw, draw, encoded
 from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
 
 MAX_LISTED_PROBLEMS = 20
@@ -132,14 +132,13 @@ def ask(
         assert params is not None, "every point of the grid is known"
         return _spec(config, len(known), Draw(params))
 
-    def suggest(draw: Callable[[str, Values], Choice]) -> dict[str, Choice]:
-        return chosen(search, draw)
+    def suggest(choose: Callable[[str, Values], Choice]) -> dict[str, Choice]:
+        return chosen(search, choose)
 
     def searched(trial: TrialSpec) -> dict[str, Choice]:
         return point_of(search, trial.config)
 
-    draw = SAMPLERS[search.sampler](search, known, results, suggest, searched)
-    return _spec(config, len(known), draw)
+    return _spec(config, len(known), draw(search, known, results, suggest, searched))
 
 
 def chosen(search: SearchConfig, choose: Callable[[str, Values], Choice]) -> dict[str, Choice]:

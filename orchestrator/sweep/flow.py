@@ -143,11 +143,10 @@ def _train(
     def ask(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
         per_worker = config.resources.slots_per_pack or LEARNING_TRIALS_PER_WORKER
         trial = next_trial(config, known, results, services.num_workers * per_worker)
-        if trial is not None:
-            trial = chooser.settle(trial)
-            if chooser.chosen:
-                store.write("bits", chooser.chosen)
-        return trial
+        settled = chooser.settle(trial) if trial is not None else None
+        if settled is not trial:
+            store.write("bits", chooser.chosen)
+        return settled
 
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
         return pack_spec(store, base, data, number, plan)

@@ -10,7 +10,7 @@ Left out: evaluations, checkpoints, and what the controller takes for an answer.
 
 import heapq
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.planning.kinds import WorkerKind
@@ -305,12 +305,3 @@ class _Cluster:
             plan.arithmetic,
             plan.kind.name,
         )
-
-
-def lower_bound_s(
-    work_s: Mapping[str, float], kinds: Sequence[WorkerKind], longest_s: float
-) -> float:
-    """No schedule ends sooner. `work_s`: of each kind, the seconds that one of its workers would
-    take for all trials; `longest_s`: of the longest trial, alone on the fastest worker."""
-    rate = sum(kind.count / work_s[kind.name] for kind in kinds)
-    return max(1 / rate, longest_s)
