@@ -24,7 +24,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from orchestrator.planning.memory import PackMemory
 from orchestrator.records import BaseModel, Device, Leave, PackSpec
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.lanes import AdaptedLinear
+from orchestrator.training.loftq import Corrections
 from orchestrator.training.pack import PackWorker
 
 STEPS = 2
@@ -77,7 +78,7 @@ class Bases:
     def __call__(self, case: Case, worker: "SharingWorker") -> LoadedBase:
         if self._base is None or case.zero_stage is not None or self._key != case.base:
             self.drop()
-            self._base = worker.load_base(StrategyConfig.model_validate(worker.spec.strategy))
+            self._base = worker.load_base()
             self._key = case.base
         return self._base
 
@@ -103,10 +104,11 @@ class SharingWorker(PackWorker):
         self._case = case
         self._bases = bases
 
-    def load_base(self, strategy: StrategyConfig) -> LoadedBase:
-        return super()._load_base(strategy)
+    def load_base(self) -> LoadedBase:
+        strategy = StrategyConfig.model_validate(self.spec.strategy)
+        return super()._load_base(strategy, Corrections(self.spec.max_rank))
 
-    def _load_base(self, strategy: StrategyConfig) -> LoadedBase:
+    def _load_base(self, strategy: StrategyConfig, corrections: Corrections) -> LoadedBase:
         base = self._bases(self._case, self)
         _collect()
         _reset_peak()
@@ -136,9 +138,7 @@ def measured_row(case: Case, spec: PackSpec, plan: PackMemory, bases: Bases) -> 
 
 def _measure(case: Case, spec: PackSpec, bases: Bases, fraction: float) -> Row:
     cuda = spec.device == "cuda"
-    if cuda:
-        torch.cuda.set_per_process_memory_fraction(fraction)
-    worker = SharingWorker(spec, case, bases)
+    worker = SharingWorker(replace(spec, memory_fraction=fraction), case, bases)
     paged = len(_paged_bytes()) if cuda else 0
     try:
         worker.load()
@@ -226,7 +226,7 @@ def _restore(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), leaf, module.base)
     for module in model.modules():
         module._compiled_call_impl = None
-    model.activation_checkpointing_disable()  # type: ignore[operator]
+    model.gradient_checkpointing_disable()  # type: ignore[operator]
     if getattr(model, "_require_grads_hooks", None) or hasattr(model, "_require_grads_hook"):
         model.disable_input_require_grads()  # type: ignore[operator]
 
