@@ -117,12 +117,13 @@ class SharingWorker(PackWorker):
 
 def measured_row(case: Case, spec: PackSpec, plan: PackMemory, bases: Bases) -> Row:
     started = time.monotonic()
-    out_of_memory = False
+    lost = ""
     try:
         found = _measure(case, spec, bases, _limit(case, plan))
     except torch.OutOfMemoryError as error:
-        out_of_memory = True
-        print(f"out of memory: {str(error).splitlines()[0]}", flush=True)
+        lost = str(error).splitlines()[0]
+    if lost:  # out of the handler, whose error keeps the lost worker's tensors alive
+        print(f"out of memory: {lost}", flush=True)
         bases.drop()
         _reset_dynamo()
         found = _measure(case, spec, bases, 1.0)
@@ -130,7 +131,7 @@ def measured_row(case: Case, spec: PackSpec, plan: PackMemory, bases: Bases) -> 
         "expected_bytes": plan.total_bytes,
         "expected": asdict(plan),
         **found,
-        "out_of_memory": out_of_memory,
+        "out_of_memory": bool(lost),
         "took_s": round(time.monotonic() - started, 1),
         "environment": environment(),
     }

@@ -9,6 +9,7 @@ a tokenizer of bytes, as `orchestrator` and transformers read it.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 MAX_POSITIONS = 16384
@@ -39,10 +40,12 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(64, 128, 2, 4, 2, 512, tied=True),
+    "0.1b": Shape(576, 1536, 30, 9, 3, 49_152, tied=True),  # SmolLM2-135M
     "0.5b": Shape(896, 4864, 24, 14, 2, 151_936, tied=True),  # Qwen2.5-0.5B
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151_936, tied=True),  # Qwen2.5-1.5B
     "3b": Shape(3072, 8192, 28, 24, 8, 128_256, tied=True),  # Llama-3.2-3B
     "8b": Shape(4096, 14336, 32, 32, 8, 128_256, tied=False),  # Llama-3-8B
+    "70b": Shape(8192, 28672, 80, 64, 8, 128_256, tied=False),  # Llama-3-70B
 }
 
 
@@ -51,10 +54,19 @@ def build(name: str, folder: Path) -> None:
     if (folder / "config.json").exists() and (folder / "tokenizer.json").exists():
         return
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    shape = SHAPES[name]
-    config = LlamaConfig(
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(llama_config(SHAPES[name]), dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="5GB")
+    save_tokenizer(folder)  # last: it vouches for the weights
+
+
+def llama_config(shape: Shape) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -67,14 +79,9 @@ def build(name: str, folder: Path) -> None:
         eos_token_id=1,
         bos_token_id=None,
     )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="5GB")
-    _save_tokenizer(folder)  # last: it vouches for the weights
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     """One token per byte of text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

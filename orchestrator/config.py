@@ -291,9 +291,11 @@ class ResourcesConfig(Strict):
     """Price of one worker, a GPU or its share of CPU cores, for an hour, in any currency. With it
     the report says what each trial cost."""
 
-    step_program: Literal["auto", "eager", "compiled", "graph"] = "auto"
+    step_program: Literal["auto", "eager", "in_place", "compiled", "graph"] = "auto"
     """How a training step runs. compiled: the base's blocks through torch.compile. graph: these
-    recorded in a CUDA graph as well. auto: graph on GPUs, eager on CPUs."""
+    recorded in a CUDA graph as well. in_place: one trial at a time, eager, without copies of the
+    adapter and of its gradients, for a base that barely fits. auto: graph on GPUs, or in_place
+    where nothing else fits; eager on CPUs."""
 
 
 class TrackingConfig(Strict):

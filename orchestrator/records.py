@@ -12,7 +12,7 @@ from orchestrator.search_config import Choice
 
 Device = Literal["cpu", "cuda"]
 ComputeDtype = Literal["bfloat16", "float32"]
-StepProgram = Literal["eager", "compiled", "graph"]
+StepProgram = Literal["eager", "in_place", "compiled", "graph"]
 
 
 @dataclass(frozen=True)

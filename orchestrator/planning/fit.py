@@ -26,7 +26,7 @@ BUDGET_FRACTION = 0.9
 OUT_OF_MEMORY_FACTOR = 0.8
 
 Choices = tuple[int | bool, ...]
-"""(slots, micro-batch, recomputation, dequantised once), or the beginning of it."""
+"""(slots, micro-batch, recomputation, dequantised once, in place), or the beginning of it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def fit(premises: Premises, wish: PackWish) -> Fit:
         load.micro_batch_size,
         load.dequantise_once,
         load.gradient_checkpointing,
-        step_program(premises, wish),
+        load.step_program,
         memory,
         budget_bytes,
         (
@@ -75,7 +75,7 @@ def fit(premises: Premises, wish: PackWish) -> Fit:
             why.micro_batch(),
             *why.residency(),
             why.recomputation(),
-            _program_reason(premises, wish),
+            why.program(),
             *why.evaluation(memory),
             f"{verdict} {_gib(memory.total_bytes)} of {_gib(budget_bytes)}",
         ),
@@ -125,6 +125,7 @@ def _choices(chosen: PackLoad | Fit) -> Choices:
         chosen.micro_batch_size,
         chosen.gradient_checkpointing,
         chosen.dequantise_once,
+        chosen.step_program == "in_place",
     )
 
 
@@ -207,6 +208,12 @@ class _Reasons:
             return "no recomputation"
         needed = self.rejected[(*_choices(self.chosen)[:2], False)]
         return f"recomputation: without it {_gib(needed)}"
+
+    def program(self) -> str:
+        if self.chosen.step_program == self.wanted.step_program:
+            return _program_reason(self.premises, self.wish)
+        needed = self.rejected[(*_choices(self.chosen)[:4], False)]
+        return f"step program in_place: {self.wanted.step_program} needs {_gib(needed)}"
 
     def evaluation(self, memory: PackMemory) -> list[str]:
         """Where less was chosen for the sake of evaluation, which the user can change alone."""

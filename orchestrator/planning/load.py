@@ -31,7 +31,12 @@ class PackLoad:
     @property
     def eager(self) -> bool:
         """Whether the base's blocks run without torch.compile."""
-        return self.step_program == "eager"
+        return self.step_program in ("eager", "in_place")
+
+    @property
+    def in_place(self) -> bool:
+        """Whether layers read the slot's row itself, and gradients are added to it at once."""
+        return self.step_program == "in_place"
 
     @property
     def graph(self) -> bool:
@@ -58,6 +63,8 @@ class PackLoad:
 
     @property
     def evaluation_tokens(self) -> int:
-        # A constant program has one shape: it evaluates as many blocks as it trains.
-        blocks = self.evaluation_batch_size if self.eager else self.micro_batch_size
+        # A constant program has one shape, and a step in place no room to spare: they evaluate as
+        # many blocks as they train.
+        free = self.step_program == "eager"
+        blocks = self.evaluation_batch_size if free else self.micro_batch_size
         return self.num_slots * blocks * self.block_length

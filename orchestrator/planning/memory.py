@@ -110,6 +110,12 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
     else:
         held, step, offloaded = 2 * row_value_bytes * num_values, gradients, 0
     optimizer_on_host = load.strategy.offload_optimizer != "none"
+    lanes = gradients  # a lane is as large as its gradient
+    if load.in_place:
+        # Each layer casts its own part of the row, which the backward pass keeps; gradients are
+        # added to the row layer by layer.
+        lanes = gradients // shape.num_layers if load.gradient_checkpointing else gradients
+        gradients = step = 0
     graph, training, evaluation = _passes(pass_, load, gradients, step, measured)
     base = shape.num_plain_params * load.dtype_bytes
     base += 0 if load.resident else _linear_bytes(shape, load.quant, load.dtype_bytes)
@@ -122,7 +128,7 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
         dequantised_bytes=shape.num_linear_params * load.dtype_bytes if load.resident else 0,
         adapters_bytes=held,
         optimizer_bytes=0 if optimizer_on_host else states,
-        lanes_bytes=gradients,  # a lane is as large as its gradient
+        lanes_bytes=lanes,
         graph_bytes=graph,
         training_bytes=training,
         evaluation_bytes=evaluation,

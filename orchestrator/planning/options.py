@@ -5,7 +5,8 @@ user set is not varied. Pure.
 
 Given up in this order where the memory is short: dequantised values; blocks in a pass, as long as
 it keeps MIN_PASS_TOKENS; activations, which are computed again for a third more work; blocks beyond
-that; slots. Where something makes room for what was given up before it, that comes back.
+that; slots; the compiled step, for one that copies neither the adapter nor its gradients. Where
+something makes room for what was given up before it, that comes back.
 """
 
 import itertools
@@ -124,13 +125,27 @@ def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
                     gradient_checkpointing=recomputes,
                     dequantise_once=resident,
                 )
+    if _may_go_in_place(premises, wish):
+        yield replace(
+            first,
+            micro_batch_size=micros[-1],
+            gradient_checkpointing=wish.gradient_checkpointing is not False,
+            dequantise_once=_residences(premises, wish)[-1],
+            step_program="in_place",
+        )
+
+
+def _may_go_in_place(premises: Premises, wish: PackWish) -> bool:
+    """As a last resort."""
+    free = premises.device == "cuda" and premises.resources.step_program == "auto"
+    return free and not wish.zero and wish.num_slots in (None, 1)
 
 
 def step_program(premises: Premises, wish: PackWish) -> StepProgram:
     """A worker whose base cannot be recorded in a graph falls back by itself, and says so."""
     wanted = premises.resources.step_program
     if wish.only_eager:
-        return "eager"
+        return "in_place" if wanted == "in_place" and not wish.zero else "eager"
     if wanted == "auto":
         return "graph" if premises.device == "cuda" else "eager"
     return wanted
@@ -158,6 +173,8 @@ def balanced_slots(share: int, most: int) -> list[int]:
 
 
 def _slot_counts(premises: Premises, wish: PackWish, micro_batch_size: int) -> list[int]:
+    if premises.resources.step_program == "in_place":
+        return [1]
     if wish.num_slots is not None:
         return [wish.num_slots]
     return balanced_slots(wish.share, max_slots(premises, micro_batch_size))

@@ -26,7 +26,7 @@ ACTIVATION_MOVES = 17.0
 GAP_S = 0.002
 # A step's work on the CPU: replaying graphs, or launching each layer's kernels one by one.
 GRAPH_CPU_S = 0.013
-LAYER_CPU_S: dict[StepProgram, float] = {"compiled": 0.0019, "eager": 0.0039}
+LAYER_CPU_S: dict[StepProgram, float] = {"compiled": 0.0019, "eager": 0.0039, "in_place": 0.0039}
 # Bytes moved for an adapter's value in an optimizer step, beside its states, which are read and
 # written: the value, read and written, and its gradient.
 ROW_BYTES_MOVED = 12
@@ -38,7 +38,7 @@ INT8_FACTOR = 2.0
 # From the rows' load_s and warm_up_s: a worker's start, each GB of base, and a recorded program.
 START_S = 15.0
 LOAD_S_PER_GB = 0.5
-BUILD_S: dict[StepProgram, float] = {"eager": 1.0, "compiled": 8.0, "graph": 10.0}
+BUILD_S: dict[StepProgram, float] = {"eager": 1.0, "in_place": 1.0, "compiled": 8.0, "graph": 10.0}
 RECOMPUTED_FORWARD = 0.5  # of a pass whose weights take no gradient: the forward half, once more
 
 

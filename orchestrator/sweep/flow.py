@@ -207,6 +207,11 @@ def sweep_premises(
         raise ConfigError(
             "resources.step_program: graph needs GPUs, but the device is cpu: set auto or compiled"
         )
+    if resources.step_program == "in_place" and resources.slots_per_pack not in (None, 1):
+        raise ConfigError(
+            "resources.step_program: in_place trains one trial at a time, but got "
+            f"resources.slots_per_pack={resources.slots_per_pack}: set it to 1, or leave it out"
+        )
     room = bounds(config.trial, config.search)
     usable = resources.memory_fraction if device == "cuda" else 1.0
     premises = Premises(

@@ -141,6 +141,21 @@ def load_base_model(
             )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"{base.source}: transformers cannot load it: {error}") from error
+    return made_ready(model, quant, device, strategy, dequantise_once)
+
+
+def made_ready(
+    model: nn.Module,
+    quant: QuantConfig,
+    device: Device,
+    strategy: StrategyConfig,
+    dequantise_once: bool = False,
+) -> LoadedBase:
+    """A model that has its weights, frozen, and tried on packed documents.
+
+    Raises:
+        BaseModelError: it is of a family that cannot be trained on them.
+    """
     loaded = _prepare(model, device, DTYPES[quant.compute_dtype])
     if dequantise_once:
         keep_values(model)

@@ -19,6 +19,7 @@ from orchestrator.training.optimizers import (
     clip_and_step,
     num_state_bytes,
     optimizer_states,
+    page_out_states,
     restore_optimizer,
 )
 from orchestrator.training.program import Program
@@ -99,8 +100,7 @@ class RowEngine:
         return run()
 
     def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
-        parts = self.program.backward(hidden, gradient)
-        self.program.lanes.add_gradients(parts, fresh)
+        self.program.backward(hidden, gradient, fresh)
 
     def stepper(self, slot: int, config: OptimizerConfig) -> Stepper:
         stepper = RowStepper(self._optimizers[slot], self._slots.gradients[slot], config)
@@ -116,9 +116,12 @@ class RowEngine:
         gradients = [self._slots.gradients[slot] for slot in rates]
         # The one place in a step where the CPU waits for the GPU.
         norms: list[float] = torch.stack([*map(torch.linalg.vector_norm, gradients)]).tolist()
+        frugal = self.program.frugal and gradients[0].is_cuda
+        if frugal:  # paged states come to where the activations were, and go again
+            torch.cuda.empty_cache()
         for slot, norm in zip(rates, norms, strict=True):
             if math.isfinite(norm):
-                self._steppers[slot].apply(norm, rates[slot])
+                self._steppers[slot].apply(norm, rates[slot], frugal)
         return norms
 
     def close(self) -> None:
@@ -137,8 +140,10 @@ class RowStepper:
         self._optimizer = optimizers.begin(config)
         self._max_norm = config.max_grad_norm
 
-    def apply(self, norm: float, rate: float) -> None:
+    def apply(self, norm: float, rate: float, page_out: bool) -> None:
         clip_and_step(self._optimizer, self._gradient, norm, self._max_norm, rate)
+        if page_out:
+            page_out_states(self._optimizer)
 
     def gather(self) -> Tensor:
         return self._row.data

@@ -1,5 +1,6 @@
 """What a worker may use of its device's memory, and what it has used."""
 
+import os
 import resource
 import sys
 
@@ -11,9 +12,17 @@ from orchestrator.records import Device
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
+# A segment that can grow is not cut into pieces that nothing fits into: of plans that used all of a
+# card, those of a few GiB ran out of memory with 0.4 to 3.2 GiB of it in such pieces.
+ALLOCATOR_SETTINGS = "expandable_segments:True"
+
+
 def cap_memory(fraction: float) -> None:
     """Beyond this part of its GPU the worker runs out of memory: an error that becomes a smaller
-    plan, where it would else take what other processes on the GPU need."""
+    plan, where it would else take what other processes on the GPU need. Comes before all that
+    allocates there."""
+    # Read when the process allocates for the first time. The user's own settings stay.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR_SETTINGS)
     torch.cuda.set_per_process_memory_fraction(fraction)
 
 

@@ -74,6 +74,16 @@ def clip_and_step(
     optimizer.step()
 
 
+def page_out_states(optimizer: torch.optim.Optimizer) -> None:
+    """Have paged states leave the GPU now, not when it is full; the next step brings them back."""
+    from bitsandbytes.functional import prefetch_tensor
+
+    for states in optimizer.state.values():
+        for value in states.values():
+            if getattr(value, "is_paged", False):
+                prefetch_tensor(value, to_cpu=True)
+
+
 def optimizer_states(optimizer: torch.optim.Optimizer) -> States:
     """The states of the optimizer's only parameter: tensors, and plain numbers."""
     tensors: dict[str, Tensor] = {}

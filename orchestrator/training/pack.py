@@ -46,7 +46,7 @@ from orchestrator.training.loftq import Corrections
 from orchestrator.training.memory import cap_memory, peak_memory_bytes
 from orchestrator.training.program import EagerProgram, check_lanes
 from orchestrator.training.program_builder import ProgramBuilder
-from orchestrator.training.replicas import join
+from orchestrator.training.replicas import Replicas, join
 from orchestrator.training.slot import Slot
 from orchestrator.training.slots import Slots
 from orchestrator.training.step import StepRunner
@@ -72,10 +72,10 @@ class PackWorker:
         if spec.device == "cpu":
             torch.set_num_threads(spec.cpus)
         else:
-            _compute_alike()
             cap_memory(spec.memory_fraction)
+            _compute_alike()
         strategy = StrategyConfig.model_validate(spec.strategy)
-        self.replicas = join(self.place, spec.device)
+        self.replicas = self._join()
         corrections = Corrections(spec.max_rank)
         self.base = self._load_base(strategy, corrections)
         if spec.gradient_checkpointing:
@@ -145,6 +145,9 @@ class PackWorker:
         ]
         words += ["recomputation"] if spec.gradient_checkpointing else []
         return ", ".join(words)
+
+    def _join(self) -> Replicas:
+        return join(self.place, self.spec.device)
 
     def _load_base(self, strategy: StrategyConfig, corrections: Corrections) -> LoadedBase:
         spec = self.spec

@@ -1,9 +1,10 @@
 """Programs: how the forward and backward pass of a step run.
 
-Eager: the model's own code, on as many lanes as there are members. Compiled: its blocks through
-torch.compile, which needs a constant shape, so always all lanes. Recorded: the compiled passes as
-two CUDA graphs; the loss between them stays ordinary code, for the number of labels varies. Where
-one adapter's step is a thousand small kernels, launching them one by one takes longer than they do.
+Eager: the model's own code, on as many lanes as there are members. In place: the same for one slot,
+without a copy of its row or of its gradients. Compiled: its blocks through torch.compile, which
+needs a constant shape, so always all lanes. Recorded: the compiled passes as two CUDA graphs; the
+loss between them stays ordinary code, for the number of labels varies. Where one adapter's step is
+a thousand small kernels, launching them one by one takes longer than they do.
 
 Shapes: n lanes, b blocks per lane, S block length, H hidden size.
 """
@@ -65,6 +66,8 @@ class Program(Protocol):
     """Lanes that every pass has; None: as many as are served."""
     blocks_per_lane: int | None
     """Blocks that every lane has; None: any number."""
+    frugal: bool
+    """Whether memory counts for more than time, between its passes too: see RowEngine.step."""
 
     def serve(self, served: Sequence[Served]) -> None:
         """What the lanes serve in the passes that follow; lanes beyond it are idle."""
@@ -74,14 +77,16 @@ class Program(Protocol):
         """Last hidden states, [n * b, S, H], of the served lanes' blocks."""
         ...
 
-    def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
-        """Gradients by the lanes' parameters, from the one by what the last `hidden` returned."""
+    def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
+        """Add to the slots' gradients, from the one by what the last `hidden` returned; those of a
+        fresh lane replace what is there."""
         ...
 
 
 class EagerProgram:
     num_lanes: int | None = None
     blocks_per_lane: int | None = None
+    frugal = False
 
     def __init__(self, base: LoadedBase, slots: Slots, lanes: Lanes | None = None) -> None:
         self._base = base
@@ -99,12 +104,35 @@ class EagerProgram:
             extents = put(document_extents(batch.position_ids))
         return self._base.hidden(put(batch.input_ids), put(batch.position_ids), extents)
 
-    def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
-        return _gradients(hidden, self.lanes, gradient)
+    def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
+        self.lanes.add_gradients(_gradients(hidden, self.lanes, gradient), fresh)
 
     def _attach(self, lanes: Lanes) -> None:
         lanes.attach(self._base.model)
         self.lanes = lanes
+
+
+class InPlaceProgram(EagerProgram):
+    """For one slot, where its memory counts for more than its time: layers read the row itself, and
+    autograd adds to the row's gradients, layer by layer.
+
+    A layer casts its part of the row at each use, and its gradient comes back through the cast. So
+    the numbers are those of a lane that holds a copy.
+    """
+
+    frugal = True
+
+    def __init__(self, base: LoadedBase, slots: Slots, blocks_per_lane: int) -> None:
+        assert len(slots.rows) == 1, "a row can be read in place by one lane"
+        self.blocks_per_lane = blocks_per_lane  # an evaluation takes no more at once than training
+        super().__init__(base, slots, Lanes(slots, 1, base.dtype, over_rows=True))
+        for parameter, gradient in zip(self.lanes.parameters, slots.gradient_views(0), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
+        if fresh[0]:
+            self._slots.gradients.zero_()
+        torch.autograd.backward(hidden, gradient)
 
 
 class FixedProgram:
@@ -112,6 +140,7 @@ class FixedProgram:
 
     num_lanes: int | None
     blocks_per_lane: int | None
+    frugal = False
 
     def __init__(
         self,
@@ -148,8 +177,8 @@ class FixedProgram:
         self._fill(batch)
         return self._forward()[: len(batch.input_ids)]
 
-    def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
-        return _gradients(hidden, self.lanes, gradient)
+    def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
+        self.lanes.add_gradients(_gradients(hidden, self.lanes, gradient), fresh)
 
     def _forward(self) -> Tensor:
         return self._base.hidden(self._input_ids, self._position_ids, self._extents)
@@ -188,11 +217,11 @@ class RecordedProgram(FixedProgram):
         self._forward_graph.replay()
         return self._hidden[: len(batch.input_ids)]
 
-    def backward(self, hidden: Tensor, gradient: Tensor) -> list[Tensor]:
+    def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
         self._gradient[: len(gradient)].copy_(gradient)
         self._gradient[len(gradient) :].zero_()
         self._backward_graph.replay()
-        return self._parts
+        self.lanes.add_gradients(self._parts, fresh)
 
     def _warm_up(self) -> None:
         """Compile and load every kernel: neither may happen while a graph is recorded."""

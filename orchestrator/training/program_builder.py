@@ -12,6 +12,7 @@ from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.program import (
     EagerProgram,
     FixedProgram,
+    InPlaceProgram,
     Program,
     RecordedProgram,
     compile_blocks,
@@ -31,7 +32,7 @@ class ProgramBuilder:
         self._slots = slots
         self._readers = readers
         self.kind, self.note = program_kind(spec.step_program, base)
-        if self.kind != "eager" and not compile_blocks(base.model):
+        if self.kind in ("compiled", "graph") and not compile_blocks(base.model):
             self.kind, self.note = "eager", "its family's blocks are not marked: none was compiled"
 
     def resized(
@@ -52,6 +53,8 @@ class ProgramBuilder:
         """A program with so many lanes; the caller has let go of one before it."""
         if self.kind == "eager":
             return EagerProgram(self._base, self._slots)
+        if self.kind == "in_place":
+            return InPlaceProgram(self._base, self._slots, self._spec.micro_batch_size)
         torch.cuda.empty_cache()
         if self.kind == "graph":
             try:

@@ -94,9 +94,11 @@ class Slots:
 
     def row_views(self, slot: int) -> Iterator[Tensor]:
         """The values of one slot's row, part by part: A and B of each layer."""
-        for layer in self.layers:
-            yield self._A(slot, layer)
-            yield self._B(slot, layer)
+        return self._views(self.rows[slot])
+
+    def gradient_views(self, slot: int) -> Iterator[Tensor]:
+        """Of its gradients, likewise."""
+        return self._views(self.gradients[slot])
 
     @property
     def segments(self) -> list[tuple[int, int]]:
@@ -156,6 +158,11 @@ class Slots:
         """Equal for two packs whose rows can be exchanged."""
         layers = ";".join(f"{layer.name}:{layer.start}:{layer.end}" for layer in self.layers)
         return f"in x R{self.max_rank} x out;{layers}"
+
+    def _views(self, row: Tensor) -> Iterator[Tensor]:
+        for layer in self.layers:
+            yield row[layer.start : layer.middle].view(layer.in_features, self.max_rank)
+            yield row[layer.middle : layer.end].view(self.max_rank, layer.out_features)
 
     def _A(self, slot: int, layer: Layer) -> Tensor:
         row = self.rows[slot, layer.start : layer.middle]

@@ -184,6 +184,23 @@ def test_recomputation_changes_nothing(make_spec: MakeSpec, tmp_path: Path) -> N
     assert_equal(plain[0], recomputed[0])
 
 
+@pytest.mark.parametrize("bit_width", [4, 16])
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_a_step_in_place_ends_with_the_same_bytes(
+    make_spec: MakeSpec, tmp_path: Path, bit_width: int, recomputed: bool
+) -> None:
+    trials = [
+        trial_config(batch_size=4, micro_batch_size=2, adapter__dropout=0.1),
+        trial_config(seed=1, adapter__rank=8, optimizer__name="adamw_8bit"),
+    ]
+    spec = make_spec(num_slots=1, bit_width=bit_width, gradient_checkpointing=recomputed)
+    copying, _ = train(spec, trials, tmp_path / "copying")
+    in_place, _ = train(replace(spec, step_program="in_place"), trials, tmp_path / "in_place")
+    for number in range(len(trials)):
+        for name, tensor in copying[number].items():
+            assert torch.equal(in_place[number][name], tensor), name
+
+
 def test_a_member_that_diverges_harms_nobody(make_spec: MakeSpec, tmp_path: Path) -> None:
     good = trial_config(seed=1)
     bad = trial_config(

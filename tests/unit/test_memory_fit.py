@@ -6,8 +6,14 @@ import pytest
 
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.errors import ConfigError
-from orchestrator.planning.fit import OUT_OF_MEMORY_FACTOR, Fit, after_out_of_memory, fit
-from orchestrator.planning.memory import GIB
+from orchestrator.planning.fit import (
+    BUDGET_FRACTION,
+    OUT_OF_MEMORY_FACTOR,
+    Fit,
+    after_out_of_memory,
+    fit,
+)
+from orchestrator.planning.memory import GIB, estimate_memory
 from orchestrator.planning.options import (
     PackWish,
     Premises,
@@ -95,8 +101,31 @@ def test_passes_shrink_to_2048_tokens_before_anything_is_computed_again(
     setting: bool | None, order: list[tuple[int, bool]]
 ) -> None:
     wished = asked(80, share=1, batch_size=4, trial__gradient_checkpointing=setting)
-    loads = [load for load in pack_loads(*wished) if not load.dequantise_once]
+    loads = [load for load in pack_loads(*wished) if not (load.dequantise_once or load.in_place)]
     assert [(load.micro_batch_size, load.gradient_checkpointing) for load in loads] == order
+
+
+def test_copies_of_the_adapter_are_given_up_last_of_all() -> None:
+    large: dict[str, Any] = {"search__space": {"adapter.rank": [256]}}
+    *_, smallest, in_place = pack_loads(*asked(80, **large))
+    needed = estimate_memory(LLAMA_8B, smallest).total_bytes
+    assert estimate_memory(LLAMA_8B, in_place).total_bytes < needed - GIB // 2
+    found = fitted((needed / BUDGET_FRACTION - GIB // 4) / GIB, **large)
+    assert (found.step_program, choices(found)) == ("in_place", (False, True, 1, 1))
+    assert f"step program in_place: graph needs {needed / GIB:.1f} GiB" in found.reasons
+    assert found.fits
+
+
+@pytest.mark.parametrize(
+    "changes", [{"zero": True}, {"resources__step_program": "graph"}, {"device": "cpu"}]
+)
+def test_a_step_in_place_is_not_for_packs_that_are_told_otherwise(changes: dict[str, Any]) -> None:
+    assert not any(load.in_place for load in pack_loads(*asked(80, **changes)))
+
+
+def test_a_step_in_place_has_one_slot() -> None:
+    found = fitted(141, resources__step_program="in_place")
+    assert (found.step_program, found.num_slots) == ("in_place", 1)
 
 
 def test_a_smaller_pass_is_shown_with_what_a_larger_one_would_need() -> None:
@@ -116,7 +145,7 @@ def test_what_is_chosen_fits_or_is_said_not_to(memory_gib: int) -> None:
 def test_where_nothing_fits_the_least_is_chosen_and_the_plan_says_so() -> None:
     found = fitted(4)
     assert choices(found) == (False, True, 1, 1)
-    assert found.reasons[-1].startswith("does not fit, the least is 8.3 ")
+    assert found.reasons[-1].startswith("does not fit, the least is 7.5 ")
     assert found.reasons[-1].endswith("GiB of 3.6 GiB")
 
 

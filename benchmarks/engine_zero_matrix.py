@@ -1,0 +1,202 @@
+"""Bits x ZeRO stage x offload x optimizer on two GPUs: each cell trained, saved, loaded by PEFT.
+
+    python -m benchmarks.engine_zero_matrix run --rows FILE
+    python -m benchmarks.engine_zero_matrix record --rows FILE
+
+A cell's held-out losses, at every second of 8 steps of two blocks, are held against those of the
+same trial replicated on one GPU (deepspeed_cpu_adam against torch's AdamW); and the loss of the
+adapter as plain transformers, bitsandbytes and PEFT load it against what its worker reported. Stage
+0 is strategy.kind: replicated. Cells that the rules refuse are listed with the reason. Each bits x
+optimizer has two processes of its own; --together of these pairs run at the same time.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks import children
+from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
+from orchestrator.config import TrialConfig
+from orchestrator.planning.compatibility import problems
+
+BITS = (4, 8, 16)
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "deepspeed_cpu_adam")
+STAGES = (0, 1, 2, 3)
+OFFLOADS = {
+    "none": {},
+    "cpu": {"offload_optimizer": "cpu"},
+    "cpu params": {"offload_optimizer": "cpu", "offload_params": "cpu"},
+    "nvme": {"offload_optimizer": "nvme"},
+    "nvme params": {"offload_optimizer": "nvme", "offload_params": "nvme"},
+}
+TOKENS, HELD_OUT_BLOCKS = 256, 8
+# Of nats: sums in another order, in bf16 (packs_equality.json: 0.007 between two programs).
+BOUND = 0.02
+
+
+def main() -> None:
+    options = _options()
+    if options.action == "record":
+        rows = read_rows(options.rows)
+        print(record(options.name, rows, bars(rows)))
+        return
+    children.end_on_sigterm()
+    model = options.folder / options.shape
+    children.call("benchmarks.models", options.shape, str(model))
+    from benchmarks.blocks import prepare_blocks
+
+    shards = prepare_blocks(options.folder / "matrix", model, TOKENS, HELD_OUT_BLOCKS)
+    place = {"model": str(model), "shards": str(shards), "nvme_path": str(options.nvme)}
+    groups = list(itertools.product(options.bits, options.optimizers))
+    known = read_rows(options.rows) if options.rows[0].exists() else []
+    for row in refused(options.bits, options.optimizers, str(options.nvme)):
+        if not any(_same(row, other) for other in known):
+            append_row(options.rows[0], row | {"environment": environment()})
+    with ThreadPoolExecutor(options.together) as pool:
+        work = [pool.submit(_train, options, place, *group, known) for group in groups]
+        for done in work:
+            done.result()
+
+
+def cells(bits: int, optimizer: str, nvme_path: str) -> Iterator[tuple[Row, list[str]]]:
+    """All of the matrix, each with what the rules have against it."""
+    for stage, (name, offload) in itertools.product(STAGES, OFFLOADS.items()):
+        if stage == 0 and name != "none":
+            continue
+        strategy: Row = {"kind": "zero", "stage": stage, **offload} if stage else {}
+        if "nvme" in name:
+            strategy["nvme_path"] = nvme_path
+        trial = TrialConfig.model_validate(
+            {
+                "quant": {"bit_width": bits},
+                "optimizer": {"name": optimizer},
+                "strategy": strategy,
+                "batch_size": 2,
+                "micro_batch_size": 1,
+            }
+        )
+        yield {"stage": stage, "offload": name, "strategy": strategy}, problems(trial, 2)
+
+
+def refused(bits: Sequence[int], optimizers: Sequence[str], nvme_path: str) -> Iterator[Row]:
+    for width, optimizer in itertools.product(bits, optimizers):
+        for cell, why in cells(width, optimizer, nvme_path):
+            if why:
+                facts = {"bit_width": width, "optimizer": optimizer, "state": "refused"}
+                yield cell | facts | {"reason": why[0]}
+
+
+def bars(rows: Sequence[Row]) -> dict[str, Bar]:
+    trained = [row for row in rows if row["state"] == "trained"]
+    wanted = sum(row["state"] != "refused" for row in rows)
+    return {
+        "cells trained, of those that the rules allow": Bar(len(trained), wanted),
+        "nats from the reference, at most": Bar(
+            max(row["largest_difference"] for row in trained), BOUND, at_most=True
+        ),
+        "nats from the reported loss as PEFT loads it, at most": Bar(
+            max(row["peft_difference"] for row in trained), BOUND, at_most=True
+        ),
+    }
+
+
+def _same(row: Row, other: Row) -> bool:
+    return all(row[key] == other[key] for key in ("bit_width", "optimizer", "stage", "offload"))
+
+
+def _train(
+    options: argparse.Namespace, place: Row, bits: int, optimizer: str, known: Sequence[Row]
+) -> None:
+    """The group's cells; where one ends its processes, the rest go on in new ones."""
+    allowed = [cell for cell, why in cells(bits, optimizer, place["nvme_path"]) if not why]
+    facts = {"bit_width": bits, "optimizer": optimizer}
+    left = [cell for cell in allowed if not any(_same(cell | facts, row) for row in known)]
+    while left:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            found, log = _pair(options, folder, place | facts | {"cells": left})
+        for row in found:
+            append_row(options.rows[0], row)
+        left = left[len(found) :]
+        if left:
+            lost = left.pop(0) | facts | {"state": "failed", "reason": log}
+            append_row(options.rows[0], lost | {"environment": environment()})
+
+
+def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Row], str]:
+    """Rows of the cells that were trained, and the end of a log."""
+    work["nvme_path"] = work["nvme_path"] and f"{work['nvme_path']}/{folder.name}"
+    for cell in work["cells"]:
+        if "nvme_path" in cell["strategy"]:
+            cell["strategy"] = cell["strategy"] | {"nvme_path": work["nvme_path"]}
+    (folder / "work.json").write_text(json.dumps(work))
+    rows, method = folder / "rows.jsonl", f"tcp://127.0.0.1:{_free_port()}"
+    pair: list[Any] = []
+    logs = [folder / f"log-{rank}" for rank in range(2)]
+    try:
+        for rank, log in enumerate(logs):
+            command = [sys.executable, "-m", "benchmarks.zero_cells", f"--world-rank={rank}"]
+            command += [f"--init-method={method}", f"--work={folder / 'work.json'}"]
+            place: Row = {"env": os.environ | {"CUDA_VISIBLE_DEVICES": str(rank)}}
+            with log.open("wb") as file:
+                place |= {"stdout": file, "stderr": file}
+                pair.append(children.start([*command, f"--rows={rows}"], **place))
+        ends = time.monotonic() + options.timeout
+        while time.monotonic() < ends:
+            codes = [child.poll() for child in pair]
+            if None not in codes or any(codes):
+                break
+            time.sleep(0.2)
+    finally:
+        for child in pair:
+            children.end(child)
+        if work["nvme_path"]:
+            shutil.rmtree(work["nvme_path"], ignore_errors=True)
+    ended = [child.returncode for child in pair]
+    words = [_last_line(log) for log in logs]
+    return (read_rows([rows]) if rows.exists() else []), f"exit codes {ended}: {'; '.join(words)}"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    run = actions.add_parser("run")
+    run.add_argument("--shape", default="0.1b")
+    run.add_argument("--bits", type=int, nargs="+", default=list(BITS))
+    run.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    run.add_argument("--together", type=int, default=8, help="pairs of processes")
+    run.add_argument("--timeout", type=float, default=280, help="seconds of a pair")
+    run.add_argument("--folder", type=Path, default=Path("/tmp/packs"))
+    run.add_argument("--nvme", type=Path, default=Path("/tmp/nvme"))
+    run.add_argument("--rows", type=Path, nargs=1, required=True)
+    merge = actions.add_parser("record")
+    merge.add_argument("--rows", type=Path, nargs="+", required=True)
+    merge.add_argument("--name", default="engine_zero_matrix")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
