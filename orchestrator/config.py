@@ -166,7 +166,8 @@ class AdapterConfig(Strict):
     stays as it is). pissa is refused, see the rules."""
 
     use_dora: Switch = False
-    """Refused, see the rules."""
+    """Train the length of each row of the adapted weight apart from its direction
+    (arXiv:2402.09353). Such trials share packs with each other only. Not with LLM.int8 nor ZeRO."""
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

@@ -108,6 +108,8 @@ class PackSpec:
     """Kind of GPU that it was planned for, as Ray calls it; empty for any."""
     loftq: bool = False
     """Whether any trial of the sweep begins with the base's quantisation error."""
+    dora: bool = False
+    """Whether its trials have magnitudes: all of them, or none."""
 
 
 @dataclass(frozen=True)

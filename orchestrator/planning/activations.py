@@ -29,6 +29,13 @@ PASSING_HIDDEN, PASSING_INTERMEDIATE = 3, 4
 # label, and their gradient. While a loss is only evaluated: the second and the third.
 LOSS_HIDDEN, EVALUATED_HIDDEN = 5, 2
 
+# DoRA, of an adapter's output: while its gradient is made by eager code, that by the layer's output
+# in the rows' type, and its product with what the factors multiply.
+EAGER_DORA_WIDE = 2
+# Of the product of A's rows with a frozen layer, in the rows' type: a copy of it, (A^T A) B, and
+# the product of one of these with B.
+LENGTHS_WIDE = 3
+
 # Bytes per input value of an adapter that drops some, beside the masked copy: the mask, a bool.
 MASK_BYTES = 1
 # The hash behind a mask holds three int32 tensors at once, of one adapter at a time.
@@ -81,14 +88,15 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
     weight = _weight_bytes(shape, load)
     working: float = tokens * value * (BACKWARD_HIDDEN * hidden + (backward - 1) * wide)
     working += max(tokens * value * wide, weight)  # not at the same time
+    dora_kept, dora_working = _dora_bytes(targets, load) if load.dora else (0, 0)
     hashes = HASH_BYTES * max(t.in_features for t in targets) if load.dropout and targets else 0
     passing = PASSING_HIDDEN * hidden + PASSING_INTERMEDIATE * wide
     evaluated = load.evaluation_tokens
     evaluated_loss = EVALUATED_HIDDEN * evaluated * hidden * value
     evaluated_loss += _chunk(evaluated) * shape.vocab_size * EVALUATED_COPIES * max(4, value)
     return PassMemory(
-        kept_bytes=round(tokens * _kept_bytes(shape, targets, load)),
-        working_bytes=round(working + tokens * hashes),
+        kept_bytes=round(tokens * _kept_bytes(shape, targets, load)) + dora_kept,
+        working_bytes=round(working + tokens * hashes) + dora_working,
         loss_bytes=LOSS_HIDDEN * tokens * hidden * value + _loss_logits_bytes(shape, load),
         evaluation_bytes=max(round(evaluated * passing * value + weight), evaluated_loss),
         evaluated_loss_bytes=evaluated_loss,
@@ -125,12 +133,29 @@ def _layer_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) 
     values += load.max_rank * len(targets) / shape.num_layers  # inner products
     if not load.by_document:
         values += load.block_length  # its mask, as values that are added to the scores
+    if load.dora:  # what the factors multiply
+        values += sum(target.out_features for target in targets) / shape.num_layers
     if load.dropout:  # each adapter's input, masked, and the mask
         read = sum(target.in_features for target in targets)
         values += read / shape.num_layers * (1 + MASK_BYTES / load.dtype_bytes)
     else:
         values += _adapter_inputs(targets) / shape.num_layers
     return values * load.dtype_bytes
+
+
+def _dora_bytes(targets: tuple[Linear, ...], load: PackLoad) -> tuple[int, int]:
+    """Kept by a pass, beside what its tokens keep: A and B in the arithmetic's type, where that is
+    not the lanes'. And the largest layer's working memory."""
+    rank, wide = load.num_slots * load.max_rank, load.row_value_bytes
+    layers = [t.in_features + t.out_features for t in targets]
+    copies = 0
+    if wide != load.dtype_bytes and layers:
+        copies = rank * load.dtype_bytes * (max if load.gradient_checkpointing else sum)(layers)
+    largest = max((t.out_features for t in targets), default=0)
+    working = rank * largest * (load.dtype_bytes + LENGTHS_WIDE * wide)
+    if load.eager:
+        working += load.training_tokens * largest * EAGER_DORA_WIDE * wide
+    return copies, working
 
 
 def _adapter_inputs(targets: tuple[Linear, ...]) -> int:

@@ -132,11 +132,19 @@ def _pissa_changes_the_base(trial: TrialConfig) -> Iterator[str]:
         )
 
 
-def _dora_needs_the_weights_norms(trial: TrialConfig) -> Iterator[str]:
-    if trial.adapter.use_dora:
+def _dora_multiplies_with_the_weights(trial: TrialConfig) -> Iterator[str]:
+    if not trial.adapter.use_dora:
+        return
+    if trial.quant.llm_int8:
         yield (
-            "adapter.use_dora is not possible in a pack: set adapter.use_dora: false; a higher "
-            "adapter.rank, or adapter.rslora, is what a pack can try instead"
+            "adapter.use_dora needs weights that multiply every row alike, but got quant.bit_width="
+            f"{trial.quant.bit_width}, quant.int8_type={trial.quant.int8_type}: set "
+            "quant.int8_type: blockwise, or adapter.use_dora: false"
+        )
+    if trial.strategy.kind == "zero":
+        yield (
+            "adapter.use_dora needs the whole of each layer's weights, but got strategy.kind="
+            f"{trial.strategy.kind}: set strategy.kind: replicated, or adapter.use_dora: false"
         )
 
 
@@ -250,10 +258,12 @@ RULES: tuple[Rule, ...] = (
         "arXiv:2404.02948, section 4; peft 0.21, tuners/lora/layer.py, pissa_init",
     ),
     Rule(
-        _dora_needs_the_weights_norms,
-        "each step needs the norm of every row of W + BA, which the grouped low-rank path never "
-        "forms; an adapter's row in a pack has no place for magnitudes",
-        "arXiv:2402.09353, section 4; peft 0.21, tuners/lora/dora.py",
+        _dora_multiplies_with_the_weights,
+        "each pass needs the product of A's rows with the frozen weights, beside the layer's own "
+        "call: LLM.int8 would round these rows and take outlying columns out by all of them; under "
+        "ZeRO 4-bit layers are bitsandbytes' own, and stage 3 has the weights on a worker during "
+        "the layer's own call only",
+        "orchestrator/training/dora.py; bitsandbytes 0.50, nn.Linear8bitLt",
     ),
     Rule(
         _loftq_makes_up_for_quantisation,

@@ -65,4 +65,5 @@ def plan_load(plan: PackPlan, premises: Premises) -> PackLoad:
         step_program=chosen.step_program,
         cuda=premises.device == "cuda",
         strategy=StrategyConfig.model_validate(dict(plan.key.strategy)),
+        dora=plan.key.dora,
     )

@@ -6,6 +6,10 @@ from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.planning.shape import Targets
 from orchestrator.records import StepProgram
 
+# A row's value and its gradient are fp32, and fp64 under float64; a lane holds a copy of both in
+# the arithmetic's type, and with DoRA in the row's.
+MIN_ROW_VALUE_BYTES = 4
+
 
 @dataclass(frozen=True)
 class PackLoad:
@@ -27,6 +31,17 @@ class PackLoad:
     step_program: StepProgram
     cuda: bool
     strategy: StrategyConfig = StrategyConfig()
+    dora: bool = False
+
+    @property
+    def row_value_bytes(self) -> int:
+        """Of an adapter's value in its slot's row."""
+        return max(MIN_ROW_VALUE_BYTES, self.dtype_bytes)
+
+    @property
+    def lane_value_bytes(self) -> int:
+        """Of its copy in a lane, and of its gradient."""
+        return self.row_value_bytes if self.dora else self.dtype_bytes
 
     @property
     def eager(self) -> bool:

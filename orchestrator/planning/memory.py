@@ -14,16 +14,13 @@ from functools import lru_cache
 from orchestrator.config import QuantConfig
 from orchestrator.planning.activations import PassMemory, pass_memory
 from orchestrator.planning.bits import linear_bytes
-from orchestrator.planning.load import PackLoad
+from orchestrator.planning.load import MIN_ROW_VALUE_BYTES, PackLoad
 from orchestrator.planning.shape import BaseShape
 from orchestrator.planning.zero import MAX_BUCKET_ELEMENTS
 
 GIB = 2**30
 MIB = 2**20
 
-# A row's value and its gradient are fp32, and fp64 under float64; a lane holds a copy of both in
-# the arithmetic's type.
-MIN_ROW_VALUE_BYTES = 4
 # ZeRO holds the row, the layers' flat parameters and the fp32 partition; stage 3 steps the flat
 # parameters themselves, and holds a flat gradient (deepspeed 0.19.8, stage_1_and_2.py, stage3.py).
 ZERO_COPIES = 3
@@ -100,11 +97,12 @@ class PackMemory:
 def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPER) -> PackMemory:
     targets = shape.targets(load.target_modules)
     row_length = load.max_rank * sum(t.in_features + t.out_features for t in targets)
-    row_value_bytes = max(MIN_ROW_VALUE_BYTES, load.dtype_bytes)
+    row_length += sum(t.out_features for t in targets) if load.dora else 0
+    row_value_bytes = load.row_value_bytes
     num_values = load.num_slots * row_length
     states = round(num_values * load.optimizer_bytes * row_value_bytes / MIN_ROW_VALUE_BYTES)
     pass_ = pass_memory(shape, load)
-    gradients = num_values * load.dtype_bytes
+    gradients = num_values * load.lane_value_bytes
     if load.zero:
         held, step, offloaded = _zero_bytes(row_length, load)
     else:

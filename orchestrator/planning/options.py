@@ -76,6 +76,7 @@ class PackWish:
     """As set; None to choose a divisor of `worker_blocks`."""
     gradient_checkpointing: bool | None
     """As set; None to choose."""
+    dora: bool = False
     as_set: str = "as set"
     """By whom these two are, in words."""
 
@@ -114,6 +115,7 @@ def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
         step_program=step_program(premises, wish),
         cuda=premises.device == "cuda",
         strategy=wish.strategy,
+        dora=wish.dora,
     )
     for num_slots in _slot_counts(premises, wish, micros[0]):
         for recomputes, micro in _passes(premises, wish, num_slots, micros):

@@ -256,6 +256,7 @@ def _wish(
         worker_blocks=key.micro_batch_size or (key.batch_size or 1) // world_size,
         micro_batch_size=key.micro_batch_size,
         gradient_checkpointing=key.gradient_checkpointing,
+        dora=key.dora,
     )
     if had is None:
         return wish

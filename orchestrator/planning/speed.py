@@ -59,10 +59,16 @@ def step_time(shape: BaseShape, load: PackLoad, gpu: Gpu) -> StepTime:
     products += 4 * shape.hidden_size * shape.vocab_size
     width = shape.num_heads * shape.head_dim
     products += 6 * shape.num_layers * width * load.block_length * once
-    compute_s = tokens * products / (PRODUCT_FRACTION * gpu.tflops * 1e12)
+    passes = 2 * once  # forward and backward
+    lengths = 0.0
+    if load.dora:  # not measured: A's rows in each forward pass, and what is dropped in both
+        forwards = 2 * once - 1
+        lengths = 2 * shape.num_linear_params * load.num_slots * load.max_rank * forwards
+        products += 4 * shape.num_linear_params * once if load.dropout else 0
+        passes += forwards + (2 * once if load.dropout else 0)
+    compute_s = (tokens * products + lengths) / (PRODUCT_FRACTION * gpu.tflops * 1e12)
     kept = pass_memory(shape, _keeping(load)).kept_bytes
     moves_s = kept * ACTIVATION_MOVES * once / bandwidth
-    passes = 2 * once  # forward and backward
     weights_s = passes * shape.num_linear_params * _bytes_per_weight(load) / bandwidth
     gpu_s = compute_s + moves_s + weights_s + GAP_S
     adapter = load.max_rank * sum(

@@ -39,6 +39,8 @@ class PackKey:
     """Where no micro-batch is set: the planner then divides this one."""
     gradient_checkpointing: bool | None
     """As set."""
+    dora: bool
+    """Its members have magnitudes, all or none: others' programs stay as they are."""
     alone: str
     """Not empty for a trial that cannot share: says why."""
 
@@ -52,7 +54,7 @@ class PackKey:
 
     @property
     def title(self) -> str:
-        return self.quant.title
+        return f"{self.quant.title}, DoRA" if self.dora else self.quant.title
 
     @property
     def zero(self) -> bool:
@@ -67,6 +69,7 @@ def pack_key(trial: TrialConfig) -> PackKey:
         trial.micro_batch_size,
         batch_size,
         trial.gradient_checkpointing,
+        trial.adapter.use_dora,
     )
 
 
@@ -77,6 +80,7 @@ def _pack_key(
     micro_batch_size: int | None,
     batch_size: int | None,
     gradient_checkpointing: bool | None,
+    dora: bool,
 ) -> PackKey:
     return PackKey(
         quant,
@@ -84,6 +88,7 @@ def _pack_key(
         micro_batch_size,
         batch_size,
         gradient_checkpointing,
+        dora,
         _why_alone(quant, strategy),
     )
 

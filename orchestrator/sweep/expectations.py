@@ -52,6 +52,7 @@ def _adapter_bytes(trial: TrialSpec, premises: Premises) -> int:
     adapter = trial.config.adapter
     layers = premises.shape.targets(adapter.target_modules)
     params = sum(adapter.rank * (layer.in_features + layer.out_features) for layer in layers)
+    params += sum(layer.out_features for layer in layers) if adapter.use_dora else 0
     return BYTES_PER_SAVED_PARAM * params
 
 

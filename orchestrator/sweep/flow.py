@@ -281,6 +281,7 @@ def pack_spec(
         memory_fraction=config.resources.memory_fraction,
         accelerator=plan.kind.name,
         loftq=room.loftq and plan.key.quant.packed,
+        dora=plan.key.dora,
     )
 
 

@@ -48,6 +48,7 @@ def save_adapter(
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         use_rslora=adapter.rslora,
+        use_dora=adapter.use_dora,
         # By whole names: PEFT takes the first key that matches, we the longest.
         rank_pattern={name: rank for name, rank in ranks.items() if rank != adapter.rank},
         alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != adapter.alpha},
@@ -88,6 +89,7 @@ def saved_config(folder: Path) -> AdapterConfig:
             "rank": content["r"],
             "alpha": content["lora_alpha"],
             "rslora": content["use_rslora"],
+            "use_dora": content.get("use_dora", False),
             "target_modules": tuple(content["target_modules"]),
             "rank_pattern": content.get("rank_pattern") or {},
             "alpha_pattern": content.get("alpha_pattern") or {},

@@ -65,7 +65,7 @@ def evaluate_adapter(
 def _load_rows(base: LoadedBase, adapter_dir: Path) -> tuple[Slots, float | tuple[float, ...]]:
     config = saved_config(adapter_dir)
     targets, rank = config.target_modules, largest_rank(config)
-    rows = Slots(base.model, targets, 1, rank, base.device, base.wide_dtype)
+    rows = Slots(base.model, targets, 1, rank, base.device, base.wide_dtype, config.use_dora)
     try:
         rows.load(0, load_file(adapter_dir / WEIGHTS), config)
     except (KeyError, ValueError) as error:

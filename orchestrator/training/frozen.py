@@ -24,7 +24,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = codes.shape
         self.bias = bias
         self._kind = codes.kind
-        self._dtype = codes.dtype
+        self.dtype = codes.dtype
         self._blocksizes = codes.blocksizes
         self._num_constants = len(codes.constants)
         self.register_buffer("codes", codes.codes)
@@ -34,6 +34,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         output: Tensor = torch.ops.orchestrator.packed_linear(x, bias, False, *self._weight())
+        return output
+
+    def product(self, x: Tensor) -> Tensor:
+        """Without the bias."""
+        output: Tensor = torch.ops.orchestrator.packed_linear(x, None, False, *self._weight())
         return output
 
     def values(self) -> Tensor:
@@ -50,7 +55,7 @@ class PackedLinear(nn.Module):
             [getattr(self, f"constants_{number}") for number in range(self._num_constants)],
             self._blocksizes,
             self._kind,
-            self._dtype,
+            self.dtype,
             [self.out_features, self.in_features],
         )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from orchestrator.training.dora import lengths, product
 from orchestrator.training.dropout import Dropout, Drops
 from orchestrator.training.slots import Slots
 
@@ -52,6 +53,8 @@ class Lanes:
         self._slots = slots
         rows = slots.rows
         shape = (num_lanes, rows.shape[1])
+        # DoRA's factors lie so near to 1 that bfloat16, whose steps there are 1/128, holds few.
+        dtype = rows.dtype if slots.dora else dtype
         self.weights = rows if over_rows else torch.zeros(shape, dtype=dtype, device=rows.device)
         sizes = (len(slots.layers), num_lanes, 1, 1)
         self.scaling = torch.zeros(sizes, device=rows.device, dtype=rows.dtype)
@@ -119,10 +122,15 @@ class Lanes:
         for number, layer in enumerate(self._slots.layers):
             module = model.get_submodule(layer.name)
             if not isinstance(module, AdaptedLinear):
-                module = AdaptedLinear(module, number)
+                if self._slots.dora:
+                    module = DoraLinear(module, number, self._slots.squares[number])
+                else:
+                    module = AdaptedLinear(module, number)
                 parent, _, leaf = layer.name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, module)
             module.A, module.B = next(parameters), next(parameters)
+            if isinstance(module, DoraLinear):
+                module.magnitudes = next(parameters)
             module.lanes = self
             module.scaling = self.scaling[number]
 
@@ -130,9 +138,12 @@ class Lanes:
         rank = self._slots.max_rank
         for layer in self._slots.layers:
             A = self.weights[:, layer.start : layer.middle]
-            B = self.weights[:, layer.middle : layer.end]
+            B = self.weights[:, layer.middle : layer.magnitudes]
             yield nn.Parameter(A.view(len(self), layer.in_features, rank))
             yield nn.Parameter(B.view(len(self), rank, layer.out_features))
+            if self._slots.dora:
+                magnitudes = self.weights[:, layer.magnitudes : layer.end]
+                yield nn.Parameter(magnitudes.view(len(self), 1, layer.out_features))
 
 
 class AdaptedLinear(nn.Module):
@@ -159,6 +170,36 @@ class AdaptedLinear(nn.Module):
         inner = (inner * self.scaling).to(tokens.dtype)
         update = torch.bmm(inner, B.to(tokens.dtype))
         return output + update.view_as(output)
+
+
+class DoraLinear(AdaptedLinear):
+    """With its rows scaled to trained lengths, see dora.py."""
+
+    magnitudes: nn.Parameter  # [n, 1, out]
+
+    def __init__(self, base: nn.Module, number: int, squares: Tensor) -> None:
+        super().__init__(base, number)
+        self.register_buffer("squares", squares, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        A, B, dropout = self.A, self.B, self.lanes.dropout
+        tokens = x.reshape(A.shape[0], -1, x.shape[-1])  # [n, b*S, in]
+        # As in PEFT, what is dropped is dropped from the base's part too, as far as that is scaled.
+        read = dropout(tokens, self.number) if dropout.active else tokens  # type: ignore[arg-type]
+        frozen = product(self.base, read)  # [n, b*S, out]
+        inner = (torch.bmm(read, A.to(x.dtype)) * self.scaling).to(x.dtype)
+        whole = frozen + torch.bmm(inner, B.to(x.dtype))
+        output = (self._factors() * whole).to(x.dtype)
+        if dropout.active:
+            output = output + (product(self.base, tokens) - frozen)
+        if self.base.bias is not None:
+            output = output + self.base.bias.to(x.dtype)  # type: ignore[operator]
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    def _factors(self) -> Tensor:
+        """Magnitude by length of each row, [n, 1, out]; 1 where a lane has no adapter here."""
+        found = lengths(self.base, self.squares, self.A, self.B, self.scaling)  # type: ignore[arg-type]
+        return torch.where(self.scaling != 0, self.magnitudes, found) / found
 
 
 def _on(like: Tensor, values: Sequence[object]) -> Tensor:

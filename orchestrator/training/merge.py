@@ -23,6 +23,7 @@ from orchestrator.planning.ranks import scaling_of
 from orchestrator.records import BaseModel, Device
 from orchestrator.training.adapter import PREFIX, WEIGHTS, saved_config
 from orchestrator.training.base_model import load_base_model
+from orchestrator.training.dora import LEAST_SQUARE
 from orchestrator.training.frozen import PackedLinear
 
 ExportType = Literal["bfloat16", "float16"]
@@ -63,7 +64,7 @@ def merge(adapter_dir: Path, base_folder: str, to: Path, dtype: ExportType) -> N
 
 
 class Updates:
-    """What an adapter adds to each layer's weight, made when it is asked for."""
+    """What an adapter makes of each layer's weight, when it is asked for."""
 
     def __init__(self, adapter_dir: Path) -> None:
         self._config = saved_config(adapter_dir)
@@ -71,14 +72,19 @@ class Updates:
         self.left = {name.removeprefix(PREFIX).split(".lora_")[0] for name in self._tensors}
         """Layers that were not asked for yet."""
 
-    def take(self, layer: str) -> Tensor | None:
-        """[out, in] in fp32; None for a layer without an adapter."""
+    def merged(self, layer: str, weight: Tensor) -> Tensor:
+        """[out, in] in fp32; the weight as it is for a layer without an adapter."""
         if layer not in self.left:
-            return None
+            return weight
         self.left.remove(layer)
         A, B = (self._tensors.pop(f"{PREFIX}{layer}.lora_{part}.weight").float() for part in "AB")
-        update: Tensor = (B @ A) * scaling_of(self._config, layer)
-        return update
+        update = (B @ A) * scaling_of(self._config, layer)
+        found: Tensor = weight.float() + update.to(weight.device)
+        if self._config.use_dora:
+            magnitudes = self._tensors.pop(f"{PREFIX}{layer}.lora_magnitude_vector")
+            lengths = torch.linalg.vector_norm(found, dim=1).clamp_min(LEAST_SQUARE**0.5)
+            found *= (magnitudes.to(found.device) / lengths)[:, None]
+        return found
 
 
 @torch.no_grad()
@@ -95,8 +101,7 @@ def _merged_tensors(
                 own[leaf] = parameter.data
             seen.add(parameter.data_ptr())  # tied ones are written once
         for leaf, tensor in own.items():
-            update = updates.take(name) if leaf == "weight" else None
-            merged = tensor if update is None else tensor.float() + update.to(tensor.device)
+            merged = updates.merged(name, tensor) if leaf == "weight" else tensor
             yield f"{name}.{leaf}".lstrip("."), merged.to("cpu", dtype).contiguous()
 
 

@@ -87,6 +87,7 @@ class PackWorker:
             spec.max_rank,
             self.base.device,
             self.base.wide_dtype,
+            spec.dora,
         )
         self.rows.corrections = corrections.by_layer
         train_reader = BlockReader(fetch_manifest(spec.data_place, "train"))

@@ -6,6 +6,9 @@ The forward and backward pass read and write copies of the rows in the arithmeti
 lanes.py. Padded columns of A and rows of B, and layers that a trial does not target, are zero and
 stay exactly zero: their gradients are products with zero. No mask.
 
+With DoRA a row holds each layer's magnitudes too. Those of a layer that a trial does not target
+are zero, and its scaling is 0, which says that it has no adapter.
+
 Shapes: K slots, R largest rank, L values in a row, in/out features.
 """
 
@@ -21,15 +24,17 @@ from orchestrator.errors import BaseModelError, ConfigError
 from orchestrator.planning.patterns import unmatched
 from orchestrator.planning.ranks import rank_of, scaling_of
 from orchestrator.planning.shape import Targets, matching
+from orchestrator.training.dora import lengths, squared_lengths
 from orchestrator.training.frozen import PackedLinear
 from orchestrator.training.loftq import Correction
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Where one adapted layer's weights lie in a row: A [in, R] at `start`, then B [R, out].
+    """Where one adapted layer's weights lie in a row: A [in, R] at `start`, B [R, out], and with
+    DoRA the magnitudes [out].
 
-    Both are PEFT's matrices transposed, as the gradients come out of the products.
+    A and B are PEFT's matrices transposed, as the gradients come out of the products.
     """
 
     name: str
@@ -37,6 +42,8 @@ class Layer:
     out_features: int
     start: int
     middle: int
+    magnitudes: int
+    """Where they begin: at the end if there are none."""
     end: int
 
 
@@ -51,17 +58,22 @@ class Slots:
         max_rank: int,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
+        dora: bool = False,
     ) -> None:
         self.max_rank = max_rank
-        self.layers = tuple(_layout(model, target_names(model, targets), max_rank))
+        self.dora = dora
+        self.layers = tuple(_layout(model, target_names(model, targets), max_rank, dora))
         self.rows = torch.zeros(num_slots, self.layers[-1].end, device=device, dtype=dtype)
         self.gradients = torch.zeros_like(self.rows)
         self.corrections: dict[str, Correction] = {}
         """Of the base's quantisation errors, by layer, where a trial begins with them."""
+        self._bases = [model.get_submodule(layer.name) for layer in self.layers] if dora else []
+        self.squares = [squared_lengths(base, dtype) for base in self._bases]
+        """With DoRA: of each layer's frozen rows, [out]."""
 
     def open(self, slot: int, adapter: AdapterConfig, seed: int) -> None:
         """Give the slot its first values: A as PEFT draws it, B zero, everything else zero; with
-        loftq those of `corrections`, where a layer has some.
+        loftq those of `corrections`, where a layer has some. Magnitudes are the rows' lengths.
 
         Raises:
             ConfigError: a key of a pattern matches no layer that the trial targets.
@@ -82,11 +94,14 @@ class Slots:
                 A, B = self.corrections[layer.name].parts(rank, scaling_of(adapter, layer.name))
                 self._A(slot, layer)[:, :rank] = A.T.to(self.rows)
                 self._B(slot, layer)[:rank] = B.T.to(self.rows)
-                continue
-            generator = torch.Generator().manual_seed(mix(seed, number))
-            first = torch.empty(rank, layer.in_features)
-            nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
-            self._A(slot, layer)[:, :rank] = first.T.to(self.rows)
+            else:
+                generator = torch.Generator().manual_seed(mix(seed, number))
+                first = torch.empty(rank, layer.in_features)
+                nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
+                self._A(slot, layer)[:, :rank] = first.T.to(self.rows)
+            if self.dora:
+                scaling = self.rows.new_full((1, 1, 1), scaling_of(adapter, layer.name))
+                self._magnitudes(slot, layer).copy_(self._lengths(slot, number, scaling))
 
     def give_up_gradients(self) -> None:
         """Another engine makes the gradients: free the rows for them."""
@@ -102,9 +117,12 @@ class Slots:
 
     @property
     def segments(self) -> list[tuple[int, int]]:
-        """Where A and B of each layer lie in a row: from, to."""
-        bounds = ([(x.start, x.middle), (x.middle, x.end)] for x in self.layers)
-        return [segment for pair in bounds for segment in pair]
+        """Where the parts of each layer lie in a row: from, to. As `Lanes.parameters`."""
+        found = []
+        for layer in self.layers:
+            found += [(layer.start, layer.middle), (layer.middle, layer.magnitudes)]
+            found += [(layer.magnitudes, layer.end)] if self.dora else []
+        return found
 
     def clear(self, slot: int) -> None:
         self.rows[slot].zero_()
@@ -126,6 +144,9 @@ class Slots:
                 tensors[f"{prefix}.lora_B.weight"] = B.T.cpu().clone(
                     memory_format=torch.contiguous_format
                 )
+                if self.dora:
+                    magnitudes = self._magnitudes(slot, layer).cpu().clone()
+                    tensors[f"{prefix}.lora_magnitude_vector"] = magnitudes
         return tensors
 
     def load(self, slot: int, tensors: Mapping[str, Tensor], adapter: AdapterConfig) -> None:
@@ -143,12 +164,21 @@ class Slots:
                 raise ValueError(f"{layer.name}: an adapter of another shape: {A.shape}, {B.shape}")
             self._A(slot, layer)[:, :rank] = A.to(self.rows)
             self._B(slot, layer)[:rank] = B.to(self.rows)
-        if len(tensors) != 2 * len(self.layers):
+            if self.dora:
+                magnitudes = tensors[f"{prefix}.lora_magnitude_vector"]
+                if magnitudes.shape != (layer.out_features,):
+                    raise ValueError(f"{layer.name}: {magnitudes.shape} of magnitudes")
+                self._magnitudes(slot, layer).copy_(magnitudes)
+        if len(tensors) != (3 if self.dora else 2) * len(self.layers):
             raise ValueError("the adapter has weights of layers that the base model does not have")
 
     def scalings(self, adapter: AdapterConfig) -> float | tuple[float, ...]:
         """What each layer's update is multiplied by; one number where that is the same for all."""
-        found = tuple(scaling_of(adapter, layer.name) for layer in self.layers)
+        targets = self._targets(adapter) if self.dora else {layer.name for layer in self.layers}
+        found = tuple(
+            scaling_of(adapter, layer.name) if layer.name in targets else 0.0
+            for layer in self.layers
+        )
         return found[0] if len(set(found)) == 1 else found
 
     def _targets(self, adapter: AdapterConfig) -> set[str]:
@@ -169,8 +199,17 @@ class Slots:
         return row.view(layer.in_features, self.max_rank)
 
     def _B(self, slot: int, layer: Layer) -> Tensor:
-        row = self.rows[slot, layer.middle : layer.end]
+        row = self.rows[slot, layer.middle : layer.magnitudes]
         return row.view(self.max_rank, layer.out_features)
+
+    def _magnitudes(self, slot: int, layer: Layer) -> Tensor:
+        return self.rows[slot, layer.magnitudes : layer.end]
+
+    def _lengths(self, slot: int, number: int, scaling: Tensor) -> Tensor:
+        """Of the rows of a layer with the slot's update, [out]."""
+        layer, base = self.layers[number], self._bases[number]
+        A, B = self._A(slot, layer)[None], self._B(slot, layer)[None]
+        return lengths(base, self.squares[number], A, B, scaling)[0, 0]
 
 
 def target_names(model: nn.Module, targets: Targets) -> list[str]:
@@ -211,12 +250,13 @@ def mix(seed: int, salt: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
-def _layout(model: nn.Module, names: Sequence[str], max_rank: int) -> Iterator[Layer]:
+def _layout(model: nn.Module, names: Sequence[str], max_rank: int, dora: bool) -> Iterator[Layer]:
     start = 0
     for name in names:
         module = model.get_submodule(name)
         n_in, n_out = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
         middle = start + max_rank * n_in
-        end = middle + max_rank * n_out
-        yield Layer(name, n_in, n_out, start, middle, end)
+        magnitudes = middle + max_rank * n_out
+        end = magnitudes + (n_out if dora else 0)
+        yield Layer(name, n_in, n_out, start, middle, magnitudes, end)
         start = end

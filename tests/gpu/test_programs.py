@@ -9,8 +9,9 @@ import torch
 
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.data.prepare import prepare
-from orchestrator.records import BaseModel, TrialDone
+from orchestrator.records import BaseModel, Evaluated, TrialDone
 from orchestrator.training.base_model import LoadedBase, load_base_model
+from orchestrator.training.dora import lengths, squared_lengths
 from orchestrator.training.loss import weighted_losses
 from orchestrator.training.pack import PackWorker
 from tests.sweeps import sweep_config
@@ -44,6 +45,63 @@ def test_a_constant_program_trains_as_the_eager_one(
     assert constant.keys() == eager.keys()
     for trial, loss in eager.items():
         assert constant[trial] == pytest.approx(loss, abs=0.05)
+
+
+@pytest.mark.parametrize("program", ["compiled", "graph"])
+@pytest.mark.parametrize("quant", [{"bit_width": 16}, {"bit_width": 4}])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_constant_program_trains_dora_as_the_eager_one(
+    make_spec: MakeSpec, tmp_path: Path, program: str, quant: dict[str, int], dropout: float
+) -> None:
+    trials = [
+        trial_config(steps=20, adapter__use_dora=True, adapter__dropout=dropout, seed=1),
+        trial_config(
+            steps=20,
+            adapter__use_dora=True,
+            adapter__rank=8,
+            adapter__target_modules=("q_proj", "down_proj"),
+            seed=2,
+        ),
+        trial_config(steps=10, adapter__use_dora=True, seed=3),
+    ]
+    losses = []
+    for kind in ("eager", program):
+        spec = make_spec(device="cuda", quant=BFLOAT16 | quant, step_program=kind)
+        _, events = train(spec, trials, tmp_path / kind)
+        losses.append(final_losses(events))
+        begun = [event for event in events if isinstance(event, Evaluated) and event.step == 0]
+        assert len({event.eval_loss for event in begun}) == 1
+        done = [event for event in events if isinstance(event, TrialDone)]
+        assert all(event.eval_loss < event.baseline_eval_loss - 0.1 for event in done)
+    for trial, loss in losses[0].items():
+        assert losses[1][trial] == pytest.approx(loss, abs=0.05)
+
+
+def test_a_recorded_dora_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    config = trial_config(adapter__use_dora=True, adapter__dropout=0.1, batch_size=4)
+    spec = make_spec(device="cuda", quant={**BFLOAT16, "bit_width": 4}, step_program="graph")
+    _, events = train(spec, [config], tmp_path / "whole")
+    (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
+    resumed = killed_and_resumed(spec, config, tmp_path / "cut")
+    assert resumed.adapter_digest == undisturbed.adapter_digest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_lengths_of_a_layers_rows_on_a_gpu_are_those_of_the_whole_weight(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    base = torch.nn.Linear(512, 384, device="cuda", dtype=dtype)
+    A = torch.randn(3, 512, 16, device="cuda") / 32
+    B = torch.randn(3, 16, 384, device="cuda") / 32
+    scaling = torch.tensor([0.0, 1.0, 2.0], device="cuda").view(3, 1, 1)
+    found = lengths(base, squared_lengths(base, torch.float32), A, B, scaling)
+    whole = base.weight.double() + scaling * (A.double() @ B.double()).transpose(1, 2)
+    expected = whole.norm(dim=2)[:, None].float()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
 
 
 def test_a_recorded_program_in_float32_is_compiled_instead(

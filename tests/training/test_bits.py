@@ -18,6 +18,7 @@ from orchestrator.records import TrialDone
 from orchestrator.sweep.bits import check_hqq
 from orchestrator.training.adapter_evaluation import evaluate_adapter
 from orchestrator.training.codes import quantise
+from orchestrator.training.dropout import Drops
 from orchestrator.training.export import Bounds, export_adapter
 from orchestrator.training.frozen import PackedLinear
 from orchestrator.training.lanes import Lanes, Served
@@ -143,9 +144,10 @@ class Block(torch.nn.Module):
         return self.two(torch.relu(self.one(x)))  # type: ignore[no-any-return, operator]
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(("widths", "programs"), [((4, 4, 4), 1), ((8, 8, 8), 1), ((4, 8, 4), 2)])
 def test_blocks_whose_layers_have_the_same_bits_share_one_compiled_program(
-    widths: tuple[int, ...], programs: int
+    widths: tuple[int, ...], programs: int, dora: bool
 ) -> None:
     """Though every layer scales its update by a number of its own."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -153,14 +155,15 @@ def test_blocks_whose_layers_have_the_same_bits_share_one_compiled_program(
     torch._dynamo.reset()
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList(map(Block, widths))
-    slots = Slots(model, "all-linear", 2, 4, "cpu")
-    adapter = AdapterConfig(rank=4, rank_pattern={"one": 2})
+    slots = Slots(model, "all-linear", 2, 4, "cpu", dora=dora)
+    adapter = AdapterConfig(rank=4, rank_pattern={"one": 2}, use_dora=dora)
     for slot in (0, 1):
         slots.open(slot, adapter, seed=slot)
     slots.rows.normal_(std=0.1)
-    lanes = Lanes(slots, 2, torch.float32)
+    lanes = Lanes(slots, 2, torch.float32, masked_blocks=1 if dora else None)
     lanes.attach(model)
-    lanes.serve([Served(0, slots.scalings(adapter)), Served(1, 1.0)])
+    drops = Drops(0.2, (5,)) if dora else Drops()
+    lanes.serve([Served(0, slots.scalings(adapter), drops), Served(1, 1.0)])
 
     def run() -> tuple[torch.Tensor, ...]:
         y = x

@@ -29,6 +29,7 @@ from orchestrator.records import (
     TrialDone,
     TrialStopped,
 )
+from orchestrator.tracking.adapter_model import load_base
 from orchestrator.training.optimizers import learning_rate
 from orchestrator.training.pack import PackWorker
 from tests.training.conftest import MakeSpec, trial_config
@@ -47,8 +48,7 @@ def train(
     spec: PackSpec, trials: Sequence[TrialConfig], folder: Path, place: GroupPlace = ALONE
 ) -> tuple[dict[int, Adapter], list[Event]]:
     """All trials through one pack, refilling slots as they come free."""
-    dropout = any(trial.adapter.dropout for trial in trials)
-    worker = PackWorker(replace(spec, dropout=dropout), place)
+    worker = PackWorker(spec_for(spec, trials), place)
     worker.load()
     waiting = [task(number, config, folder) for number, config in enumerate(trials)]
     events: list[Event] = []
@@ -68,9 +68,16 @@ def train(
     return adapters, events
 
 
+def spec_for(spec: PackSpec, trials: Sequence[TrialConfig]) -> PackSpec:
+    """What the planner would say of them."""
+    adapters = [trial.adapter for trial in trials]
+    dropout = any(adapter.dropout for adapter in adapters)
+    return replace(spec, dropout=dropout, dora=any(adapter.use_dora for adapter in adapters))
+
+
 def killed_and_resumed(spec: PackSpec, config: TrialConfig, folder: Path) -> TrialDone:
     """The end of a trial whose first worker was killed after its checkpoint at step 4."""
-    spec = replace(spec, dropout=config.adapter.dropout > 0)
+    spec = spec_for(spec, [config])
     worker = PackWorker(spec)
     worker.load()
     events = worker.advance([task(0, config, folder)])
@@ -95,18 +102,23 @@ def assert_equal(one: Adapter, other: Adapter, tolerance: float = 2e-6) -> None:
 def reference_adapter(spec: PackSpec, trial: TrialConfig) -> Adapter:
     """The same training by plain transformers, PEFT and torch, one document pack at a time."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
 
-    worker = PackWorker(spec)
+    worker = PackWorker(spec_for(spec, [trial]))
     worker.load()
     worker.rows.open(0, trial.adapter, trial.seed)
     first = worker.rows.adapter_tensors(0, trial.adapter)
 
-    base = AutoModelForCausalLM.from_pretrained(spec.base_model.folder, dtype=torch.float32)
+    record = {
+        "quant": spec.quant,
+        "compute_dtype": spec.quant["compute_dtype"],
+        "base_model": {"trust_remote_code": False},
+    }
+    base = load_base(record, spec.base_model.folder)
     config = LoraConfig(
         r=trial.adapter.rank,
         lora_alpha=trial.adapter.alpha,
         use_rslora=trial.adapter.rslora,
+        use_dora=trial.adapter.use_dora,
         rank_pattern=trial.adapter.rank_pattern,
         alpha_pattern=trial.adapter.alpha_pattern,
         target_modules="all-linear",
@@ -114,7 +126,10 @@ def reference_adapter(spec: PackSpec, trial: TrialConfig) -> Adapter:
     model = get_peft_model(base, config)
     state = model.state_dict()
     for name, tensor in first.items():
-        state[name.replace(".weight", ".default.weight")].copy_(tensor)
+        own = f"{name.removesuffix('.weight')}.default.weight"
+        if "magnitude" in name:  # PEFT takes it from the weights itself
+            torch.testing.assert_close(state[own], tensor)
+        state[own].copy_(tensor)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=trial.optimizer.weight_decay)
     reader = BlockReader(load_manifest(spec.data_place, "train"))

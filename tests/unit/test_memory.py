@@ -336,6 +336,15 @@ def while_evaluating(memory: PackMemory) -> float:
     return held(memory) + left + GRAPH_WORKSPACES * HOPPER.workspace_bytes
 
 
+def test_a_dora_packs_rows_have_magnitudes_and_its_lanes_are_fp32() -> None:
+    plain = estimate_memory(LLAMA_8B, LOAD)
+    dora = estimate_memory(LLAMA_8B, replace(LOAD, dora=True))
+    magnitudes = 32 * (2 * 4096 + 2 * 1024 + 2 * 14_336 + 4096)
+    assert dora.adapters_bytes - plain.adapters_bytes == 2 * 4 * magnitudes
+    assert dora.lanes_bytes == 4 * (41_943_040 + magnitudes)
+    assert plain.lanes_bytes == 2 * 41_943_040
+
+
 ZERO = replace(EAGER, strategy=StrategyConfig(kind="zero", stage=2))
 
 
@@ -371,6 +380,7 @@ LOADS = st.builds(
     gradient_checkpointing=st.booleans(),
     dequantise_once=st.booleans(),
     dropout=st.booleans(),
+    dora=st.booleans(),
     step_program=st.sampled_from(["eager", "compiled", "graph"]),
 )
 

@@ -39,6 +39,21 @@ def test_trials_share_a_pack_if_they_share_base_and_program() -> None:
     assert pack_key(one.config) != pack_key(wide.config)
 
 
+def test_trials_with_dora_share_packs_with_each_other_alone_and_the_plan_says_so() -> None:
+    adapters = [False, True, False, True]
+    waiting = [
+        TrialSpec(n, {}, sweep_config(trial__adapter__use_dora=dora).trial)
+        for n, dora in enumerate(adapters)
+    ]
+    packs = preview(waiting, 2)
+    assert members(packs) == [[0, 2], [1, 3]]
+    assert [plan.reason.split(":")[0] for plan, _ in packs] == ["4-bit nf4", "4-bit nf4, DoRA"]
+    plain, dora = (plan.fit.memory for plan, _ in preview(waiting, 2, LLAMA_8B))
+    assert plain is not None
+    assert dora is not None
+    assert dora.total_bytes > plain.total_bytes
+
+
 def test_trials_of_different_batches_share_a_pack_only_with_a_set_micro_batch() -> None:
     def key(**changes: Any) -> PackKey:
         return pack_key(sweep_config(**changes).trial)
