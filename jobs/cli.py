@@ -24,6 +24,7 @@ from orchestrator.errors import (
     NeverStarted,
     OrchestratorError,
     RunFolderError,
+    StrategyError,
     is_disk_full,
 )
 
@@ -31,6 +32,7 @@ EXIT_CODES: dict[type[OrchestratorError], int] = {
     ConfigError: 2,
     DataError: 2,
     BaseModelError: 2,
+    StrategyError: 2,
     RunFolderError: 2,
     NeverStarted: 4,
     ContactLost: 5,

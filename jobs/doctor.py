@@ -110,19 +110,15 @@ def _quantisation() -> Iterator[Finding]:
 def _deepspeed_ops() -> Iterator[Finding]:
     if importlib.util.find_spec("deepspeed") is None:
         return
-    folder = os.environ.get(
-        "TORCH_EXTENSIONS_DIR", str(Path("~/.cache/torch_extensions").expanduser())
-    )
-    locks = [str(path) for path in Path(folder).rglob("lock")] if Path(folder).exists() else []
-    if locks:
-        text = f"a build was cut off, and every later one waits: remove {', '.join(locks)}"
-        yield Finding("DeepSpeed ops", "broken", text)
-    else:
-        yield Finding(
-            "DeepSpeed ops",
-            "ok",
-            f"no stale build lock in {folder}",
+    from orchestrator.training.deepspeed_ops import OPS, is_built, ops_folder
+
+    for op in OPS:
+        text = (
+            f"built, in {ops_folder()}"
+            if is_built(op)
+            else "not built: its first use takes minutes"
         )
+        yield Finding(f"DeepSpeed {op}", "ok", text)
 
 
 def _ray() -> Iterator[Finding]:

@@ -184,8 +184,12 @@ class AdapterConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
-    """adamw is torch's; the others are bitsandbytes'. On a CPU, paged ones do not page."""
+    name: Literal[
+        "adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "deepspeed_cpu_adam"
+    ] = "adamw"
+    """adamw is torch's, deepspeed_cpu_adam is DeepSpeed's AdamW for states that
+    strategy.offload_optimizer keeps off the GPU; the others are bitsandbytes'. On a CPU, paged ones
+    do not page."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate, reached at the end of the warm-up."""

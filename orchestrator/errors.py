@@ -4,6 +4,7 @@ OrchestratorError
 ├── ConfigError        the user's file is wrong: `file:line: field: rule (got value)`, all at once
 ├── DataError          a dataset is missing, empty, or has a row that cannot be used
 ├── BaseModelError     the base model cannot be loaded
+├── StrategyError      the machine lacks what trial.strategy or the optimizer needs there
 ├── RunFolderError     the run folder belongs to another sweep, is in use, or is damaged
 ├── DiskFull           a disk, a quota or a file-size limit is reached; carries the path
 ├── TrialFailed        reason: not_valid | loss_not_finite | out_of_memory | worker_lost | raised
@@ -39,6 +40,10 @@ class DataError(OrchestratorError):
 
 class BaseModelError(OrchestratorError):
     """The base model or its tokenizer cannot be loaded."""
+
+
+class StrategyError(OrchestratorError):
+    """The machine cannot do what the strategy or the optimizer asks of it; says what to install."""
 
 
 class RunFolderError(OrchestratorError):

@@ -16,6 +16,7 @@ RULED_FIELDS = (
     "quant.",
     "strategy.",
     "schedule.",
+    "optimizer.name",
     "steps",
     "batch_size",
     "micro_batch_size",
@@ -173,6 +174,16 @@ def _zero_has_a_stage(trial: TrialConfig) -> Iterator[str]:
         )
 
 
+def _cpu_adam_needs_states_off_the_gpu(trial: TrialConfig) -> Iterator[str]:
+    strategy = trial.strategy
+    if trial.optimizer.name == "deepspeed_cpu_adam" and strategy.offload_optimizer == "none":
+        yield (
+            "optimizer.name: deepspeed_cpu_adam needs strategy.offload_optimizer: cpu, but got "
+            f"strategy.offload_optimizer=none, strategy.kind={strategy.kind}: set "
+            "optimizer.name: adamw, or strategy.kind: zero with an offloaded optimizer"
+        )
+
+
 def _parameter_offload_needs_stage_3(trial: TrialConfig) -> Iterator[str]:
     strategy = trial.strategy
     if strategy.kind == "zero" and strategy.offload_params != "none" and strategy.stage != 3:
@@ -275,6 +286,12 @@ RULES: tuple[Rule, ...] = (
         _zero_has_a_stage,
         "DeepSpeed's stage 0 partitions nothing: that is kind: replicated",
         "deepspeed.ai, ZeRO configuration",
+    ),
+    Rule(
+        _cpu_adam_needs_states_off_the_gpu,
+        "it is written for a CPU's vector instructions, and steps no tensor that lies on a GPU; on "
+        "rows that are not offloaded torch's adamw is the same rule without a compiler",
+        "DeepSpeed 0.19, ops/adam/cpu_adam.py, DeepSpeedCPUAdam.step",
     ),
     Rule(
         _parameter_offload_needs_stage_3,

@@ -36,6 +36,7 @@ OPTIMIZER_BYTES = {
     # Paged states may leave the GPU when it is full, and are on it until then.
     "paged_adamw_8bit": EIGHT_BIT_STATE_BYTES,
     "paged_adamw_32bit": 8.0,
+    "deepspeed_cpu_adam": 8.0,  # on the host, where the rules want it
 }
 """Of both moments, per adapter parameter, for fp32 rows."""
 

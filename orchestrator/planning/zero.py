@@ -26,8 +26,8 @@ def zero_config(
         # backward() only accumulates and step() steps: the slot knows when its step is complete,
         # and its losses are already weighted to add up.
         "managed_gradient_accumulation": False,
-        # The optimizers are torch's and bitsandbytes', also for offloaded states: DeepSpeed's own
-        # would be compiled on first use (40 to 125 s), and would not be what the trial asked for.
+        # The trial's own optimizer steps, also where states are offloaded: DeepSpeed would put its
+        # DeepSpeedCPUAdam in the place of any other there.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         # No "bf16" section: it would cast the fp32 adapters. Without one DeepSpeed leaves every

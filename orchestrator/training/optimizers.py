@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import OptimizerConfig, ScheduleConfig
+from orchestrator.training.deepspeed_ops import load_op
 
 States = tuple[dict[str, Tensor], dict[str, float]]
 
@@ -112,13 +113,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, states: States) -> None:
     if not tensors:  # saved before the first step
         return
     (row,) = optimizer.param_groups[0]["params"]
-    if isinstance(optimizer, torch.optim.AdamW):
+    if not hasattr(optimizer, "init_state"):  # torch's and DeepSpeed's
         state: dict[str, Any] = {name: tensor.clone() for name, tensor in tensors.items()}
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": {0: state | numbers}, "param_groups": groups})
         return
     if not optimizer.state[row]:
-        optimizer.init_state(optimizer.param_groups[0], row, 0, 0)  # type: ignore[attr-defined]
+        optimizer.init_state(optimizer.param_groups[0], row, 0, 0)
     for name, tensor in tensors.items():
         optimizer.state[row][name].copy_(tensor)
     optimizer.state[row].update(numbers)
@@ -137,6 +138,25 @@ def _bitsandbytes(class_name: str) -> Callable[[nn.Parameter, OptimizerConfig], 
     return build
 
 
+def _deepspeed_cpu_adam(row: nn.Parameter, config: OptimizerConfig) -> Any:
+    """Steps tensors on the CPU only. Adam with decoupled weight decay, fp32 states."""
+    load_op("cpu_adam")
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    optimizer = DeepSpeedCPUAdam([row], adamw_mode=True, **_common(config))
+    optimizer.register_step_pre_hook(_forget_powers)
+    return optimizer
+
+
+def _forget_powers(optimizer: Any, *_: Any) -> None:
+    """DeepSpeed's C++ part multiplies up the powers of the betas from step to step, but computes
+    them after a gap, such as a resume (csrc/includes/cpu_adam.h, IncrementStep): other last digits.
+    Made anew before every step, it always computes them."""
+    group = optimizer.param_groups[0]
+    numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    optimizer.ds_opt_adam.create_adam(optimizer.opt_id, *numbers, True, False)
+
+
 def _common(config: OptimizerConfig) -> dict[str, Any]:
     return {
         "lr": config.learning_rate,
@@ -151,4 +171,5 @@ OPTIMIZERS: dict[str, Callable[[nn.Parameter, OptimizerConfig], torch.optim.Opti
     "adamw_8bit": _bitsandbytes("AdamW8bit"),
     "paged_adamw_8bit": _bitsandbytes("PagedAdamW8bit"),
     "paged_adamw_32bit": _bitsandbytes("PagedAdamW32bit"),
+    "deepspeed_cpu_adam": _deepspeed_cpu_adam,
 }

@@ -54,7 +54,7 @@ def test_refilled_slots_take_no_more_paged_memory(make_spec: MakeSpec, tmp_path:
     assert all(tensor.is_paged for tensor in paged[before:])
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS.keys() - {"deepspeed_cpu_adam"}))
 def test_a_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
     make_spec: MakeSpec, tmp_path: Path, optimizer: str
 ) -> None:

@@ -38,6 +38,12 @@ from orchestrator.training.optimizers import (
 from orchestrator.training.program import check_lanes
 from orchestrator.training.slots import Slots
 
+# Compiling DeepSpeed's takes 45 s where the cache does not hold it.
+EACH = [
+    pytest.param(name, marks=pytest.mark.slow) if name == "deepspeed_cpu_adam" else name
+    for name in OPTIMIZERS
+]
+
 
 def test_losses_and_gradient_equal_plain_cross_entropy_over_chunk_borders() -> None:
     torch.manual_seed(0)
@@ -60,11 +66,11 @@ def test_token_losses_of_no_tokens_are_empty() -> None:
     assert token_losses(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long), head).shape == (0,)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", EACH)
 def test_an_optimizer_restored_from_its_states_goes_on_as_if_never_stopped(name: str) -> None:
     config = OptimizerConfig.model_validate({"name": name, "learning_rate": 1e-2})
     torch.manual_seed(0)
-    gradients = torch.randn(6, 5000)
+    gradients = torch.randn(40, 5000)
     rows = [nn.Parameter(torch.ones(5000)) for _ in range(2)]
 
     def step(row: nn.Parameter, optimizer: torch.optim.Optimizer, gradient: torch.Tensor) -> None:
@@ -76,17 +82,17 @@ def test_an_optimizer_restored_from_its_states_goes_on_as_if_never_stopped(name:
         step(rows[0], optimizer, gradient)
 
     first = RowOptimizers(rows[1]).begin(config)
-    for gradient in gradients[:3]:
+    for gradient in gradients[:25]:
         step(rows[1], first, gradient)
     tensors, numbers = optimizer_states(first)
     second = RowOptimizers(rows[1]).begin(config)
     restore_optimizer(second, ({k: v.clone() for k, v in tensors.items()}, numbers))
-    for gradient in gradients[3:]:
+    for gradient in gradients[25:]:
         step(rows[1], second, gradient)
     assert torch.equal(rows[0], rows[1])
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", EACH)
 def test_the_next_trial_of_a_row_begins_anew_and_a_paged_one_in_the_same_memory(name: str) -> None:
     def config(beta1: float) -> OptimizerConfig:
         return OptimizerConfig.model_validate({"name": name, "beta1": beta1})

@@ -31,6 +31,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "offload_params": "cpu",
     },
 }
+OFFLOADED = [name for name, fields in STRATEGIES.items() if "offload_optimizer" in fields]
 OPTIMIZERS = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 
 
@@ -85,6 +86,27 @@ def test_trials_one_after_another_under_zero_end_as_replicated_ones_do(
     assert zero_losses == [pytest.approx(pair, rel=1e-5) for pair in losses]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bit_width", [4, 16])
+@pytest.mark.parametrize("name", OFFLOADED)
+def test_trials_that_deepspeed_steps_on_the_cpu_end_as_torch_steps_them(
+    zero_spec: MakeSpec, tmp_path: Path, name: str, bit_width: int
+) -> None:
+    """Trials with other optimizers may come before and after."""
+    fields = {"optimizer__weight_decay": 0.1, "optimizer__max_grad_norm": 0.05}
+    names = ("deepspeed_cpu_adam", "adamw_8bit", "deepspeed_cpu_adam")
+    trials = [
+        trial_config(seed=seed, optimizer__name=optimizer, **fields)
+        for seed, optimizer in enumerate(names)
+    ]
+    plain = [trial_config(seed=seed, optimizer__name="adamw", **fields) for seed in range(3)]
+    spec = zero_spec(name, bit_width=bit_width)
+    ours, _ = train(spec, trials, tmp_path / "one")
+    torchs, _ = train(spec, plain, tmp_path / "other")
+    for number in (0, 2):
+        assert_equal(ours[number], torchs[number], tolerance=1e-5)
+
+
 @pytest.mark.parametrize("name", ["stage 1", "stage 2", "stage 3"])
 def test_an_8_bit_base_trains_under_zero_too(
     make_spec: MakeSpec, zero_spec: MakeSpec, tmp_path: Path, name: str
@@ -124,6 +146,7 @@ def test_recomputation_under_zero_changes_nothing(
         ("stage 3", "adamw"),
         ("stage 3", "paged_adamw_8bit"),
         ("stage 3, all on the CPU", "adamw"),
+        *(pytest.param(name, "deepspeed_cpu_adam", marks=pytest.mark.slow) for name in OFFLOADED),
     ],
 )
 def test_a_trial_resumed_under_zero_ends_with_the_same_adapter_bytes(

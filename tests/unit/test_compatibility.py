@@ -126,6 +126,15 @@ def test_every_rule_has_a_reason_and_a_source() -> None:
                               "compute_dtype": "float64"}},
             "needs quant.bit_width: 16 for all layers",
         ),
+        (
+            {"trial__optimizer": {"name": "deepspeed_cpu_adam"}},
+            "deepspeed_cpu_adam needs strategy.offload_optimizer: cpu",
+        ),
+        (
+            {"trial__optimizer": {"name": "deepspeed_cpu_adam"},
+             "trial__strategy": {"kind": "zero", "stage": 2}},
+            "strategy.offload_optimizer=none, strategy.kind=zero",
+        ),
         ({"trial__adapter": {"init": "pissa"}}, "set adapter.init: loftq"),
         (
             {"trial__adapter": {"use_dora": True}, "trial__quant": {"bit_width": 8}},
