@@ -108,7 +108,7 @@ class Slots:
         self.gradients = self.gradients.new_zeros(len(self.rows), 0)
 
     def row_views(self, slot: int) -> Iterator[Tensor]:
-        """The values of one slot's row, part by part: A and B of each layer."""
+        """The values of one slot's row, part by part, as `segments`."""
         return self._views(self.rows[slot])
 
     def gradient_views(self, slot: int) -> Iterator[Tensor]:
@@ -192,7 +192,9 @@ class Slots:
     def _views(self, row: Tensor) -> Iterator[Tensor]:
         for layer in self.layers:
             yield row[layer.start : layer.middle].view(layer.in_features, self.max_rank)
-            yield row[layer.middle : layer.end].view(self.max_rank, layer.out_features)
+            yield row[layer.middle : layer.magnitudes].view(self.max_rank, layer.out_features)
+            if self.dora:
+                yield row[layer.magnitudes : layer.end]
 
     def _A(self, slot: int, layer: Layer) -> Tensor:
         row = self.rows[slot, layer.start : layer.middle]

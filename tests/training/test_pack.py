@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,16 +200,18 @@ def test_recomputation_changes_nothing(make_spec: MakeSpec, tmp_path: Path) -> N
     assert_equal(plain[0], recomputed[0])
 
 
-@pytest.mark.parametrize("bit_width", [4, 16])
-@pytest.mark.parametrize("recomputed", [True, False])
+@pytest.mark.parametrize(
+    ("bit_width", "recomputed", "dora"), [(4, True, False), (16, False, False), (4, False, True)]
+)
 def test_a_step_in_place_ends_with_the_same_bytes(
-    make_spec: MakeSpec, tmp_path: Path, bit_width: int, recomputed: bool
+    make_spec: MakeSpec, tmp_path: Path, bit_width: int, recomputed: bool, dora: bool
 ) -> None:
+    kind: dict[str, Any] = {"adapter__use_dora": dora}
     trials = [
-        trial_config(batch_size=4, micro_batch_size=2, adapter__dropout=0.1),
-        trial_config(seed=1, adapter__rank=8, optimizer__name="adamw_8bit"),
+        trial_config(batch_size=4, micro_batch_size=2, adapter__dropout=0.1, **kind),
+        trial_config(seed=1, adapter__rank=8, optimizer__name="adamw_8bit", **kind),
     ]
-    spec = make_spec(num_slots=1, bit_width=bit_width, gradient_checkpointing=recomputed)
+    spec = make_spec(num_slots=1, bit_width=bit_width, gradient_checkpointing=recomputed, dora=dora)
     copying, _ = train(spec, trials, tmp_path / "copying")
     in_place, _ = train(replace(spec, step_program="in_place"), trials, tmp_path / "in_place")
     for number in range(len(trials)):
