@@ -254,24 +254,24 @@ class Lines:
         """The next trials for a pack, which it can train; they are given out with this. None has
         more work than `longest`, unless it is half-trained."""
         found: list[TrialSpec] = []
-        for trial in self._candidates(key):
+        for trial in self._candidates(key, longest) if self.left(key) else ():
             if len(found) == most:
                 break
-            short = trial.number in self._kept or work(trial.config) <= longest
-            if short and can_train(arithmetic, trial, self._kept):
+            if can_train(arithmetic, trial, self._kept):
                 found.append(trial)
         for trial in found:
             self._give(key, trial)
         return found
 
-    def _candidates(self, key: PackKey) -> Iterator[TrialSpec]:
+    def _candidates(self, key: PackKey, longest: float) -> Iterator[TrialSpec]:
         yield from (t for t in self._half.get(key, ()) if t.number not in self._taken)
         places = self._waiting.places(key)
         first = self._first.get(key, 0)
         while first < len(places) and self._passed(places[first][1]):
             first += 1
         self._first[key] = first
-        for index in range(first, len(places)):
+        short = bisect_left(places, (-longest,))
+        for index in range(max(first, short), len(places)):
             number = places[index][1]
             if not self._passed(number):
                 yield self._waiting.trial(number)
