@@ -19,11 +19,13 @@ from orchestrator.planning.compatibility import problems
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu, parse_gpus
 from orchestrator.planning.kinds import WorkerKind
+from orchestrator.planning.measured import Factors
 from orchestrator.planning.memory import GIB, PackMemory
 from orchestrator.planning.packs import PackPlan, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.space import check_space, num_trials
+from orchestrator.sweep.earlier import earlier_speeds
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.forecast import Forecast, forecast
 from orchestrator.training.model_source import find_source
@@ -130,12 +132,15 @@ class _Shown:
             self._memory([plan for plan, _ in packs])
             self._say(f"time: not predicted: {self._why_no_time()}")
             return
-        durations = Durations(self._premises, self._shape, self._known)
-        found = forecast(trials, self._kinds, self._premises, durations.block_s, durations.start_s)
+        measured = Factors(earlier_speeds(self._shape))
+        durations = Durations(self._premises, self._shape, self._known, measured.factor)
+        kinds = measured.speeds(self._kinds, self._known)
+        found = forecast(trials, kinds, self._premises, durations.block_s, durations.start_s)
         self._packs(found, durations)
         self._memory([pack.plan for pack in found.packs])
         self._chart(found)
         self._totals(found, len(trials))
+        self._measured(found, measured)
 
     def _why_no_time(self) -> str:
         if isinstance(self._shape, UnknownShape):
@@ -151,12 +156,10 @@ class _Shown:
             )
         for pack in found.packs:
             plan, trials = pack.plan, [s.trial for s in found.spans if s.pack == pack.number]
-            notes = [plan.key.title]
-            notes += ["dequantised"] if plan.fit.dequantise_once else []
-            notes += ["recomputing"] if plan.fit.gradient_checkpointing else []
+            recomputing = ", recomputing" if plan.fit.gradient_checkpointing else ""
             table.add_row(
                 str(pack.number),
-                ", ".join(notes),
+                plan.base + recomputing,
                 f"{plan.world_size}x{plan.kind.name}",
                 str(plan.num_slots),
                 str(plan.fit.micro_batch_size),
@@ -169,6 +172,14 @@ class _Shown:
         for pack in found.packs:
             if not pack.plan.fit.fits:
                 self._say(f"pack {pack.number}: {pack.plan.reason}")
+
+    def _measured(self, found: Forecast, measured: Factors) -> None:
+        """Whose times are corrected by what earlier sweeps measured on this machine."""
+        used = {(self._known[p.plan.kind.name].name, p.plan.base) for p in found.packs}
+        for gpu, base in sorted(used):
+            factor = measured.factor(gpu, base)
+            if factor != 1:
+                self._say(f"{base} on {gpu}: times x {factor:.2f}, as earlier sweeps measured")
 
     def _memory(self, plans: Sequence[PackPlan]) -> None:
         """Of each kind of pack once."""

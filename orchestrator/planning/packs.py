@@ -43,6 +43,11 @@ class PackPlan:
         return self.fit.num_slots
 
     @property
+    def base(self) -> str:
+        """As its workers hold it, in words."""
+        return self.key.title + (", dequantised" if self.fit.dequantise_once else "")
+
+    @property
     def arithmetic(self) -> Arithmetic:
         chosen = self.fit
         return Arithmetic(self.world_size, chosen.micro_batch_size, chosen.gradient_checkpointing)

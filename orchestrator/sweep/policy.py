@@ -192,9 +192,7 @@ def _free_workers(view: SweepView) -> list[WorkerKind]:
 def _start(view: SweepView, lines: Lines, free: Sequence[WorkerKind]) -> list[Action]:
     if not free or not lines.all_left:
         return []
-    active: dict[PackKey, int] = {}
-    for pack in view.packs:
-        active[pack.key] = active.get(pack.key, 0) + 1
+    active = Counter(pack.key for pack in view.packs)
     return [
         StartPack(plan, plan.reason)
         for plan, _ in plan_packs(lines, active, free, view.premises, view.kinds)
