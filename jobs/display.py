@@ -33,6 +33,7 @@ from orchestrator.records import (
     Evaluated,
     Notice,
     PackLost,
+    PackQueued,
     PackReady,
     Progress,
     Standing,
@@ -59,6 +60,7 @@ class SweepDisplay:
         self._live: Live | None = None
         self._printed: dict[int, float] = {}
         self._left_s: float | None = None
+        self._queued: set[int] = set()
         self._left_printed = -PLAIN_LEFT_EVERY_S
         self._refresh_rows()
 
@@ -85,9 +87,12 @@ class SweepDisplay:
             self._refresh_rows()
         if isinstance(event, Standing):
             self._left_s = event.left_s
+            self._queued &= {pack.pack for pack in event.packs}
         if trial is not None:
             self._update(self._rows[trial], event)
-        if self._live is None or isinstance(event, PackReady | PackLost | TrialStopped):
+        if self._live is None or isinstance(
+            event, PackQueued | PackReady | PackLost | TrialStopped
+        ):
             self._print(event)
 
     def _refresh_rows(self) -> None:
@@ -137,7 +142,12 @@ class SweepDisplay:
 
     def _print(self, event: Notice) -> None:
         match event:
+            case PackQueued():
+                if not self._queued:  # one line for all that wait
+                    self.say(f"pack {event.pack}: {event.reason}")
+                self._queued.add(event.pack)
             case PackReady():
+                self._queued.discard(event.pack)
                 self.say(
                     f"pack {event.pack}: base loaded in {event.load_s:.0f} s, "
                     f"{event.num_base_params / 1e6:,.0f} M weights in "

@@ -143,6 +143,14 @@ ALONE = GroupPlace()
 
 
 @dataclass(frozen=True)
+class PackQueued:
+    """The cluster has no room for a pack that was started. From the executor, once; no answer."""
+
+    pack: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class PackReady:
     """The base is loaded. Comes once per start of a worker, before anything else."""
 
@@ -279,7 +287,8 @@ class PackLeft:
 
 
 Event = (
-    PackReady
+    PackQueued
+    | PackReady
     | TrialOpened
     | Progress
     | Evaluated
@@ -359,9 +368,9 @@ class Decision:
 
     time: float
     action: str
-    """start | start_pack | pack_ready | release_pack | assign | resume_trial | retry_trial |
-    plan_less_memory | learn_speed | keep_trial | stop_trial | end_trial | select_winner |
-    extend."""
+    """start | start_pack | pack_queued | pack_ready | release_pack | assign | resume_trial |
+    retry_trial | plan_less_memory | learn_speed | keep_trial | stop_trial | end_trial |
+    select_winner | extend."""
     subject: str
     reason: str
     facts: dict[str, Any] = field(default_factory=dict)

@@ -28,6 +28,7 @@ from orchestrator.records import (
     PackEvent,
     PackLeft,
     PackLost,
+    PackQueued,
     PackReady,
     PackSpec,
     Progress,
@@ -313,7 +314,7 @@ class Controller:
         if number not in self._packs:
             return  # an answer that was under way when the pack was given up
         pack = self._packs[number]
-        pack.idle = True
+        pack.idle = not any(isinstance(event, PackQueued) for event in events)
         for event in events:
             if getattr(event, "trial", None) in self._results:
                 continue  # it was stopped while this was under way
@@ -334,6 +335,8 @@ class Controller:
 
     def _apply(self, number: int, pack: RunningPack, event: Event) -> None:
         match event:
+            case PackQueued():
+                self._decided("pack_queued", f"pack {number}", event.reason)
             case PackReady():
                 pack.ready = True
                 self._happened(number, "ready")

@@ -11,7 +11,7 @@ from rich.console import Console
 from jobs.display import SweepDisplay
 from jobs.followed import FollowedSweep
 from jobs.progress import FORMS, TRAINED, Row, line, read_line, sweep_table
-from orchestrator.records import Decision, Standing, TrialResult
+from orchestrator.records import Decision, PackQueued, PackStanding, Standing, TrialResult
 from orchestrator.search.space import ask
 from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.simulated import SimulatedWorker
@@ -163,3 +163,16 @@ def test_the_display_says_what_was_learnt_and_how_long_the_rest_takes(
         "about 2:10:00 left",
         "16-bit on H200: durations x 1.13",
     ]
+
+
+def test_packs_that_wait_for_the_cluster_are_one_line_until_none_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display = SweepDisplay(make_store(tmp_path / "run", sweep_config()))
+    display.observe(PackQueued(0, "waits"))
+    display.observe(PackQueued(1, "waits"))
+    display.observe(Standing(4, 0, 0, 0, (PackStanding(1, 2, (), 0),)))
+    display.observe(PackQueued(2, "waits"))
+    display.observe(Standing(4, 0, 0, 0, ()))
+    display.observe(PackQueued(3, "waits"))
+    assert capsys.readouterr().out.splitlines() == ["pack 0: waits", "pack 3: waits"]
