@@ -374,7 +374,8 @@ class Decision:
     subject: str
     reason: str
     facts: dict[str, Any] = field(default_factory=dict)
-    """What a resume goes by: of a verdict the trial, its rung and the loss there."""
+    """What a resume goes by: of a verdict the trial, its rung and the loss there; of less memory
+    the part that plans may take."""
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)

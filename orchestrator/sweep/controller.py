@@ -46,6 +46,7 @@ from orchestrator.search.pruning import Verdict
 from orchestrator.search.space import num_trials
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.expectations import refusal
+from orchestrator.sweep.lessons import LEARNT, heeding, lesson
 from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.policy import (
     AbandonPack,
@@ -92,7 +93,7 @@ class Controller:
         self._ask = ask
         self._build_pack = build_pack
         self._num_workers = num_workers
-        self._premises = premises
+        self._premises = heeding(premises, store.decisions)
         self._pace = pace or Pace()
         self._pace.recall(store.pack_events)
         self._planned_kinds = kinds
@@ -397,8 +398,10 @@ class Controller:
             trials |= {trial.number: 0 for trial in key_waits}
         retried = event.reason == "worker_lost"
         if event.reason == "out_of_memory" and (learned := learn_from(pack.plan, self._premises)):
-            self._premises, reason = learned
-            self._decided("plan_less_memory", f"pack {event.pack}", reason)
+            known, reason = learned
+            facts = lesson(self._premises, known)
+            self._premises = known
+            self._decided(LEARNT, f"pack {event.pack}", reason, facts)
             retried = True
         planned_anew = retried and event.reason == "out_of_memory"  # each time with less
         for trial, attempt in trials.items():
