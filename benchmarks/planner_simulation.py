@@ -6,9 +6,11 @@ scheduled.
 
 Half of the GPUs are H100, half A100 with 80 GB, in nodes of eight, of which some are lost for ten
 minutes with whatever they train. Trials of an 8B base at 4 and 16 bits have batches of 2, 4 or 8
-blocks of 1,024 tokens, and step counts drawn from a range of one to five. How long a pass takes is
-planning/speed.py's; time is simulated by orchestrator/sweep/forecast.py, which asks
-orchestrator/sweep/policy.py at each report and takes the time of that.
+blocks of 1,024 tokens, and step counts drawn from a range of one to five. How long a pass is
+expected to take is planning/speed.py's; here it takes longer, by OFF, which the sweep has to learn
+from its packs (planning/measured.py). Time is simulated by orchestrator/sweep/forecast.py, which
+asks orchestrator/sweep/policy.py at each report and takes the time of that and of the learning. A
+real sweep learns at few of its reports, this one at every one.
 
 The lower bound: all work at the rate of the best pack on each kind, on all GPUs that are there,
 from when a base can first be loaded to the last second, and no load after the first.
@@ -29,15 +31,18 @@ from orchestrator.config import SweepConfig
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import GPUS
 from orchestrator.planning.kinds import WorkerKind
+from orchestrator.planning.measured import Factors, Measurement
+from orchestrator.planning.packs import PackPlan
 from orchestrator.records import TrialSpec
 from orchestrator.sweep.flow import sweep_premises
-from orchestrator.sweep.forecast import Forecast, Loss, forecast
+from orchestrator.sweep.forecast import Forecast, Learn, Loss, forecast
 
 SHAPE = "8b"
 KINDS = ("H100", "A100-80G")
 BIT_WIDTHS = (4, 16)
 BATCHES = (2, 4, 8)
 STEPS = (200, 1000)
+OFF = {"H100": 1.1, "A100-80G": 1.4}
 NODE_GPUS = 8
 LOST_NODES_FRACTION = 0.1
 BACK_AFTER_S = 600.0
@@ -64,13 +69,22 @@ def simulated(num_trials: int, num_gpus: int, seed: int) -> Row:
     shape = base_shape(SHAPES[SHAPE])
     least = min(kind.memory_bytes for kind in kinds)
     premises = sweep_premises(config, "cuda", "bfloat16", shape, least)
-    durations = Durations(premises, shape, {name: GPUS[name] for name in KINDS})
+    gpus = {name: GPUS[name] for name in KINDS}
+    expected = Durations(premises, shape, gpus)
+    durations = Durations(premises, shape, gpus, lambda gpu, base: OFF[gpu])
     trials = draw_trials(config, num_trials, seed)
     undisturbed = forecast(trials, kinds, premises, durations.block_s, durations.start_s)
     losses = _losses(kinds, undisturbed.makespan_s, seed)
     started = time.perf_counter()
     found = forecast(
-        trials, kinds, premises, durations.block_s, durations.start_s, losses, CHECKPOINT_EVERY_S
+        trials,
+        kinds,
+        premises,
+        durations.block_s,
+        durations.start_s,
+        losses,
+        CHECKPOINT_EVERY_S,
+        learning(kinds, expected),
     )
     took_s = time.perf_counter() - started
     finished = {span.trial for span in found.spans if span.finished}
@@ -78,7 +92,7 @@ def simulated(num_trials: int, num_gpus: int, seed: int) -> Row:
     load_s = min(pack.ready_s - pack.start_s for pack in found.packs)
     bound_s = load_s + _bound_s(trials, found, durations, kinds, losses)
     first, *reports = found.decisions_s
-    slots_s = sum((pack.end_s - pack.ready_s) * pack.plan.num_slots for pack in found.packs)
+    slots_s = sum(max(0.0, pack.end_s - pack.ready_s) * pack.plan.num_slots for pack in found.packs)
     return {
         "trials": num_trials,
         "gpus": num_gpus,
@@ -95,6 +109,28 @@ def simulated(num_trials: int, num_gpus: int, seed: int) -> Row:
         "over_bound": round(found.makespan_s / bound_s, 4),
         "simulation_s": round(took_s, 1),
     }
+
+
+def learning(kinds: Sequence[WorkerKind], expected: Durations) -> Learn:
+    factors = Factors()
+    sums: dict[int, Measurement] = {}
+    known = tuple(kinds)
+
+    def learn(
+        pack: int, plan: PackPlan, occupied: int, blocks: float, seconds: float
+    ) -> Sequence[WorkerKind]:
+        nonlocal known
+        before = sums.get(pack, Measurement(0, 0.0, 0.0))
+        sums[pack] = Measurement(
+            before.tokens + round(occupied * blocks * expected.premises.block_length),
+            before.expected_s + blocks * expected.block_s(plan, occupied),
+            before.measured_s + seconds,
+        )
+        if factors.add(pack, expected.gpus[plan.kind.name].name, plan.base, sums[pack]):
+            known = factors.speeds(kinds, expected.gpus)
+        return known
+
+    return learn
 
 
 def bars(rows: Sequence[Row]) -> dict[str, Bar]:

@@ -7,7 +7,7 @@ never Ray's, so that an attempt is counted and its checkpoints are chosen.
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.files import cache_dir
-from orchestrator.records import Directive, Event, GroupPlace, PackLost, PackSpec
+from orchestrator.records import Directive, Event, GroupPlace, PackLost, PackQueued, PackSpec
 from orchestrator.sweep.executor import Worker, WorkerFactory, answer, pack_worker
 
 # A node has 1 of its accelerator's type, whatever the number of GPUs: ray.util.accelerators.
 ACCELERATOR_PART = 0.001
+# Ray places a pack within a second where there is room.
+QUEUED_AFTER_S = 10.0
 
 
 class _PackActor:
@@ -72,11 +74,19 @@ class _Pack:
     """References to answers that are still to come."""
     events: list[Event]
     """Of the answers that have come."""
+    needs: str
+    """In words."""
+    started: float
+    told: bool = False
+    """Whether it was said that it waits, or it does not."""
 
 
 class RayExecutor:
-    def __init__(self, factory: WorkerFactory = pack_worker) -> None:
+    def __init__(
+        self, factory: WorkerFactory = pack_worker, queued_after_s: float = QUEUED_AFTER_S
+    ) -> None:
         self._factory = factory
+        self._queued_after_s = queued_after_s
         self._packs: dict[int, _Pack] = {}
 
     def start_pack(self, spec: PackSpec) -> None:
@@ -104,7 +114,8 @@ class RayExecutor:
         # A reference: Ray hands each actor its value once there is one, and nothing waits here.
         init_method = actors[0].meeting_point.remote() if spec.world_size > 1 else ""
         pending = [actor.load.remote(init_method) for actor in actors]
-        self._packs[spec.pack] = _Pack(actors, group, pending, [])
+        needs = f"{spec.world_size} x {_words(bundle)}"
+        self._packs[spec.pack] = _Pack(actors, group, pending, [], needs, time.monotonic())
 
     def advance(self, pack: int, directives: Sequence[Directive]) -> None:
         advanced = self._packs[pack]
@@ -123,7 +134,7 @@ class RayExecutor:
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
             if answers := self._take(ready):
                 return answers
-        return []
+        return self._newly_queued()
 
     def stop_pack(self, pack: int) -> None:
         stopped = self._packs.pop(pack, None)
@@ -135,6 +146,21 @@ class RayExecutor:
     def close(self) -> None:
         for pack in list(self._packs):
             self.stop_pack(pack)
+
+    def _newly_queued(self) -> list[tuple[int, list[Event]]]:
+        """Of packs that have waited long enough: asked of Ray once each."""
+        queued: list[tuple[int, list[Event]]] = []
+        for number, pack in self._packs.items():
+            if pack.told or time.monotonic() - pack.started < self._queued_after_s:
+                continue
+            pack.told = True
+            if not pack.placement_group.wait(0):
+                reason = (
+                    f"waits in Ray's queue until {pack.needs} are free: others on this cluster, "
+                    "such as another sweep, hold what it has"
+                )
+                queued.append((number, [PackQueued(number, reason)]))
+        return queued
 
     def _take(self, ready: Sequence[Any]) -> list[tuple[int, list[Event]]]:
         """What the packs say to which this was the last answer, or the first to tell of a loss."""
@@ -149,6 +175,12 @@ class RayExecutor:
             if came and not pack.pending:
                 answers.append((number, pack.events))
         return answers
+
+
+def _words(bundle: Mapping[str, float]) -> str:
+    """Of one worker's share of a node: `1 GPU and 4 CPU cores`."""
+    cores = f"{bundle['CPU']:g} CPU core" + ("" if bundle["CPU"] == 1 else "s")
+    return f"1 GPU and {cores}" if "GPU" in bundle else cores
 
 
 def _losses(events: Sequence[Event]) -> list[Event]:

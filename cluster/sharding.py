@@ -5,6 +5,7 @@ results in their order. A task goes to an actor when that actor is idle, never b
 an actor that is lost, alone or with its node, goes to another one.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -21,23 +22,29 @@ from ray.exceptions import (
 
 from orchestrator.errors import ClusterError, OrchestratorError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 LOSSES_PER_TASK = 3  # then it is the task that ends its actors, by its memory for example
+# A node's first actor starts a process and imports this project: some seconds, more on a busy node.
+QUEUED_AFTER_S = 30.0
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
 
 class RayTasks:
     """Callable as run_tasks(function, tasks) while it is entered; leaving it ends the actors."""
 
-    def __init__(self, num_actors: int) -> None:
+    def __init__(self, num_actors: int, queued_after_s: float = QUEUED_AFTER_S) -> None:
         # One at least: where a cluster grows by itself, asking for it is what makes it grow.
         self._num_actors = max(1, num_actors)
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         """Actors by the ref of their readiness. On a busy cluster some may never get a core."""
         self._lost = 0
+        self._queued_after_s: float | None = queued_after_s
+        """None once it was said that no actor has got a core yet."""
 
     def __enter__(self) -> "RayTasks":
         return self
@@ -81,7 +88,16 @@ class RayTasks:
             self._starting[actor.ready.remote()] = actor
         while run.waiting and self._idle:
             run.give(self._idle.pop())
-        (ref,), _ = ray.wait([*run.running, *self._starting])
+        timeout_s = None if run.running else self._queued_after_s
+        ready, _ = ray.wait([*run.running, *self._starting], timeout=timeout_s)
+        if not ready:
+            self._queued_after_s = None
+            log.warning(
+                "preparing the data waits in Ray's queue until 1 CPU core is free: others on this "
+                "cluster, such as another sweep, hold what it has"
+            )
+            return
+        (ref,) = ready
         actor = self._starting.pop(ref, None)
         try:
             if actor is None:

@@ -5,6 +5,7 @@ A Display (orchestrator/sweep/flow.py). In: events. Out: text on stdout, nothing
 
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +23,20 @@ from jobs.progress import (
     PRUNED,
     TRAINED,
     Row,
+    duration,
     line,
     number,
     sweep_table,
 )
 from orchestrator.records import (
+    Decision,
     Evaluated,
     Notice,
     PackLost,
+    PackQueued,
     PackReady,
     Progress,
+    Standing,
     TrialDone,
     TrialOpened,
     TrialPruned,
@@ -42,6 +47,7 @@ from orchestrator.records import (
 from orchestrator.sweep.run_store import RunStore
 
 PLAIN_PROGRESS_EVERY_S = 15.0
+PLAIN_LEFT_EVERY_S = 60.0
 
 
 class SweepDisplay:
@@ -53,6 +59,9 @@ class SweepDisplay:
         """First report of this process, by trial: what it is from there to the end is guessed."""
         self._live: Live | None = None
         self._printed: dict[int, float] = {}
+        self._left_s: float | None = None
+        self._queued: set[int] = set()
+        self._left_printed = -PLAIN_LEFT_EVERY_S
         self._refresh_rows()
 
     @contextmanager
@@ -76,9 +85,14 @@ class SweepDisplay:
         trial = getattr(event, "trial", None)
         if isinstance(event, PackReady) or (trial is not None and trial not in self._rows):
             self._refresh_rows()
+        if isinstance(event, Standing):
+            self._left_s = event.left_s
+            self._queued &= {pack.pack for pack in event.packs}
         if trial is not None:
             self._update(self._rows[trial], event)
-        if self._live is None or isinstance(event, PackReady | PackLost | TrialStopped):
+        if self._live is None or isinstance(
+            event, PackQueued | PackReady | PackLost | TrialStopped
+        ):
             self._print(event)
 
     def _refresh_rows(self) -> None:
@@ -121,11 +135,19 @@ class SweepDisplay:
         return (event.time - first.time) / (event.step - first.step) * (row.steps - event.step)
 
     def _table(self) -> Table:
-        return sweep_table(self._store.folder.name, self._rows.values(), self._console.height)
+        title = self._store.folder.name
+        if self._left_s is not None:
+            title += f", about {duration(self._left_s)} left"
+        return sweep_table(title, self._rows.values(), self._console.height)
 
     def _print(self, event: Notice) -> None:
         match event:
+            case PackQueued():
+                if not self._queued:  # one line for all that wait
+                    self.say(f"pack {event.pack}: {event.reason}")
+                self._queued.add(event.pack)
             case PackReady():
+                self._queued.discard(event.pack)
                 self.say(
                     f"pack {event.pack}: base loaded in {event.load_s:.0f} s, "
                     f"{event.num_base_params / 1e6:,.0f} M weights in "
@@ -133,6 +155,12 @@ class SweepDisplay:
                     f"{event.baseline_eval_loss:.4f}; step program {event.step_program}"
                     + (f" ({event.note})" if event.note else "")
                 )
+            case Decision() if event.action == "learn_speed":
+                self.say(f"{event.subject}: {event.reason}")
+            case Standing() if event.left_s is not None:
+                if time.monotonic() - self._left_printed >= PLAIN_LEFT_EVERY_S:
+                    self._left_printed = time.monotonic()
+                    self.say(f"about {duration(event.left_s)} left")
             case PackLost():
                 self.say(f"pack {event.pack}: lost: {event.reason}: {event.message}")
             case TrialOpened():

@@ -5,6 +5,7 @@ Imports no torch, transformers, ray or mlflow. It needs no GPU: `--gpus` says wh
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -19,11 +20,14 @@ from orchestrator.planning.compatibility import problems
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu, parse_gpus
 from orchestrator.planning.kinds import WorkerKind
+from orchestrator.planning.measured import Factors
 from orchestrator.planning.memory import GIB, PackMemory
 from orchestrator.planning.packs import PackPlan, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
-from orchestrator.search.space import check_space, num_trials
+from orchestrator.search.space import ask, check_space, first_batch, num_trials
+from orchestrator.sweep.earlier import earlier_speeds
+from orchestrator.sweep.expectations import refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.forecast import Forecast, forecast
 from orchestrator.training.model_source import find_source
@@ -33,6 +37,8 @@ FILE_WIDTH = 120
 WORDS = ("base", "GPUs", "trials")
 FIT = ("pack", "tokens/s", "from", "to")
 MOST_ROWS = 24
+# Of each trial that has to stand for one which is not known yet.
+MOST_DRAWS = 10
 PARTS = {
     "base_bytes": "base, as stored",
     "dequantised_bytes": "base, dequantised",
@@ -57,11 +63,7 @@ def show(path: Path, overrides: list[str], gpus: str | None, machine: Node) -> i
     width = None if sys.stdout.isatty() else FILE_WIDTH
     console = Console(soft_wrap=True, highlight=False, width=width)
     console.print(trials_table(config, trials))
-    valid = [t for t in trials if not problems(t.config, config.resources.workers_per_pack)]
-    for trial in trials:
-        for problem in problems(trial.config, config.resources.workers_per_pack):
-            console.print(f"trial {trial.number} will not be trained: {problem}", markup=False)
-    _Shown(console, config, kinds, known, shape).plan(valid)
+    _Shown(console, config, kinds, known, shape).plan(trials)
     return 0
 
 
@@ -119,6 +121,7 @@ class _Shown:
         )
 
     def plan(self, trials: Sequence[TrialSpec]) -> None:
+        trials = [*filter(self._is_trained, trials), *self._later(trials)]
         for kind in self._kinds:
             memory = f" of {kind.memory_bytes / GIB:.1f} GiB" if kind.memory_bytes else ""
             self._say(f"workers: {kind.count} x {kind.name}{memory}")
@@ -130,12 +133,42 @@ class _Shown:
             self._memory([plan for plan, _ in packs])
             self._say(f"time: not predicted: {self._why_no_time()}")
             return
-        durations = Durations(self._premises, self._shape, self._known)
-        found = forecast(trials, self._kinds, self._premises, durations.block_s, durations.start_s)
+        measured = Factors(earlier_speeds(self._shape))
+        durations = Durations(self._premises, self._shape, self._known, measured.factor)
+        kinds = measured.speeds(self._kinds, self._known)
+        found = forecast(trials, kinds, self._premises, durations.block_s, durations.start_s)
         self._packs(found, durations)
         self._memory([pack.plan for pack in found.packs])
         self._chart(found)
-        self._totals(found, len(trials))
+        self._totals(found)
+        self._measured(found, measured)
+
+    def _is_trained(self, trial: TrialSpec) -> bool:
+        found = self._why_not(trial)
+        for problem in found:
+            self._say(f"trial {trial.number} will not be trained: {problem}")
+        return not found
+
+    def _why_not(self, trial: TrialSpec) -> list[str]:
+        if found := problems(trial.config, self._config.resources.workers_per_pack):
+            return list(found)
+        refused = refusal(trial, self._config.search.constraints, self._premises, now=0.0)
+        return [refused.message] if refused else []
+
+    def _later(self, first: Sequence[TrialSpec]) -> list[TrialSpec]:
+        """In place of those that a sampler will draw once it has results: any that can be trained.
+        Where few can, fewer."""
+        search = self._config.search
+        total = num_trials(search)
+        later: list[TrialSpec] = []
+        for number in range(len(first), MOST_DRAWS * total):
+            if len(first) + len(later) == total:
+                break
+            blind = search.model_copy(update={"sampler": "random", "seed": search.seed + number})
+            trial = ask(self._config.model_copy(update={"search": blind}), (), ())
+            if not self._why_not(trial):
+                later.append(replace(trial, number=len(first) + len(later)))
+        return later
 
     def _why_no_time(self) -> str:
         if isinstance(self._shape, UnknownShape):
@@ -151,12 +184,10 @@ class _Shown:
             )
         for pack in found.packs:
             plan, trials = pack.plan, [s.trial for s in found.spans if s.pack == pack.number]
-            notes = [plan.key.title]
-            notes += ["dequantised"] if plan.fit.dequantise_once else []
-            notes += ["recomputing"] if plan.fit.gradient_checkpointing else []
+            recomputing = ", recomputing" if plan.fit.gradient_checkpointing else ""
             table.add_row(
                 str(pack.number),
-                ", ".join(notes),
+                plan.base + recomputing,
                 f"{plan.world_size}x{plan.kind.name}",
                 str(plan.num_slots),
                 str(plan.fit.micro_batch_size),
@@ -169,6 +200,14 @@ class _Shown:
         for pack in found.packs:
             if not pack.plan.fit.fits:
                 self._say(f"pack {pack.number}: {pack.plan.reason}")
+
+    def _measured(self, found: Forecast, measured: Factors) -> None:
+        """Whose times are corrected by what earlier sweeps measured on this machine."""
+        used = {(self._known[p.plan.kind.name].name, p.plan.base) for p in found.packs}
+        for gpu, base in sorted(used):
+            factor = measured.factor(gpu, base)
+            if factor != 1:
+                self._say(f"{base} on {gpu}: times x {factor:.2f}, as earlier sweeps measured")
 
     def _memory(self, plans: Sequence[PackPlan]) -> None:
         """Of each kind of pack once."""
@@ -220,12 +259,19 @@ class _Shown:
             self._say(f"  and {len(rows) - MOST_ROWS} more GPUs")
         self._say(f"       0{_clock(found.makespan_s):>{CHART_WIDTH + 1}}")
 
-    def _totals(self, found: Forecast, shown: int) -> None:
-        total = num_trials(self._config.search)
-        if total > shown:
-            self._say(f"of {total} trials only the first {shown} are known before results are in")
+    def _totals(self, found: Forecast) -> None:
+        search = self._config.search
+        known = first_batch(search)
+        if num_trials(search) > known:
+            self._say(
+                f"only trials 0-{known - 1} are known before results are in: those after them are "
+                "drawn from the space for this plan, and the sweep will train others"
+            )
         hours, gpu_hours = found.makespan_s / 3600, found.worker_s / 3600
-        self._say(f"predicted: {hours:.2f} hours, {gpu_hours:.2f} GPU-hours, evaluations apart")
+        words = f"predicted: {hours:.2f} hours, {gpu_hours:.2f} GPU-hours, evaluations apart"
+        if search.pruner.kind != "none":
+            words += f"; less as far as {search.pruner.kind} stops trials"
+        self._say(words)
         rate = self._config.resources.cost_per_hour
         if rate is not None:
             self._say(f"price: {gpu_hours * rate:.2f} at {rate:g} for a GPU and hour")

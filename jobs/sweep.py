@@ -7,9 +7,9 @@ written or started; then comes the run folder, then the cluster, then the work.
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,8 @@ from orchestrator.errors import (
 )
 from orchestrator.loading import load_config, override_config
 from orchestrator.planning.capacity import worker_count, worker_memory_bytes
-from orchestrator.planning.kinds import WorkerKind, worker_kinds
+from orchestrator.planning.gpus import Gpu
+from orchestrator.planning.kinds import WorkerKind, known_gpus, worker_kinds
 from orchestrator.planning.machine import this_machine
 from orchestrator.records import Notice
 from orchestrator.search.space import check_space, next_trial
@@ -85,6 +86,8 @@ class Backend:
     watch: Callable[[Notice], None] = lambda notice: None
     """Makes metrics of what the controller tells."""
     sample_nodes: SampleNodes = sample_this_node
+    gpus: Mapping[str, Gpu] = field(default_factory=dict)
+    """Of each kind of workers whose rates are known."""
     run_on_worker: RunOnWorker = run_here
 
 
@@ -261,6 +264,7 @@ def _ray_backend(
             release_room if awaited else lambda: None,
             ray_metrics(config.name),
             node_sampler(),
+            known_gpus(nodes),
             run_on_worker(device, config.resources.cpus_per_worker),
         )
 
@@ -348,6 +352,7 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
         backend.watch,
         backend.worker_memory_bytes,
         backend.kinds,
+        backend.gpus,
         backend.run_on_worker,
     )
     with store.locked(lock_wait_s), interrupts.caught():

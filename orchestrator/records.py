@@ -145,6 +145,14 @@ ALONE = GroupPlace()
 
 
 @dataclass(frozen=True)
+class PackQueued:
+    """The cluster has no room for a pack that was started. From the executor, once; no answer."""
+
+    pack: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class PackReady:
     """The base is loaded. Comes once per start of a worker, before anything else."""
 
@@ -281,7 +289,8 @@ class PackLeft:
 
 
 Event = (
-    PackReady
+    PackQueued
+    | PackReady
     | TrialOpened
     | Progress
     | Evaluated
@@ -361,12 +370,14 @@ class Decision:
 
     time: float
     action: str
-    """start | start_pack | pack_ready | release_pack | assign | resume_trial | retry_trial |
-    plan_less_memory | keep_trial | stop_trial | end_trial | select_winner | extend."""
+    """start | start_pack | pack_queued | pack_ready | release_pack | assign | resume_trial |
+    retry_trial | plan_less_memory | learn_speed | keep_trial | stop_trial | end_trial |
+    select_winner | extend."""
     subject: str
     reason: str
     facts: dict[str, Any] = field(default_factory=dict)
-    """What a resume goes by: of a verdict the trial, its rung and the loss there."""
+    """What a resume goes by: of a verdict the trial, its rung and the loss there; of less memory
+    the part that plans may take."""
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
@@ -394,6 +405,8 @@ class Standing:
     num_pruned: int
     num_failed: int
     packs: tuple[PackStanding, ...]
+    left_s: float | None = field(default=None, compare=False)
+    """Seconds until all trials are trained, if no more are pruned; None: not known."""
 
 
 Notice = Event | Decision | Standing
@@ -416,10 +429,10 @@ class PackEvent:
 
     time: float
     what: str
-    """start | ready | opened | closed | ended."""
+    """start | ready | opened | closed | ended | measured."""
     pack: int
     base: str | None = None
-    """start: title of the base at its bit-width."""
+    """start: title of the base at its bit-width; measured: as the pack holds it."""
     num_slots: int | None = None
     world_size: int | None = None
     expected_bytes: int | None = None
@@ -431,3 +444,11 @@ class PackEvent:
     node: str | None = None
     peak_bytes: int | None = None
     """closed: of the worker up to then, as measured."""
+    gpu: str | None = None
+    """measured: name of its workers' GPUs."""
+    tokens: int | None = None
+    """measured: that all its slots trained in `measured_s`, padding excluded."""
+    expected_s: float | None = None
+    """measured: what planning/speed.py gives for the same blocks, uncorrected."""
+    measured_s: float | None = None
+    """measured: since the pack began, without its start, evaluations and first reports."""

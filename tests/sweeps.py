@@ -17,6 +17,7 @@ from orchestrator.search.space import next_trial
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.flow import sweep_premises
+from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.run_store import RunStore, SweepRecord
 
 NO_BASE = UnknownShape("there is no base")
@@ -58,6 +59,7 @@ def make_controller(
     observe: Callable[[Notice], None] = lambda notice: None,
     workers_per_pack: int = 1,
     given: Premises | None = None,
+    pace: Pace | None = None,
 ) -> Controller:
     """Of workers of one process, which cannot train a pack together."""
     config = store.sweep.config
@@ -71,7 +73,7 @@ def make_controller(
     slots_per_pack = config.resources.slots_per_pack
     resources = ResourcesConfig(slots_per_pack=slots_per_pack, workers_per_pack=workers_per_pack)
     given = given or replace(premises(config), resources=resources)
-    return Controller(store, executor, ask, build_pack, num_workers, given, observe)
+    return Controller(store, executor, ask, build_pack, num_workers, given, observe, pace=pace)
 
 
 def premises(

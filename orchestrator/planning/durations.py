@@ -1,9 +1,10 @@
 """How long packs take: the speed model over the plans of one sweep.
 
-In: Premises and the GPU of each kind of worker. Out: seconds. Pure, no torch.
+In: Premises, the GPU of each kind of worker, and factors where packs were measured. Out: seconds.
+Pure, no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from orchestrator.config import StrategyConfig
@@ -21,6 +22,8 @@ class Durations:
     shape: BaseShape
     gpus: Mapping[str, Gpu]
     """By the name of the workers' kind."""
+    factor: Callable[[str, str], float] = lambda gpu, base: 1.0
+    """Of the closed form's seconds, by the GPU's name and PackPlan.base: see measured.py."""
     _known: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def block_s(self, plan: PackPlan, occupied: int) -> float:
@@ -28,7 +31,7 @@ class Durations:
         known = (plan.key, plan.kind.name, plan.world_size, plan.fit, occupied)
         if known not in self._known:
             self._known[known] = self._block_s(plan, occupied)
-        return self._known[known]
+        return self._known[known] * self.factor(self.gpus[plan.kind.name].name, plan.base)
 
     def start_s(self, plan: PackPlan) -> float:
         return start_time(self.shape, plan_load(plan, self.premises))

@@ -14,6 +14,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
+    name: str
     memory_gib: float
     """As the driver counts it."""
     tflops: float
@@ -24,18 +25,19 @@ class Gpu:
         return int(self.memory_gib * GIB)
 
 
-GPUS = {
-    "H200": Gpu(139.8, 989, 4.8),
-    "H100": Gpu(79.6, 989, 3.35),
-    "A100-80G": Gpu(79.3, 312, 2.04),
-    "A100": Gpu(39.6, 312, 1.56),
-    "L40S": Gpu(44.5, 362, 0.864),
-    "A10G": Gpu(22.5, 70, 0.6),
-    "L4": Gpu(22.5, 121, 0.3),
-    "V100": Gpu(31.7, 125, 0.9),
-    "T4": Gpu(14.7, 65, 0.32),
-    "RTX-4090": Gpu(23.6, 165, 1.01),
-}
+CARDS = (
+    Gpu("H200", 139.8, 989, 4.8),
+    Gpu("H100", 79.6, 989, 3.35),
+    Gpu("A100-80G", 79.3, 312, 2.04),
+    Gpu("A100", 39.6, 312, 1.56),
+    Gpu("L40S", 44.5, 362, 0.864),
+    Gpu("A10G", 22.5, 70, 0.6),
+    Gpu("L4", 22.5, 121, 0.3),
+    Gpu("V100", 31.7, 125, 0.9),
+    Gpu("T4", 14.7, 65, 0.32),
+    Gpu("RTX-4090", 23.6, 165, 1.01),
+)
+GPUS = {gpu.name: gpu for gpu in CARDS}
 MEASURED = "H200"
 # Where the name says nothing.
 UNKNOWN_SPEED = 1.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from orchestrator.config import ResourcesConfig
 from orchestrator.planning.capacity import Node, fitting_workers
-from orchestrator.planning.gpus import relative_speed
+from orchestrator.planning.gpus import Gpu, find_gpu, relative_speed
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,11 @@ def worker_kinds(
             kinds.append(WorkerKind(name, count, memory_bytes, relative_speed(name)))
             left -= count
     return tuple(kinds)
+
+
+def known_gpus(nodes: Sequence[Node]) -> dict[str, Gpu]:
+    """By the name of the workers' kind, as worker_kinds has it, of those that gpus.py knows."""
+    names = {node.gpu_kind for node in nodes if node.num_gpus >= 1}
+    return {
+        name if len(names) > 1 else ALIKE.name: gpu for name in names if (gpu := find_gpu(name))
+    }

@@ -54,6 +54,8 @@ class Premises:
     resources: ResourcesConfig
     memory_fraction: float = 1.0
     """Of each kind's memory, where workers are of several: what may be used of it."""
+    memory_limit_bytes: int | None = None
+    """That a pack may take of any worker, whatever it has."""
     max_slots_unknown: int = MAX_SLOTS_UNKNOWN
     """Less once a pack whose memory was not estimated has run out of it."""
 

@@ -43,6 +43,11 @@ class PackPlan:
         return self.fit.num_slots
 
     @property
+    def base(self) -> str:
+        """As its workers hold it, in words."""
+        return self.key.title + (", dequantised" if self.fit.dequantise_once else "")
+
+    @property
     def arithmetic(self) -> Arithmetic:
         chosen = self.fit
         return Arithmetic(self.world_size, chosen.micro_batch_size, chosen.gradient_checkpointing)
@@ -88,8 +93,9 @@ def premises_for(kind: WorkerKind, premises: Premises) -> Premises:
     """What the planner goes by for workers of this kind."""
     if not kind.name:
         return premises
-    usable = kind.memory_bytes * premises.memory_fraction
-    return replace(premises, worker_memory_bytes=int(usable))
+    usable = int(kind.memory_bytes * premises.memory_fraction)
+    limit = premises.memory_limit_bytes
+    return replace(premises, worker_memory_bytes=usable if limit is None else min(usable, limit))
 
 
 def one_kind(num_workers: int, premises: Premises) -> tuple[WorkerKind, ...]:

@@ -258,38 +258,43 @@ class Lines:
     ) -> list[TrialSpec]:
         """The next trials for a pack, which it can train; they are given out with this. None has
         more work than `longest`, unless it is half-trained."""
-        found: list[TrialSpec] = []
-        for trial in self._candidates(key):
-            if len(found) == most:
-                break
-            short = trial.number in self._kept or work(trial.config) <= longest
-            if short and can_train(arithmetic, trial, self._kept):
-                found.append(trial)
+        half = [t for t in self._half.get(key, ()) if t.number not in self._taken]
+        found = [trial for trial in half if can_train(arithmetic, trial, self._kept)][:most]
         for trial in found:
-            self._give(key, trial)
+            self._work_taken[key] += work(trial.config)
+        fresh = self._fresh_places(key, arithmetic, most - len(found), longest)
+        self._work_taken[key] -= sum(place[0] for place in fresh)
+        found += [self._waiting.trial(number) for _, number in fresh]
+        self._taken.update(trial.number for trial in found)
+        self._num_taken[key] += len(found)
+        if fresh:
+            sizes = (trial.config.batch_size for trial in found[-len(fresh) :])
+            self._fresh_batches(key).subtract(sizes)
         return found
 
-    def _candidates(self, key: PackKey) -> Iterator[TrialSpec]:
-        yield from (t for t in self._half.get(key, ()) if t.number not in self._taken)
-        places = self._waiting.places(key)
+    def _fresh_places(
+        self, key: PackKey, arithmetic: Arithmetic, most: int, longest: float
+    ) -> list[Place]:
+        """A decision may go through a thousand of them: what they have in common is looked up
+        once."""
+        places, taken, kept = self._waiting.places(key), self._taken, self._kept
         first = self._first.get(key, 0)
-        while first < len(places) and self._passed(places[first][1]):
+        while first < len(places) and (places[first][1] in taken or places[first][1] in kept):
             first += 1
         self._first[key] = first
-        for index in range(first, len(places)):
+        alike = key.batch_size is not None
+        if most < 1 or (key.batch_size or 0) % arithmetic.pass_blocks:
+            return []
+        found = []
+        for index in range(max(first, bisect_left(places, (-longest,))), len(places)):
             number = places[index][1]
-            if not self._passed(number):
-                yield self._waiting.trial(number)
-
-    def _passed(self, number: int) -> bool:
-        return number in self._taken or number in self._kept
-
-    def _give(self, key: PackKey, trial: TrialSpec) -> None:
-        if trial.number not in self._kept:
-            self._fresh_batches(key)[trial.config.batch_size] -= 1
-        self._taken.add(trial.number)
-        self._num_taken[key] += 1
-        self._work_taken[key] += work(trial.config)
+            if number in taken or number in kept:
+                continue
+            if alike or can_train(arithmetic, self._waiting.trial(number), kept):
+                found.append(places[index])
+                if len(found) == most:
+                    break
+        return found
 
     def _fresh_batches(self, key: PackKey) -> Counter[int]:
         if key not in self._fresh:

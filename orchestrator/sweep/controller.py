@@ -7,7 +7,7 @@ result for every trial, in the run folder. Everything it decides goes to decisio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from orchestrator.records import (
     Arithmetic,
     Assign,
     Decision,
-    Directive,
     Evaluated,
     Event,
     Leave,
@@ -29,9 +28,9 @@ from orchestrator.records import (
     PackEvent,
     PackLeft,
     PackLost,
+    PackQueued,
     PackReady,
     PackSpec,
-    PackStanding,
     Progress,
     Prune,
     SlotTask,
@@ -44,59 +43,34 @@ from orchestrator.records import (
     TrialStopped,
 )
 from orchestrator.search.pruning import Verdict
+from orchestrator.search.space import num_trials
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.expectations import refusal
+from orchestrator.sweep.lessons import LEARNT, heeding, lesson
+from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.policy import (
     AbandonPack,
     Action,
     AssignTrial,
-    PackView,
     ReleasePack,
     StartPack,
     SweepView,
     decide,
 )
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
+from orchestrator.sweep.running import RunningPack, standing
 from orchestrator.sweep.verdicts import pruned_result, recall_pruning, verdict_facts
 
 POLL_S = 0.5
 # How long packs may take to save and leave after Ctrl-C: a step and a checkpoint, not an epoch.
 LEAVE_TIMEOUT_S = 60.0
+LEFT_EVERY_S = 10.0
 
 log = logging.getLogger(__name__)
 
 AskTrial = Callable[[list[TrialSpec], list[TrialResult]], TrialSpec | None]
 BuildPack = Callable[[int, PackPlan], PackSpec]
 Observer = Callable[[Notice], None]
-
-
-@dataclass
-class _Pack:
-    plan: PackPlan
-    attempts: dict[int, int] = field(default_factory=dict)
-    """Attempt number of each trial in its slots."""
-    ready: bool = False
-    idle: bool = False
-    directives: list[Directive] = field(default_factory=list)
-    _seen: PackView | None = None
-
-    def view(self, number: int) -> PackView:
-        """The one before, where nothing has changed: there may be a thousand packs."""
-        occupied, seen = len(self.attempts), self._seen
-        if seen and (seen.occupied, seen.ready, seen.idle) == (occupied, self.ready, self.idle):
-            return seen
-        plan = self.plan
-        self._seen = PackView(
-            number,
-            plan.key,
-            plan.num_slots,
-            occupied,
-            self.ready,
-            self.idle,
-            plan.arithmetic,
-            plan.kind.name,
-        )
-        return self._seen
 
 
 class Controller:
@@ -110,20 +84,26 @@ class Controller:
         premises: Premises,
         observe: Observer = lambda notice: None,
         kinds: tuple[WorkerKind, ...] = (),
+        pace: Pace | None = None,
     ) -> None:
-        """`kinds` of the workers, the fastest first; empty where all are alike."""
+        """`kinds` of the workers, the fastest first; empty where all are alike. `pace`: what is
+        known of their speed; it learns."""
         self._store = store
         self._executor = executor
         self._ask = ask
         self._build_pack = build_pack
         self._num_workers = num_workers
-        self._premises = premises
-        self._kinds = kinds
+        self._premises = heeding(premises, store.decisions)
+        self._pace = pace or Pace()
+        self._pace.recall(store.pack_events)
+        self._planned_kinds = kinds
+        self._kinds = self._pace.speeds(kinds)
         self._waiting = Waiting()
         self._observe = observe
         config = store.sweep.config
         self._max_restarts = config.max_restarts
         self._constraints = config.search.constraints
+        self._num_trials = num_trials(config.search)
         self._trials = {trial.number: trial for trial in store.trials}
         self._results = {result.number: result for result in store.results}
         self._losses: dict[int, int] = {}  # worker losses by trial
@@ -139,10 +119,12 @@ class Controller:
         }
         for number in self._done:
             self._pruning.end(number)
-        self._packs: dict[int, _Pack] = {}
+        self._packs: dict[int, RunningPack] = {}
         self._next_pack = 0
         self._stop_at: float | None = None
         self._told: Standing | None = None
+        self._left_s: float | None = None
+        self._left_due = 0.0
 
     def request_stop(self) -> None:
         """Save all slots at their next report and end; callable from a signal handler."""
@@ -243,6 +225,7 @@ class Controller:
             "plan",
             {
                 "num_workers": self._num_workers,
+                "speed": self._pace.factors.to_json(),
                 "packs": [
                     plan.to_json() | {"trials": [trial.number for trial in members]}
                     for plan, members in packs
@@ -270,8 +253,9 @@ class Controller:
                 number = self._next_pack
                 self._next_pack += 1
                 self._decided("start_pack", f"pack {number}", action.reason)
-                self._packs[number] = _Pack(plan)
-                self._happened(number, "start", **_planned(plan))
+                pack = self._packs[number] = RunningPack(plan)
+                self._happened(number, "start", **pack.as_planned)
+                self._pace.start(number, plan)
                 self._executor.start_pack(self._build_pack(number, plan))
             case AssignTrial(pack, trial):
                 self._decided("assign", f"trial {trial}", action.reason)
@@ -283,7 +267,7 @@ class Controller:
                 self._decided("release_pack", f"pack {pack}", action.reason)
                 self._end_pack(pack)
 
-    def _assign(self, pack: _Pack, trial: TrialSpec) -> None:
+    def _assign(self, pack: RunningPack, trial: TrialSpec) -> None:
         checkpoints = self._usable_checkpoints(trial.number)
         attempt, folder = self._store.start_attempt(trial.number, pack.plan.arithmetic)
         pack.attempts[trial.number] = attempt
@@ -308,43 +292,52 @@ class Controller:
                 self._executor.advance(number, directives)
 
     def _tell_standing(self) -> None:
-        packs = tuple(
-            PackStanding(
-                number,
-                pack.plan.num_slots,
-                tuple(pack.attempts),
-                pack.plan.fit.memory.total_bytes if pack.plan.fit.memory else 0,
+        now = standing(len(self._trials), self._results.values(), self._packs)
+        if now != self._told:
+            self._told = now
+            self._observe(replace(now, left_s=self._left()))
+
+    def _left(self) -> float | None:
+        """Seconds; looked up now and then, as there may be thousands of trials in slots."""
+        if time.monotonic() >= self._left_due:
+            self._left_due = time.monotonic() + LEFT_EVERY_S
+            view = self._view()
+            self._left_s = self._pace.left_s(
+                self._waiting,
+                self._packs.values(),
+                self._trials,
+                max(0, self._num_trials - len(self._trials)),
+                view.all_kinds,
             )
-            for number, pack in self._packs.items()
-        )
-        states = [result.state for result in self._results.values()]
-        taken = sum(len(pack.trials) for pack in packs)
-        # One that is trained, but has a verdict due, counts as waiting.
-        waiting = len(self._trials) - len(self._results) - taken
-        standing = Standing(
-            waiting,
-            states.count("finished"),
-            states.count("pruned"),
-            states.count("failed"),
-            packs,
-        )
-        if standing != self._told:
-            self._told = standing
-            self._observe(standing)
+        return self._left_s
 
     def _take(self, number: int, events: list[Event]) -> None:
         if number not in self._packs:
             return  # an answer that was under way when the pack was given up
         pack = self._packs[number]
-        pack.idle = True
+        pack.idle = not any(isinstance(event, PackQueued) for event in events)
         for event in events:
             if getattr(event, "trial", None) in self._results:
                 continue  # it was stopped while this was under way
+            self._measure(number, pack, event)
             self._apply(number, pack, event)
             self._observe(event)
 
-    def _apply(self, number: int, pack: _Pack, event: Event) -> None:
+    def _measure(self, number: int, pack: RunningPack, event: Event) -> None:
+        """Before the event is applied: so many slots were at work until then."""
+        facts = self._pace.take(number, pack.plan, len(pack.attempts), event, self._trials)
+        if facts is None:
+            return
+        self._happened(number, "measured", **facts)
+        if reason := self._pace.learn(number, facts):
+            self._decided("learn_speed", f"{facts['base']} on {facts['gpu']}", reason)
+            self._kinds = self._pace.speeds(self._planned_kinds)
+            self._left_due = 0.0
+
+    def _apply(self, number: int, pack: RunningPack, event: Event) -> None:
         match event:
+            case PackQueued():
+                self._decided("pack_queued", f"pack {number}", event.reason)
             case PackReady():
                 pack.ready = True
                 self._happened(number, "ready")
@@ -381,7 +374,9 @@ class Controller:
                 self._end_pack(number)
                 self._lost(pack, event)
 
-    def _close(self, number: int, pack: _Pack, trial: int, peak_bytes: int | None = None) -> None:
+    def _close(
+        self, number: int, pack: RunningPack, trial: int, peak_bytes: int | None = None
+    ) -> None:
         attempt = pack.attempts.pop(trial)
         self._happened(number, "closed", trial=trial, attempt=attempt, peak_bytes=peak_bytes)
 
@@ -390,7 +385,7 @@ class Controller:
         del self._packs[number]
         self._happened(number, "ended")
 
-    def _lost(self, pack: _Pack, event: PackLost) -> None:
+    def _lost(self, pack: RunningPack, event: PackLost) -> None:
         if event.reason == "disk_full":
             raise DiskFull(f"the disk is full: {event.message}")
         trials = dict(pack.attempts)
@@ -403,8 +398,10 @@ class Controller:
             trials |= {trial.number: 0 for trial in key_waits}
         retried = event.reason == "worker_lost"
         if event.reason == "out_of_memory" and (learned := learn_from(pack.plan, self._premises)):
-            self._premises, reason = learned
-            self._decided("plan_less_memory", f"pack {event.pack}", reason)
+            known, reason = learned
+            facts = lesson(self._premises, known)
+            self._premises = known
+            self._decided(LEARNT, f"pack {event.pack}", reason, facts)
             retried = True
         planned_anew = retried and event.reason == "out_of_memory"  # each time with less
         for trial, attempt in trials.items():
@@ -467,16 +464,6 @@ class Controller:
         decision = Decision(time.time(), action, subject, reason, facts or {})
         self._store.add_decision(decision)
         self._observe(decision)
-
-
-def _planned(plan: PackPlan) -> dict[str, Any]:
-    memory = plan.fit.memory
-    return {
-        "base": plan.key.title,
-        "num_slots": plan.num_slots,
-        "world_size": plan.world_size,
-        "expected_bytes": memory.total_bytes if memory is not None else None,
-    }
 
 
 def _failed(trial: int, attempt: int, reason: str, message: str) -> TrialResult:

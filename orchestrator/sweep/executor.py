@@ -34,7 +34,8 @@ class Executor(Protocol):
     """
 
     def start_pack(self, spec: PackSpec) -> None:
-        """Begin loading; its first answer is PackReady or PackLost."""
+        """Begin loading; its first answer is PackReady or PackLost. Before it a PackQueued may come
+        from poll, alone: where others hold what the pack needs, it waits for its turn."""
         ...
 
     def advance(self, pack: int, directives: Sequence[Directive]) -> None:

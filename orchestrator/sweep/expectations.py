@@ -23,7 +23,11 @@ def within(constraints: ConstraintsConfig, premises: Premises) -> Premises:
         return premises
     limit = int(constraints.peak_memory_gib * GIB)
     known = premises.worker_memory_bytes
-    return replace(premises, worker_memory_bytes=min(known, limit) if known else limit)
+    return replace(
+        premises,
+        worker_memory_bytes=min(known, limit) if known else limit,
+        memory_limit_bytes=limit,
+    )
 
 
 def refusal(

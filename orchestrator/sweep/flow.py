@@ -7,7 +7,7 @@ resumed sweep runs the same function. What differs between Ray and one process c
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,8 @@ from orchestrator.data.prepare import PreparedData, RunTasks, find_prepared, pre
 from orchestrator.errors import ConfigError, TrialFailed
 from orchestrator.files import cache_dir
 from orchestrator.planning.capacity import check_pack_fits
+from orchestrator.planning.durations import Durations
+from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import OPTIMIZER_BYTES
 from orchestrator.planning.options import Premises
@@ -38,8 +40,10 @@ from orchestrator.search.objectives import violations
 from orchestrator.search.space import bounds, next_trial
 from orchestrator.sweep.bits import BitChooser, RunOnWorker, run_here
 from orchestrator.sweep.controller import Controller
+from orchestrator.sweep.earlier import keep_speeds, speeds_to_begin_with
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.expectations import within
+from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import Winner, select_winner
 
@@ -71,6 +75,8 @@ class Services:
     """Of the worker that has least; 0: unknown."""
     kinds: tuple[WorkerKind, ...] = ()
     """Of the workers, the fastest first; empty where all are alike."""
+    gpus: Mapping[str, Gpu] = field(default_factory=dict)
+    """Of each kind of workers whose rates are known; of "" where all are alike."""
     run_on_worker: RunOnWorker = run_here
     """Runs one job where a worker would train; before any pack does."""
 
@@ -157,24 +163,37 @@ def _train(
 
     with closing(services.executor) as executor:
         check_pack_fits(config.resources, services.num_workers)
+        premises = sweep_premises(
+            config,
+            device_named(store.sweep.device),
+            store.sweep.compute_dtype,
+            shape,
+            services.worker_memory_bytes,
+        )
+        pace = _pace(store, premises, services.gpus)
         controller = Controller(
             store,
             executor,
             ask,
             build_pack,
             services.num_workers,
-            sweep_premises(
-                config,
-                device_named(store.sweep.device),
-                store.sweep.compute_dtype,
-                shape,
-                services.worker_memory_bytes,
-            ),
+            premises,
             observe,
             services.kinds,
+            pace,
         )
         services.on_controller(controller)
-        return controller.run()
+        finished = controller.run()
+        if not isinstance(shape, UnknownShape):
+            keep_speeds(shape, pace.factors)
+        return finished
+
+
+def _pace(store: RunStore, premises: Premises, gpus: Mapping[str, Gpu]) -> Pace:
+    shape = premises.shape
+    if isinstance(shape, UnknownShape) or not gpus or premises.device == "cpu":
+        return Pace()
+    return Pace(Durations(premises, shape, gpus), speeds_to_begin_with(store, shape))
 
 
 def _bit_chooser(

@@ -11,7 +11,7 @@ Left out: evaluations, checkpoints, and what the controller takes for an answer.
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
@@ -31,6 +31,9 @@ from orchestrator.sweep.policy import (
 PassSeconds = Callable[[PackPlan, int], float]
 """Of a pack with so many slots occupied: seconds for one block of each, on each worker."""
 StartSeconds = Callable[[PackPlan], float]
+Learn = Callable[[int, PackPlan, int, float, float], Sequence[WorkerKind]]
+"""From a pack with so many slots occupied, the blocks that each of them trained on each worker, and
+the seconds that these took: the kinds as fast as they are known to be from then on."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,12 @@ def forecast(
     start_seconds: StartSeconds,
     losses: Sequence[Loss] = (),
     checkpoint_every_s: float = 0.0,
+    learn: Learn | None = None,
 ) -> Forecast:
     """A trial that is lost goes on from its last checkpoint, at most `checkpoint_every_s` old."""
-    cluster = _Cluster(trials, kinds, premises, pass_seconds, start_seconds, checkpoint_every_s)
+    cluster = _Cluster(
+        trials, kinds, premises, pass_seconds, start_seconds, checkpoint_every_s, learn
+    )
     return cluster.run(losses)
 
 
@@ -117,6 +123,7 @@ class _Cluster:
         pass_seconds: PassSeconds,
         start_seconds: StartSeconds,
         checkpoint_every_s: float,
+        learn: Learn | None,
     ) -> None:
         self._trials = {trial.number: trial for trial in trials}
         self._blocks = {t.number: float(t.config.steps * t.config.batch_size) for t in trials}
@@ -127,6 +134,9 @@ class _Cluster:
         self._pass_seconds = pass_seconds
         self._start_seconds = start_seconds
         self._checkpoint_every_s = checkpoint_every_s
+        self._learn = learn
+        self._learn_s = 0.0
+        """What learning took since the last decision."""
         self._had: dict[int, Arithmetic] = {}
         self._packs: dict[int, _Pack] = {}
         self._views: dict[int, PackView] = {}
@@ -170,7 +180,8 @@ class _Cluster:
         )
         started = time.thread_time()
         actions = decide(view)
-        self._found.decisions_s.append(time.thread_time() - started)
+        self._found.decisions_s.append(self._learn_s + time.thread_time() - started)
+        self._learn_s = 0.0
         for action in actions:
             match action:
                 case StartPack(plan):
@@ -227,7 +238,18 @@ class _Cluster:
             blocks = passed / self._pass_seconds(pack.span.plan, occupied)
             pack.left = {trial: left - blocks for trial, left in pack.left.items()}
             pack.span.occupied_s += occupied * passed
+            if self._learn is not None:
+                self._take_in(self._learn, pack.span, occupied, blocks, passed)
         pack.at_s = max(pack.at_s, self._now)
+
+    def _take_in(
+        self, learn: Learn, span: PackSpan, occupied: int, blocks: float, passed: float
+    ) -> None:
+        started = time.thread_time()
+        for kind in learn(span.number, span.plan, occupied, blocks, passed):
+            if kind.speed != self._kinds[kind.name].speed:
+                self._kinds[kind.name] = replace(self._kinds[kind.name], speed=kind.speed)
+        self._learn_s += time.thread_time() - started
 
     def _plan_next(self, pack: _Pack) -> None:
         if not pack.left:
@@ -260,7 +282,7 @@ class _Cluster:
             for _ in range(-change):
                 self._lose_worker(name)
         count = kind.count + change
-        self._kinds[name] = WorkerKind(name, count, kind.memory_bytes, kind.speed)
+        self._kinds[name] = replace(kind, count=count)
 
     def _lose_worker(self, name: str) -> None:
         if self._free[name]:

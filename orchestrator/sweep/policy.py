@@ -5,7 +5,7 @@ In: SweepView. Out: actions, each with its reason. No clock, no Ray, no files.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.planning.kinds import WorkerKind, longest_for
@@ -82,6 +82,9 @@ class AbandonPack:
     reason: str = field(default="", compare=False)
 
 
+Alike = tuple[PackKey, Arithmetic, str, int]
+"""Packs of one key, arithmetic, kind and number of slots."""
+
 Action = StartPack | AssignTrial | ReleasePack | AbandonPack
 
 
@@ -93,15 +96,15 @@ def decide(view: SweepView) -> list[Action]:
     lines = Lines(waiting, what_is_kept(half_trained, view.had, view.all_kinds, view.premises))
     free = _free_workers(view)
     actions: list[Action] = []
-    others = []
+    others: dict[Alike, list[PackView]] = {}
     for pack in view.packs:
         if pack.idle:
             actions += _fill(view, pack, lines)
         elif pack.occupied < pack.num_slots:
-            others.append(pack)
+            others.setdefault(_alike(pack), []).append(pack)
     if free or not _enough(others, lines):
-        for pack in others:
-            actions += _reserve(pack, lines)
+        for packs in others.values():
+            actions += _reserve(view, packs, lines)
     return actions + _start(view, lines, free)
 
 
@@ -118,35 +121,54 @@ def _interrupt(view: SweepView) -> Sequence[Action]:
 
 def _fill(view: SweepView, pack: PackView, lines: Lines) -> list[Action]:
     """Give the free slots of a pack that waits to trials; takes them out of `lines`."""
-    longest = math.inf
-    if view.kinds:
-        kind = next(kind for kind in view.kinds if kind.name == pack.kind)
-        longest = longest_for(kind, pack.num_slots, view.kinds, lines.all_work_left)
-    taken = lines.take(pack.key, pack.arithmetic, pack.num_slots - pack.occupied, longest)
+    taken = _take(view, pack, pack.num_slots - pack.occupied, lines)
     if not taken and not pack.occupied:
-        waits = "that faster workers would not end sooner " if lines.left(pack.key) else ""
-        reason = f"no trial waits {waits}for a {pack.key.title} base"
-        return [ReleasePack(pack.number, save=False, reason=reason)]
+        return [ReleasePack(pack.number, save=False, reason=_why_none(pack, lines))]
     return [
         AssignTrial(pack.number, trial.number, _why_assigned(view, pack, trial)) for trial in taken
     ]
 
 
-def _enough(packs: Sequence[PackView], lines: Lines) -> bool:
+def _why_none(pack: PackView, lines: Lines) -> str:
+    waits = "that faster workers would not end sooner " if lines.left(pack.key) else ""
+    return f"no trial waits {waits}for a {pack.key.title} base"
+
+
+def _take(view: SweepView, pack: PackView, most: int, lines: Lines) -> list[TrialSpec]:
+    """The next trials for packs like this one: none that faster workers would end sooner."""
+    longest = math.inf
+    if view.kinds:
+        kind = next(kind for kind in view.kinds if kind.name == pack.kind)
+        longest = longest_for(kind, pack.num_slots, view.kinds, lines.all_work_left)
+    return lines.take(pack.key, pack.arithmetic, most, longest)
+
+
+def _alike(pack: PackView) -> Alike:
+    return pack.key, pack.arithmetic, pack.kind, pack.num_slots
+
+
+def _enough(others: Mapping[Alike, Sequence[PackView]], lines: Lines) -> bool:
     """Whether there are trials for all slots that these will have free."""
     wanted: Counter[PackKey] = Counter()
+    for (key, *_), packs in others.items():
+        wanted[key] += _num_free(packs)
+    return all(lines.count(key, arithmetic) >= wanted[key] for key, arithmetic, _, _ in others)
+
+
+def _reserve(view: SweepView, packs: Sequence[PackView], lines: Lines) -> list[Action]:
+    """The trials that packs, all alike, will take once they have loaded, or answer, are spoken
+    for."""
+    left = len(_take(view, packs[0], _num_free(packs), lines))
+    actions: list[Action] = []
     for pack in packs:
-        wanted[pack.key] += pack.num_slots - pack.occupied
-    kinds = {(pack.key, pack.arithmetic) for pack in packs}
-    return all(lines.count(key, arithmetic) >= wanted[key] for key, arithmetic in kinds)
+        if not left and not pack.ready:
+            actions.append(AbandonPack(pack.number, _why_none(pack, lines)))
+        left -= min(left, pack.num_slots - pack.occupied)
+    return actions
 
 
-def _reserve(pack: PackView, lines: Lines) -> list[Action]:
-    """The trials that a pack will take once it has loaded, or answers, are spoken for."""
-    taken = lines.take(pack.key, pack.arithmetic, pack.num_slots - pack.occupied)
-    if pack.ready or taken:
-        return []
-    return [AbandonPack(pack.number, f"no trial waits for a {pack.key.title} base any more")]
+def _num_free(packs: Sequence[PackView]) -> int:
+    return sum(pack.num_slots - pack.occupied for pack in packs)
 
 
 def _why_assigned(view: SweepView, pack: PackView, trial: TrialSpec) -> str:
@@ -170,9 +192,7 @@ def _free_workers(view: SweepView) -> list[WorkerKind]:
 def _start(view: SweepView, lines: Lines, free: Sequence[WorkerKind]) -> list[Action]:
     if not free or not lines.all_left:
         return []
-    active: dict[PackKey, int] = {}
-    for pack in view.packs:
-        active[pack.key] = active.get(pack.key, 0) + 1
+    active = Counter(pack.key for pack in view.packs)
     return [
         StartPack(plan, plan.reason)
         for plan, _ in plan_packs(lines, active, free, view.premises, view.kinds)

@@ -4,7 +4,8 @@
     base_model.json data.json  what was prepared
     plan.json                  packs, with reasons
     decisions.jsonl            what the controller decided, and why
-    packs.jsonl                what each pack and slot did, when and where
+    packs.jsonl                what each pack and slot did, when and where, and how fast
+    speeds.json                what earlier sweeps had measured when it was started
     environment.json           machine, Python, packages and commit it was started from
     system/NODE.jsonl          use of a node's CPUs, memory and GPUs while it trained
     trials/007/trial.json      the trial

@@ -56,11 +56,13 @@ class SimulatedWorker:
         place: GroupPlace,
         faults: Mapping[int, str] | None = None,
         step_s: float = 0.0,
+        tokens_per_s: float = 1000.0,
     ) -> None:
         self._spec = spec
         self._place = place
         self._faults = faults or {}
         self._step_s = step_s
+        self._tokens_per_s = tokens_per_s
         self._slots: dict[int, _SimulatedSlot] = {}
 
     def load(self) -> PackReady:
@@ -78,7 +80,9 @@ class SimulatedWorker:
                     assert len(self._slots) < self._spec.num_slots, "no slot is free"
                     taken = {slot.place for slot in self._slots.values()}
                     place = next(n for n in range(self._spec.num_slots) if n not in taken)
-                    slot = self._slots[task.trial] = _SimulatedSlot(task, writes, place)
+                    slot = self._slots[task.trial] = _SimulatedSlot(
+                        task, writes, place, self._tokens_per_s
+                    )
                     node = platform.node()
                     events.append(
                         TrialOpened(task.trial, task.attempt, slot.step, slot=place, node=node)
@@ -133,10 +137,11 @@ class SimulatedWorker:
 
 
 class _SimulatedSlot:
-    def __init__(self, task: SlotTask, writes: bool, place: int) -> None:
+    def __init__(self, task: SlotTask, writes: bool, place: int, tokens_per_s: float) -> None:
         self.task = task
         self.place = place
         self._writes = writes
+        self._tokens_per_s = tokens_per_s
         self.step = 0
         if task.checkpoint_dirs:
             self.step = read_json(Path(task.checkpoint_dirs[0]) / "checkpoint.json")["step"]
@@ -166,7 +171,7 @@ class _SimulatedSlot:
             self.loss,
             rate,
             1.0,
-            1000.0,
+            self._tokens_per_s,
         )
 
     def evaluated(self) -> Evaluated:
@@ -189,8 +194,8 @@ class _SimulatedSlot:
             train_loss=self.loss,
             steps=self.step,
             tokens=self.tokens,
-            tokens_per_s=1000.0,
-            train_s=self.tokens / 1000.0,
+            tokens_per_s=self._tokens_per_s,
+            train_s=self.tokens / self._tokens_per_s,
             peak_memory_bytes=10**9,
             model_memory_bytes=round(10**6 * self.task.config.quant.mean_bits),
             num_adapter_params=num_params,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster.metrics import METRICS, ray_metrics
 from cluster.ray_executor import RayExecutor
@@ -127,6 +128,17 @@ def test_sharding_uses_all_nodes(three_nodes: LocalCluster, tmp_path: Path) -> N
 
     with RayTasks(count) as run:
         assert len(set(run(wait_for_all, range(count)))) == 2
+
+
+def test_preparing_data_waits_for_a_core_that_another_sweep_holds_and_says_so(
+    three_nodes: LocalCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = placement_group([{"CPU": 1}] * sum(SIZES))
+    assert held.wait(TIMEOUT_S)
+    threading.Timer(3.0, remove_placement_group, [held]).start()
+    with RayTasks(2, queued_after_s=0.5) as run:
+        assert list(run(abs, [-1, -2])) == [1, 2]
+    assert caplog.text.count("waits in Ray's queue until 1 CPU core is free") == 1
 
 
 def test_prometheus_reads_every_metric_of_a_sweep(three_nodes: LocalCluster) -> None:
@@ -273,6 +285,34 @@ def test_a_node_without_work_is_free_and_the_sweep_goes_on_when_it_is_taken_away
     assert sweep.ended == {0, 1, 2}
     sweep.wait()
     assert [(r.state, r.attempt) for r in sweep.store.results] == [("finished", 1)] * 4
+
+
+def test_sweeps_that_share_a_cluster_take_turns_and_the_one_that_waits_says_so(
+    three_nodes: LocalCluster,
+    run: Callable[..., RunningSweep],
+    tmp_path: Path,
+    environment: Mapping[str, str],
+) -> None:
+    space = {"steps": [40, 10_000, 10_001]}
+    first = run(3, search__space=space, resources__slots_per_pack=1)
+    wait_until(lambda: first.have_checkpoints(0, 1, 2), "a sweep that has the whole cluster")
+    make_store(tmp_path / "other", sweep_config(search__space={"steps": [4, 5]}))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.integration.driver", "other"],
+        cwd=tmp_path,
+        env=at(three_nodes, environment),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=True,
+    )
+    assert first.ended == {0}, "the other one had what the first's ended pack gave back"
+    (queued,) = [line for line in done.stdout.splitlines() if "Ray's queue" in line]
+    assert queued == (
+        "pack 0: waits in Ray's queue until 1 x 1 CPU core are free: others on this cluster, such "
+        "as another sweep, hold what it has"
+    )
+    assert len(RunStore.open(tmp_path / "other").results) == 2
 
 
 def under_way(run_dir: Path) -> bool:

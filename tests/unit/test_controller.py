@@ -10,20 +10,24 @@ import pytest
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError, DiskFull
 from orchestrator.files import read_json, write_json
+from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.options import Premises
-from orchestrator.planning.packs import preview_packs
+from orchestrator.planning.packs import learn_from, preview_packs
 from orchestrator.planning.waiting import pack_key
 from orchestrator.records import (
     Arithmetic,
+    Decision,
     Directive,
     Event,
+    Notice,
     PackLost,
     PackReady,
     PackSpec,
     TrialSpec,
 )
 from orchestrator.sweep.executor import InProcessExecutor
+from orchestrator.sweep.lessons import heeding, lesson
 from orchestrator.sweep.policy import AbandonPack, PackView, SweepView, decide
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
@@ -260,6 +264,43 @@ def test_a_pack_that_runs_out_of_memory_is_planned_with_less_and_its_trials_are_
         "4 slots ran out of memory: at most 2 from now on",
         "2 slots ran out of memory: at most 1 from now on",
     ]
+
+
+def test_a_resume_does_not_run_out_of_memory_again(tmp_path: Path) -> None:
+    store = four_trials(tmp_path / "run")
+
+    def stop_once_one_slot_is_left(notice: Notice) -> None:
+        if isinstance(notice, Decision) and "at most 1 from" in notice.reason:
+            controller.request_stop()
+
+    executor = InProcessExecutor(TightWorker)
+    controller = make_controller(store, executor, 1, stop_once_one_slot_is_left)
+    assert not controller.run()
+    before = len(store.decisions)
+    assert make_controller(store, InProcessExecutor(TightWorker), num_workers=1).run()
+    assert finished(store) == [0, 1, 2, 3]
+    assert "plan_less_memory" not in {d["action"] for d in store.decisions[before:]}
+
+
+@pytest.mark.parametrize("kind", ["", "H200"])
+def test_less_memory_is_remembered_as_a_part_of_it(kind: str) -> None:
+    config = sweep_config()
+    given = on_gpus(config)
+    kinds = (WorkerKind(kind, 1, 141 * GIB),) if kind else ()
+    trials = [TrialSpec(n, {}, config.trial) for n in range(8)]
+    ((lost, _),) = preview_packs(trials, 1, given, kinds=kinds)
+    learned = learn_from(lost, given)
+    assert learned is not None
+    facts = lesson(given, learned[0])
+    decisions = [{"action": "plan_less_memory", "facts": facts}, {"action": "start"}]
+    ((again, _),) = preview_packs(trials, 1, heeding(given, decisions), kinds=kinds)
+    ((as_then, _),) = preview_packs(trials, 1, learned[0], kinds=kinds)
+    assert again.fit.budget_bytes == pytest.approx(as_then.fit.budget_bytes, rel=1e-6)
+    assert again.fit.budget_bytes < lost.fit.budget_bytes
+    ((smaller, _),) = preview_packs(
+        trials, 1, heeding(premises(config, "cuda", LLAMA_8B, 70 * GIB), decisions)
+    )
+    assert smaller.fit.budget_bytes < 0.9 * 70 * GIB, "and of workers with other memory too"
 
 
 def test_trials_whose_pack_can_give_up_nothing_fail_for_want_of_memory(tmp_path: Path) -> None:

@@ -410,6 +410,20 @@ def test_a_slow_gpu_begins_nothing_that_a_fast_one_would_end_sooner() -> None:
     assert decide(view) == [ReleasePack(0, save=False), AssignTrial(1, 1)]
 
 
+def test_a_slow_gpu_that_loads_holds_no_trial_back_from_faster_ones() -> None:
+    """Which of them begins it was decided when its pack was started, and may look different now."""
+    (long,) = (TrialSpec(0, {}, sweep_config(trial__steps=100).trial),)
+    given = premises(sweep_config(), "cuda", LLAMA_8B)
+    loading = replace(pack(pack_key(long.config), 0, ready=False, idle=False), kind="L4")
+    slow = replace(SMALL, speed=0.1)
+    (start,) = (
+        a
+        for a in decide(SweepView((long,), (loading,), 2, given, kinds=(LARGE, slow)))
+        if isinstance(a, StartPack)
+    )
+    assert start.plan.kind.name == "H200"
+
+
 def test_a_half_trained_trial_goes_on_where_its_arithmetic_fits() -> None:
     (trial,) = trials(4, trial__batch_size=8)
     had = Arithmetic(1, 8, False)  # 8 blocks at once do not fit the small kind

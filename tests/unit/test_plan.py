@@ -8,6 +8,9 @@ import pytest
 from jobs.plan import show
 from orchestrator.errors import ConfigError
 from orchestrator.planning.capacity import Node
+from orchestrator.planning.measured import Factors, Measurement
+from orchestrator.planning.shape import BaseShape, read_shape
+from orchestrator.sweep.earlier import keep_speeds
 from tests.unit.test_layering import heavy_modules_after
 from tests.unit.test_memory_plan import sweep_file
 
@@ -40,6 +43,63 @@ def test_a_laptop_says_what_a_sweep_takes_on_gpus_that_it_does_not_have(
     assert float(price[1]) == pytest.approx(3 * float(hours[2]), abs=0.02)
     (chart,) = re.findall(r" 0 \|(.*)\|", out)
     assert re.fullmatch(r"\.+[0=]+ *", chart)
+
+
+def test_a_plan_goes_by_what_earlier_sweeps_of_its_base_measured(
+    sweep_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    fresh = shown(sweep_file, "1xH100-80GB", capsys)
+    factors = Factors()
+    for pack in range(3):
+        factors.add(pack, "H100", "4-bit nf4, dequantised", Measurement(1, 1.0, 2.0))
+    shape = read_shape(tmp_path / "base")
+    assert isinstance(shape, BaseShape)
+    keep_speeds(shape, factors)
+    corrected = shown(sweep_file, "1xH100-80GB", capsys)
+    words = "4-bit nf4, dequantised on H100: times x 2.00, as earlier sweeps measured"
+    assert words in corrected
+    assert words not in fresh
+    rate, half = (
+        float(re.search(r"│ +([\d,]+) │ 0:00:00", out)[1].replace(",", ""))  # type: ignore[index]
+        for out in (fresh, corrected)
+    )
+    assert half == pytest.approx(rate / 2, abs=1)
+
+
+def test_trials_that_are_not_known_yet_are_in_the_hours_and_the_price(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = "search={space: {adapter.rank: [4, 8]}, sampler: tpe, pruner: asha, num_trials: %d}"
+    steps = "trial.steps=20000"
+    ten, forty = (shown(sweep_file, "1xH100", capsys, space % count, steps) for count in (10, 40))
+    hours = [float(re.search(r"predicted: ([\d.]+)", out)[1]) for out in (ten, forty)]  # type: ignore[index]
+    assert hours[1] > 2 * hours[0]
+    assert "only trials 0-9 are known before results are in" in forty
+    assert "only trials" not in ten
+    assert "less as far as asha stops trials" in forty
+
+
+def test_trials_that_a_constraint_refuses_are_named_and_take_no_time(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = "search.constraints.adapter_mb=0.1"
+    out = shown(sweep_file, "1xH100", capsys, "search.space={adapter.rank: [1, 64]}", limit)
+    assert "trial 1 will not be trained: expected: adapter_mb is" in out
+    assert "trial 0 will not be trained" not in out
+    assert re.search(r"0:00:00 │ +\S+ │ 0 ", out)
+
+
+def test_a_constraint_on_memory_binds_on_gpus_of_any_size(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(sweep_file, "1xH100,1xL4", capsys, "search.constraints.peak_memory_gib=10")
+    allowed = re.search(r"may be used((?: +│ +[\d.]+)+)", out)
+    assert allowed is not None
+    assert set(re.findall(r"[\d.]+", allowed[1])) == {"9.00"}
 
 
 def test_the_fastest_gpus_are_named_first(

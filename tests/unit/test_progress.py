@@ -11,7 +11,7 @@ from rich.console import Console
 from jobs.display import SweepDisplay
 from jobs.followed import FollowedSweep
 from jobs.progress import FORMS, TRAINED, Row, line, read_line, sweep_table
-from orchestrator.records import TrialResult
+from orchestrator.records import Decision, PackQueued, PackStanding, Standing, TrialResult
 from orchestrator.search.space import ask
 from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.simulated import SimulatedWorker
@@ -148,3 +148,31 @@ def test_failed_trials_of_the_run_folder_keep_their_reason(
     with SweepDisplay(store).shown():
         printed = capsys.readouterr().out
     assert "failed at step 2/6: loss_not_finite: at step 2" in printed
+
+
+def test_the_display_says_what_was_learnt_and_how_long_the_rest_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display = SweepDisplay(make_store(tmp_path / "run", sweep_config()))
+    display.observe(Standing(4, 0, 0, 0, (), left_s=None))
+    assert capsys.readouterr().out == ""
+    display.observe(Standing(3, 0, 0, 0, (), left_s=7800.0))
+    display.observe(Standing(2, 0, 0, 0, (), left_s=7790.0))
+    display.observe(Decision(0.0, "learn_speed", "16-bit on H200", "durations x 1.13"))
+    assert capsys.readouterr().out.splitlines() == [
+        "about 2:10:00 left",
+        "16-bit on H200: durations x 1.13",
+    ]
+
+
+def test_packs_that_wait_for_the_cluster_are_one_line_until_none_waits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display = SweepDisplay(make_store(tmp_path / "run", sweep_config()))
+    display.observe(PackQueued(0, "waits"))
+    display.observe(PackQueued(1, "waits"))
+    display.observe(Standing(4, 0, 0, 0, (PackStanding(1, 2, (), 0),)))
+    display.observe(PackQueued(2, "waits"))
+    display.observe(Standing(4, 0, 0, 0, ()))
+    display.observe(PackQueued(3, "waits"))
+    assert capsys.readouterr().out.splitlines() == ["pack 0: waits", "pack 3: waits"]

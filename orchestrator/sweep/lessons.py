@@ -1,0 +1,34 @@
+"""What a sweep has learnt of its workers' memory, for its decisions and for a resume.
+
+In: Premises before and after a pack ran out of memory. Out: facts for a line of decisions.jsonl,
+and Premises that heed such lines. A part of the memory, not bytes: a resume may have other workers.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from orchestrator.planning.options import Premises
+
+LEARNT = "plan_less_memory"
+
+
+def lesson(before: Premises, after: Premises) -> dict[str, Any]:
+    """By how much less plans take from now on."""
+    part = after.memory_fraction / before.memory_fraction
+    if after.worker_memory_bytes != before.worker_memory_bytes:
+        part = after.worker_memory_bytes / before.worker_memory_bytes
+    return {"part": part, "max_slots_unknown": after.max_slots_unknown}
+
+
+def heeding(premises: Premises, decisions: Iterable[Mapping[str, Any]]) -> Premises:
+    """What the planner goes by after all that was learnt."""
+    for decision in decisions:
+        if decision["action"] == LEARNT and (facts := decision.get("facts")):
+            premises = replace(
+                premises,
+                worker_memory_bytes=int(premises.worker_memory_bytes * facts["part"]),
+                memory_fraction=premises.memory_fraction * facts["part"],
+                max_slots_unknown=min(premises.max_slots_unknown, facts["max_slots_unknown"]),
+            )
+    return premises

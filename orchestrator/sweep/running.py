@@ -1,0 +1,73 @@
+"""A pack that runs, as its controller keeps it, and where all of them stand."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.planning.packs import PackPlan
+from orchestrator.records import Directive, PackStanding, Standing, TrialResult
+from orchestrator.sweep.policy import PackView
+
+
+@dataclass
+class RunningPack:
+    plan: PackPlan
+    attempts: dict[int, int] = field(default_factory=dict)
+    """Attempt number of each trial in its slots."""
+    ready: bool = False
+    idle: bool = False
+    directives: list[Directive] = field(default_factory=list)
+    _seen: PackView | None = None
+
+    def view(self, number: int) -> PackView:
+        """The one before, where nothing has changed: there may be a thousand packs."""
+        occupied, seen = len(self.attempts), self._seen
+        if seen and (seen.occupied, seen.ready, seen.idle) == (occupied, self.ready, self.idle):
+            return seen
+        plan = self.plan
+        self._seen = PackView(
+            number,
+            plan.key,
+            plan.num_slots,
+            occupied,
+            self.ready,
+            self.idle,
+            plan.arithmetic,
+            plan.kind.name,
+        )
+        return self._seen
+
+    @property
+    def as_planned(self) -> dict[str, Any]:
+        """What packs.jsonl tells of its start."""
+        memory = self.plan.fit.memory
+        return {
+            "base": self.plan.key.title,
+            "num_slots": self.plan.num_slots,
+            "world_size": self.plan.world_size,
+            "expected_bytes": memory.total_bytes if memory is not None else None,
+        }
+
+
+def standing(
+    num_trials: int, results: Iterable[TrialResult], packs: Mapping[int, RunningPack]
+) -> Standing:
+    """One that is trained, but has a verdict due, counts as waiting."""
+    states = [result.state for result in results]
+    stand = tuple(
+        PackStanding(
+            number,
+            pack.plan.num_slots,
+            tuple(pack.attempts),
+            pack.plan.fit.memory.total_bytes if pack.plan.fit.memory else 0,
+        )
+        for number, pack in packs.items()
+    )
+    taken = sum(len(pack.trials) for pack in stand)
+    return Standing(
+        num_trials - len(states) - taken,
+        states.count("finished"),
+        states.count("pruned"),
+        states.count("failed"),
+        stand,
+    )
