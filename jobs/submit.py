@@ -33,7 +33,6 @@ class Sending:
     render_to: Path | None = None
     crds: Path | None = None
     detach: bool = False
-    max_wait_s: float | None = None
 
 
 def planner(address: str, options: KubernetesOptions, storage: str | None = None) -> Planner:
@@ -124,7 +123,7 @@ def submit_sweep(
     if sending.detach:
         person.say(f"follow it with `orchestrator jobs logs {plan.submission.name} --follow`")
         return 0
-    return follow_job(target, plan.submission.name, person, sending.max_wait_s, owns=True)
+    return follow_job(target, plan.submission.name, person, owns=True)
 
 
 def _render(plan: Plan, folder: Path, person: Terminal) -> int:

@@ -33,7 +33,6 @@ def follow_job(
     target: Target,
     name: str,
     person: Terminal,
-    max_wait_s: float | None = None,
     owns: bool = False,
 ) -> int:
     """`owns`: whoever follows has sent it, and wants nothing left of it if it cannot start."""
@@ -44,7 +43,6 @@ def follow_job(
         person.say,
         person.sleep,
         person.clock,
-        max_wait_s=max_wait_s,
         log=shown.take if shown is not None else None,
     )
     while True:
