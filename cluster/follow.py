@@ -54,7 +54,7 @@ class Follower:
             try:
                 story = self.target.story(self.name)
                 answered = self.clock()
-            except (ContactLost, NeverStarted) as error:
+            except ClusterError as error:
                 if last is None and isinstance(error, NeverStarted):
                     raise
                 self._lose(error, answered)

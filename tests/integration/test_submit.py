@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from cluster.ray_jobs import RayJobs, dashboard
+from cluster.ray_jobs import DIGEST, SWEEP, RayJobs, dashboard
 from cluster.ray_stand_in import RayStandIn
+from cluster.ray_target import RayTarget
+from cluster.submission import OVER, JobState
 from orchestrator.errors import ClusterError
 from orchestrator.sweep.run_store import RunStore
 from tests.integration.conftest import Command, program, write_config
@@ -80,7 +82,7 @@ def jobs(request: pytest.FixtureRequest) -> RayJobs:
     return RayJobs(dashboard(request.getfixturevalue("cluster").address))
 
 
-def test_a_job_is_there_until_it_is_deleted(jobs: RayJobs) -> None:
+def test_a_job_has_its_id_for_itself_and_is_there_when_it_is_over(jobs: RayJobs) -> None:
     jobs.submit("contract", "sleep 60", {"a": "b"})
     info = jobs.info("contract")
     assert info is not None
@@ -90,15 +92,38 @@ def test_a_job_is_there_until_it_is_deleted(jobs: RayJobs) -> None:
     assert jobs.workers("contract") == []
     with pytest.raises(ClusterError, match="already exists"):
         jobs.submit("contract", "true", {})
-    with pytest.raises(ClusterError, match="in a non-terminal state"):
-        jobs.delete("contract")
     jobs.stop("contract")
     wait_for(lambda: (jobs.info("contract") or {})["status"] == "STOPPED")
     assert "Running entrypoint for job contract: sleep 60" in jobs.log("contract")
-    jobs.delete("contract")
-    assert jobs.info("contract") is None
+    with pytest.raises(ClusterError, match="already exists"):
+        jobs.submit("contract", "true", {})
+    assert jobs.info("another") is None
     with pytest.raises(ClusterError, match="404"):
-        jobs.log("contract")
+        jobs.log("another")
+
+
+def test_a_sweep_that_is_sent_again_at_its_end_runs_to_its_own(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    """For some seconds Ray would take a job of the same id for the one that has ended."""
+    jobs = RayJobs(dashboard(cluster.address))
+    target = RayTarget(jobs)
+
+    def state() -> JobState:
+        found = target.find("again")
+        assert found is not None
+        return found.state
+
+    # The first does not end by itself, the second outlasts Ray's look at the first.
+    entrypoint = f"test -e {tmp_path}/begun && exec sleep 5; touch {tmp_path}/begun; exec sleep 999"
+    jobs.submit("again", entrypoint, {SWEEP: "again", DIGEST: "0"})
+    wait_for((tmp_path / "begun").exists)
+    target.cancel("again")
+    wait_for(lambda: state() == "stopped")
+    target.resume("again")
+    wait_for(lambda: state() in OVER)
+    assert state() == "succeeded"
+    assert "again" in [view.name for view in target.list()]
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
