@@ -44,7 +44,10 @@ def plan_ray_job(
 
 
 class RayTarget:
-    def __init__(self, jobs: RayJobs, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self, jobs: RayJobs, sleep: Callable[[float], None] = time.sleep, place: str = ""
+    ) -> None:
+        self.place = place
         self._jobs = jobs
         self._sleep = sleep
 

@@ -76,11 +76,13 @@ def connect(address: str, namespace: str | None = None, context: str | None = No
         from cluster.kubernetes.api import KubernetesApi
         from cluster.kubernetes.target import KubernetesTarget
 
-        return KubernetesTarget(KubernetesApi.connect(context, namespace))
+        given = {"namespace": namespace, "context": context}
+        place = "".join(f" --{name} {value}" for name, value in given.items() if value)
+        return KubernetesTarget(KubernetesApi.connect(context, namespace), place=place)
     from cluster.ray_jobs import RayJobs, dashboard
     from cluster.ray_target import RayTarget
 
-    return RayTarget(RayJobs(dashboard(address)))
+    return RayTarget(RayJobs(dashboard(address)), place=f" --target {address}")
 
 
 def submit_sweep(
@@ -114,14 +116,15 @@ def submit_sweep(
         try:
             target.send(plan, action)
         except KeyboardInterrupt:
-            name = plan.submission.name
-            person.say(f"{name} may have been sent: look with `orchestrator jobs status {name}`")
+            command = f"orchestrator jobs status {plan.submission.name}{target.place}"
+            person.say(f"{plan.submission.name} may have been sent: look with `{command}`")
             raise
         person.say(f"submitted {plan.submission.name}; run folder {plan.submission.run_dir}")
         if plan.shape:
             person.say(f"asks for {plan.shape}")
     if sending.detach:
-        person.say(f"follow it with `orchestrator jobs logs {plan.submission.name} --follow`")
+        command = f"orchestrator jobs logs {plan.submission.name} --follow{target.place}"
+        person.say(f"follow it with `{command}`")
         return 0
     return follow_job(target, plan.submission.name, person, owns=True)
 

@@ -267,7 +267,10 @@ def test_ctrl_c_leaves_a_followed_sweep_alone(
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 130, output
-    assert "come back with `orchestrator jobs logs left --follow`" in output
+    assert (
+        f"come back with `orchestrator jobs logs left --follow --target {cluster.address}`"
+        in output
+    )
     assert "Traceback" not in output
     jobs = RayJobs(dashboard(cluster.address))
     assert (jobs.info("left") or {})["status"] == "RUNNING"
