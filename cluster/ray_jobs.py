@@ -164,7 +164,7 @@ def job_view(info: Mapping[str, Any]) -> JobView:
         sweep=metadata.get(SWEEP, ""),
         digest=metadata.get(DIGEST, ""),
         state=state,
-        message=_first_line(info.get("message") or ""),
+        message="" if state == "running" else _first_line(info.get("message") or ""),
         run_dir=metadata.get(RUN_DIR, ""),
         created=(info.get("start_time") or 0) / 1000 or None,
         exit_code=code,

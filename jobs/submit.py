@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from cluster.kubernetes.options import KubernetesOptions
+from cluster.kubernetes.rayjob import to_yaml
 from cluster.submission import decide_submission
 from cluster.target import Plan, Planner, Target
 from jobs.submitted import follow_job
@@ -104,7 +103,7 @@ def submit_sweep(
     if sending.render_to is not None:
         return _render(plan, sending.render_to, person)
     if sending.dry_run is not None:
-        print(_shown(plan.request), end="")
+        print(to_yaml(plan.request), end="")
         return 0
     target = reach()
     action = decide_submission(plan.submission, target.find(plan.submission.name))
@@ -132,17 +131,9 @@ def submit_sweep(
 def _render(plan: Plan, folder: Path, person: Terminal) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{plan.submission.name}.yaml"
-    path.write_text(_shown(plan.request))
+    path.write_text(to_yaml(plan.request))
     person.say(f"wrote {path}; nothing was sent")
     return 0
-
-
-def _shown(request: dict[str, Any]) -> str:
-    if request.get("kind") == "RayJob":
-        from cluster.kubernetes.rayjob import to_yaml
-
-        return to_yaml(request)
-    return str(yaml.safe_dump(request, sort_keys=False))
 
 
 def _validate(plan: Plan, folder: Path) -> None:
