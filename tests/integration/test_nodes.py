@@ -44,7 +44,7 @@ from tests.nodes import (
 from tests.sweeps import make_controller, make_store, sweep_config
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 SIZES = (2, 1)
 """CPU cores of the two worker nodes."""
 

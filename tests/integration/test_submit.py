@@ -25,7 +25,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.sweep.run_store import RunStore
 from tests.integration.conftest import Command, program, write_config
 
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 240
 # Ports of its own: with the usual one of the agent, a second Ray on a machine takes no jobs.
 RAY = """
 import sys
@@ -167,13 +167,14 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     uri: str,
     client: MlflowClient,
 ) -> None:
-    # One short trial and one long (10 s), so that there is a middle to be cancelled in.
+    # One short trial and one long (10 s), so that there is a middle to be cancelled in. In one
+    # pack, they begin together.
     config = write_config(
         tmp_path,
         tiny_base,
         search__space={"steps": [4, 400]},
         evaluation__every_steps=None,
-        resources__num_workers=2,
+        resources__num_workers=1,
         tracking__uri=uri,
         registry__register_winner=False,
     )
@@ -181,8 +182,8 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     detached = orchestrator(*sent, "--detach", cwd=tmp_path)
     assert detached.returncode == 0, detached.stdout + detached.stderr
     (run_dir,) = re.findall(r"run folder (\S+)", detached.stdout)
-    checkpoints = Path(run_dir, "trials")
-    wait_for(lambda: any(checkpoints.glob("*/attempts/*/*/checkpoint.json")))
+    long = Path(run_dir, "trials", "001")
+    wait_for(lambda: any(long.glob("attempts/*/*/checkpoint.json")))
 
     cancelled = orchestrator("jobs", "cancel", "sums", *arguments(cluster), cwd=tmp_path)
     assert cancelled.returncode == 0, cancelled.stdout + cancelled.stderr
