@@ -31,8 +31,6 @@ class Follower:
     say: Callable[[str], None]
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.time
-    max_wait_s: float | None = None
-    """None: until the cluster's own deadline."""
     log: Callable[[str], None] | None = None
     """Takes what the driver has printed, in whole lines; None: say it."""
     _told: set[str] = field(default_factory=set)
@@ -44,7 +42,8 @@ class Follower:
         """Until it is over.
 
         Raises:
-            NeverStarted: it cannot start, or did not in `max_wait_s`; with the cause.
+            NeverStarted: it cannot start; with the cause. One that waits for what may pass is ended
+                by the cluster's own deadline.
             ContactLost: the cluster has not answered for a minute, or does not let us look any
                 more, such as by a login that has expired.
         """
@@ -55,7 +54,7 @@ class Follower:
             try:
                 story = self.target.story(self.name)
                 answered = self.clock()
-            except (ContactLost, NeverStarted) as error:
+            except ClusterError as error:
                 if last is None and isinstance(error, NeverStarted):
                     raise
                 self._lose(error, answered)
@@ -69,7 +68,7 @@ class Follower:
             if story.view.state in OVER | {"suspended"}:
                 return self._ended(story)
             hopeless_since = (hopeless_since or self.clock()) if story.is_hopeless else None
-            self._check_start(story, started, hopeless_since)
+            self._check_start(story, hopeless_since)
             self.sleep(POLL_S)
 
     def _lose(self, error: ClusterError, answered: float) -> None:
@@ -90,15 +89,11 @@ class Follower:
         minutes, rest = divmod(max(0, round(at_s)), 60) if at_s is not None else (0, 0)
         self.say(f"[{minutes}:{rest:02d}] {text}" if at_s is not None else text)
 
-    def _check_start(self, story: Story, started: float, hopeless_since: float | None) -> None:
-        if story.view.state not in BEFORE:
+    def _check_start(self, story: Story, hopeless_since: float | None) -> None:
+        if story.view.state not in BEFORE or hopeless_since is None:
             return
-        now = self.clock()
-        if hopeless_since is not None and now - hopeless_since >= PATIENCE_S:
+        if self.clock() - hopeless_since >= PATIENCE_S:
             raise NeverStarted(f"{self.name} cannot start: {story.cause}")
-        if self.max_wait_s is not None and now - started > self.max_wait_s:
-            cause = story.cause or f"it is still {story.view.state}"
-            raise NeverStarted(f"{self.name} did not start in {self.max_wait_s:.0f} s: {cause}")
 
     def _show_log(self, is_last: bool) -> None:
         if not is_last and self.clock() < self._log_due:

@@ -125,10 +125,6 @@ class RayJobs:
         """Its driver gets SIGTERM, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S of the cluster."""
         self._ask("POST", f"/api/jobs/{job}/stop")
 
-    def delete(self, job: str) -> None:
-        """Only a job that is over; its id is free then."""
-        self._ask("DELETE", f"/api/jobs/{job}")
-
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
         return _checked(self._send(method, path, body))
 
@@ -151,17 +147,24 @@ def ray_worker(actor: Mapping[str, Any]) -> RayWorker | None:
     return RayWorker(int(found[1]), int(found[2]), actor["actor_id"], actor["state"] == "ALIVE")
 
 
+def job_and_number(info: Mapping[str, Any]) -> tuple[str, int]:
+    """Of `sums.2`: sums, which was sent for the second time. Of a driver without a job: none."""
+    job = info.get("submission_id") or ""
+    found = re.fullmatch(r"(.+)\.(\d+)", job)
+    return (found[1], int(found[2])) if found else (job, 1)
+
+
 def job_view(info: Mapping[str, Any]) -> JobView:
     metadata = info.get("metadata") or {}
     state = STATES[info["status"]]
     code = info.get("driver_exit_code")
     has_no_driver = code is None and info.get("driver_agent_http_address") is None
     return JobView(
-        name=info["submission_id"],
+        name=job_and_number(info)[0],
         sweep=metadata.get(SWEEP, ""),
         digest=metadata.get(DIGEST, ""),
         state=state,
-        message=_first_line(info.get("message") or ""),
+        message="" if state == "running" else _first_line(info.get("message") or ""),
         run_dir=metadata.get(RUN_DIR, ""),
         created=(info.get("start_time") or 0) / 1000 or None,
         exit_code=code,

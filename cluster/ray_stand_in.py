@@ -81,16 +81,6 @@ class RayStandIn:
                 if stopped:
                     self.end(job, "STOPPED")
                 return _json({"stopped": stopped})
-            case "DELETE", [job] if self.jobs[job]["status"] in OVER:
-                del self.jobs[job]
-                self.logs.pop(job, None)
-                return _json({"deleted": True})
-            case "DELETE", [job]:
-                return Answer(
-                    400,
-                    f"RuntimeError: Attempted to delete job '{job}', but it is in a non-terminal "
-                    f"state {self.jobs[job]['status']}.",
-                )
         return Answer(405, f"Method {method} is not allowed")
 
     def _submit(self, body: dict[str, Any]) -> Answer:

@@ -2,13 +2,17 @@
 
 A Target (cluster/target.py). The cluster is there already and stays: nothing is scaled, queued or
 paused here.
+
+A sweep that is sent again is a job of its own: NAME, NAME.2, NAME.3. Ray 2.60 watches a job for
+some seconds after its end, and takes another one of the same id for it, and for dead.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
+from typing import Any
 
-from cluster.ray_jobs import DIGEST, RUN_DIR, SWEEP, RayJobs, job_view
+from cluster.ray_jobs import DIGEST, RUN_DIR, SWEEP, RayJobs, job_and_number, job_view
 from cluster.submission import OVER, Action, JobView, Line, Story, driver_output, plan_submission
 from cluster.target import Plan
 from orchestrator.config import SweepConfig
@@ -40,7 +44,10 @@ def plan_ray_job(
 
 
 class RayTarget:
-    def __init__(self, jobs: RayJobs, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self, jobs: RayJobs, sleep: Callable[[float], None] = time.sleep, place: str = ""
+    ) -> None:
+        self.place = place
         self._jobs = jobs
         self._sleep = sleep
 
@@ -48,19 +55,17 @@ class RayTarget:
         self._jobs.list()
 
     def find(self, name: str) -> JobView | None:
-        info = self._jobs.info(name)
-        return job_view(info) if info is not None else None
+        last = self._last(name)
+        return job_view(last) if last is not None else None
 
     def list(self) -> "list[JobView]":
         infos = [info for info in self._jobs.list() if SWEEP in (info.get("metadata") or {})]
-        views = [job_view(info) for info in infos]
+        last = {job_and_number(info)[0]: info for info in sorted(infos, key=job_and_number)}
+        views = map(job_view, last.values())
         return sorted(views, key=lambda view: view.created or 0.0, reverse=True)
 
     def send(self, plan: Plan, action: Action) -> None:
-        if action.kind == "replace":
-            self._jobs.delete(plan.submission.name)
-        request = plan.request
-        self._jobs.submit(request["submission_id"], request["entrypoint"], request["metadata"])
+        self._submit(plan.submission.name, plan.request)
 
     def story(self, name: str) -> Story | None:
         view = self.find(name)
@@ -75,16 +80,16 @@ class RayTarget:
 
     def log(self, name: str) -> str | None:
         try:
-            return driver_output(self._jobs.log(name))
+            return driver_output(self._jobs.log(self._id(name)))
         except ClusterError:  # its driver has no log yet
             return None
 
     def worker_log(self, name: str, pack: int, world_rank: int) -> str:
-        return self._jobs.worker_log(name, pack, world_rank)
+        return self._jobs.worker_log(self._id(name), pack, world_rank)
 
     def cancel(self, name: str) -> None:
         if self._existing(name).state not in OVER:
-            self._jobs.stop(name)
+            self._jobs.stop(self._id(name))
 
     def pause(self, name: str) -> None:
         """The driver stops; what it held is the cluster's again."""
@@ -97,10 +102,25 @@ class RayTarget:
                 raise NeverStarted(f"{name} runs: there is nothing to resume")
             self._sleep(POLL_S)
             waited += POLL_S
-        info = self._jobs.info(name)
-        assert info is not None
-        self._jobs.delete(name)
-        self._jobs.submit(name, info["entrypoint"], info["metadata"])
+        last = self._last(name)
+        assert last is not None
+        self._submit(name, last)
+
+    def _submit(self, name: str, request: Mapping[str, Any]) -> None:
+        last = self._last(name)
+        job = name if last is None else f"{name}.{job_and_number(last)[1] + 1}"
+        self._jobs.submit(job, request["entrypoint"], request["metadata"])
+
+    def _last(self, name: str) -> dict[str, Any] | None:
+        """What Ray knows of the job that was sent last."""
+        known = [info for info in self._jobs.list() if job_and_number(info)[0] == name]
+        return max(known, key=job_and_number, default=None)
+
+    def _id(self, name: str) -> str:
+        last = self._last(name)
+        if last is None:
+            raise ClusterError(f"there is no job {name} on this cluster: see `jobs list`")
+        return str(last["submission_id"])
 
     def _existing(self, name: str) -> JobView:
         view = self.find(name)

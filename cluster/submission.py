@@ -127,8 +127,7 @@ def decide_submission(wanted: Submission, found: JobView | None) -> Action:
         if found.state not in OVER:
             raise ConfigError(
                 f"the name {wanted.name} is taken: a sweep of that name with another configuration "
-                f"is {found.state}: choose another --name, or end it first with "
-                f"`orchestrator jobs cancel {wanted.name}`"
+                f"is {found.state}: choose another --name, or cancel it first"
             )
         return Action("replace", f"the job {wanted.name} of another configuration is over")
     match found.state:

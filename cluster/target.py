@@ -29,6 +29,9 @@ would be refused, or be accepted and hang. Asks no cluster."""
 class Target(Protocol):
     """Every method raises NeverStarted for a refusal, ContactLost where nothing answers."""
 
+    place: str
+    """Options with which a command reaches it: ` --target http://head:8265`. Empty: none needed."""
+
     def try_out(self, plan: Plan) -> None:
         """Ask the cluster whether it would take it; nothing is made."""
 

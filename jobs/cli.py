@@ -361,7 +361,8 @@ def run(arguments: list[str]) -> int:
     except typer.Abort:
         return 130
     except TyperException as error:
-        print(f"error: {error.format_message()}: see `orchestrator --help`", file=sys.stderr)
+        words = error.format_message().replace("Value error, ", "").rstrip(".")
+        print(f"error: {words}: see `orchestrator --help`", file=sys.stderr)
         return 2
     except OrchestratorError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,13 +4,17 @@ SIGUSR1: the machine is about to be taken away (pre_stop.py). The sweep saves an
 process stays until it is killed: its end would be taken for the job's, and no other driver started.
 """
 
+import _thread
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from orchestrator.sweep.controller import Controller
+
+AGAIN_AFTER_S = 0.05
 
 
 class Interrupts:
@@ -34,9 +38,21 @@ class Interrupts:
         names = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         handlers = (self._handle, self._handle, self._evict)
         before = [signal.signal(*pair) for pair in zip(names, handlers, strict=True)]
+        print_unraisable = sys.unraisablehook
+
+        def unraisable(lost: "sys.UnraisableHookArgs") -> None:
+            # The handler ran in a finalizer or a weak reference's callback, from which nothing is
+            # raised: once more, when that is over.
+            if lost.exc_type is KeyboardInterrupt:
+                threading.Timer(AGAIN_AFTER_S, _thread.interrupt_main).start()
+            else:
+                print_unraisable(lost)
+
+        sys.unraisablehook = unraisable
         try:
             yield
         finally:
+            sys.unraisablehook = print_unraisable
             for name, handler in zip(names, before, strict=True):
                 signal.signal(name, handler)
 

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from cluster.kubernetes.options import KubernetesOptions
+from cluster.kubernetes.rayjob import to_yaml
 from cluster.submission import decide_submission
 from cluster.target import Plan, Planner, Target
 from jobs.submitted import follow_job
@@ -33,7 +32,6 @@ class Sending:
     render_to: Path | None = None
     crds: Path | None = None
     detach: bool = False
-    max_wait_s: float | None = None
 
 
 def planner(address: str, options: KubernetesOptions, storage: str | None = None) -> Planner:
@@ -77,11 +75,13 @@ def connect(address: str, namespace: str | None = None, context: str | None = No
         from cluster.kubernetes.api import KubernetesApi
         from cluster.kubernetes.target import KubernetesTarget
 
-        return KubernetesTarget(KubernetesApi.connect(context, namespace))
+        given = {"namespace": namespace, "context": context}
+        place = "".join(f" --{name} {value}" for name, value in given.items() if value)
+        return KubernetesTarget(KubernetesApi.connect(context, namespace), place=place)
     from cluster.ray_jobs import RayJobs, dashboard
     from cluster.ray_target import RayTarget
 
-    return RayTarget(RayJobs(dashboard(address)))
+    return RayTarget(RayJobs(dashboard(address)), place=f" --target {address}")
 
 
 def submit_sweep(
@@ -103,7 +103,7 @@ def submit_sweep(
     if sending.render_to is not None:
         return _render(plan, sending.render_to, person)
     if sending.dry_run is not None:
-        print(_shown(plan.request), end="")
+        print(to_yaml(plan.request), end="")
         return 0
     target = reach()
     action = decide_submission(plan.submission, target.find(plan.submission.name))
@@ -115,32 +115,25 @@ def submit_sweep(
         try:
             target.send(plan, action)
         except KeyboardInterrupt:
-            name = plan.submission.name
-            person.say(f"{name} may have been sent: look with `orchestrator jobs status {name}`")
+            command = f"orchestrator jobs status {plan.submission.name}{target.place}"
+            person.say(f"{plan.submission.name} may have been sent: look with `{command}`")
             raise
         person.say(f"submitted {plan.submission.name}; run folder {plan.submission.run_dir}")
         if plan.shape:
             person.say(f"asks for {plan.shape}")
     if sending.detach:
-        person.say(f"follow it with `orchestrator jobs logs {plan.submission.name} --follow`")
+        command = f"orchestrator jobs logs {plan.submission.name} --follow{target.place}"
+        person.say(f"follow it with `{command}`")
         return 0
-    return follow_job(target, plan.submission.name, person, sending.max_wait_s, owns=True)
+    return follow_job(target, plan.submission.name, person, owns=True)
 
 
 def _render(plan: Plan, folder: Path, person: Terminal) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{plan.submission.name}.yaml"
-    path.write_text(_shown(plan.request))
+    path.write_text(to_yaml(plan.request))
     person.say(f"wrote {path}; nothing was sent")
     return 0
-
-
-def _shown(request: dict[str, Any]) -> str:
-    if request.get("kind") == "RayJob":
-        from cluster.kubernetes.rayjob import to_yaml
-
-        return to_yaml(request)
-    return str(yaml.safe_dump(request, sort_keys=False))
 
 
 def _validate(plan: Plan, folder: Path) -> None:

@@ -33,7 +33,6 @@ def follow_job(
     target: Target,
     name: str,
     person: Terminal,
-    max_wait_s: float | None = None,
     owns: bool = False,
 ) -> int:
     """`owns`: whoever follows has sent it, and wants nothing left of it if it cannot start."""
@@ -44,7 +43,6 @@ def follow_job(
         person.say,
         person.sleep,
         person.clock,
-        max_wait_s=max_wait_s,
         log=shown.take if shown is not None else None,
     )
     while True:
@@ -58,7 +56,7 @@ def follow_job(
                 _take_out(target, name, person)
             raise
         except ContactLost:
-            person.say(f"{name} goes on where it is; {_come_back(name)}")
+            person.say(f"{name} goes on where it is; {_come_back(target, name)}")
             raise
         except KeyboardInterrupt:
             if (code := _interrupted(target, name, person)) is not None:
@@ -149,7 +147,7 @@ def cancel_job(target: Target, name: str, pause: bool, person: Terminal) -> int:
         waited += POLL_S
         found = target.find(name)
     saved = "its last checkpoints" if pause else f"its run folder {view.run_dir}"
-    again = f"`orchestrator jobs resume {name}`, or submit it again"
+    again = f"`orchestrator jobs resume {name}{target.place}`, or submit it again"
     person.say(f"{name} is stopped; it goes on from {saved} with {again}")
     return 0
 
@@ -178,8 +176,8 @@ def _unknown(name: str) -> ConfigError:
     return ConfigError(f"there is no job {name}: see `orchestrator jobs list`")
 
 
-def _come_back(name: str) -> str:
-    return f"come back with `orchestrator jobs logs {name} --follow`"
+def _come_back(target: Target, name: str) -> str:
+    return f"come back with `orchestrator jobs logs {name} --follow{target.place}`"
 
 
 def _interrupted(target: Target, name: str, person: Terminal) -> int | None:
@@ -196,7 +194,7 @@ def _interrupted(target: Target, name: str, person: Terminal) -> int | None:
     if answer.strip().lower().startswith("c"):
         cancel_job(target, name, False, person)
         return 3
-    person.say(f"{name} goes on; {_come_back(name)}")
+    person.say(f"{name} goes on; {_come_back(target, name)}")
     return DETACHED
 
 

@@ -13,8 +13,8 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.cluster_utils import Cluster
 
-from orchestrator.records import GroupPlace, PackReady, PackSpec
-from orchestrator.sweep.simulated import SimulatedWorker
+from orchestrator.records import Event, GroupPlace, PackReady, PackSpec
+from orchestrator.sweep.simulated import SimulatedWorker, _SimulatedSlot
 
 OBJECT_STORE_BYTES = 80 * 2**20
 ACCELERATORS = {2: "H100", 1: "A100"}
@@ -109,16 +109,30 @@ def local_cluster(*sizes: int) -> Iterator[LocalCluster]:
         cluster.shutdown()
 
 
-class NotingWorker(SimulatedWorker):
-    """Leaves a file PACK-WORLD_RANK in `folder` with the node that it is on."""
+HELD = "held"
+HELD_AFTER_STEPS = 8
 
-    def __init__(self, spec: PackSpec, place: GroupPlace, folder: Path, step_s: float = 0) -> None:
-        super().__init__(spec, place, step_s=step_s)
+
+class NotingWorker(SimulatedWorker):
+    """Leaves a file PACK-WORLD_RANK in `folder` with the node that it is on.
+
+    While there is a file HELD, a trial stops after HELD_AFTER_STEPS: so a sweep has a middle that
+    lasts until a test has done there what it must, however slow the machine.
+    """
+
+    def __init__(self, spec: PackSpec, place: GroupPlace, folder: Path) -> None:
+        super().__init__(spec, place)
         self._file = folder / f"{spec.pack}-{place.world_rank}"
+        self._held = folder / HELD
 
     def load(self) -> PackReady:
         self._file.write_text(node_here())
         return super().load()
+
+    def _step(self, slot: _SimulatedSlot) -> list[Event]:
+        while slot.step >= HELD_AFTER_STEPS and self._held.exists():
+            time.sleep(0.02)
+        return super()._step(slot)
 
 
 def node_here(_: object = None) -> str:

@@ -44,7 +44,9 @@ class KubernetesTarget:
         api: KubernetesApi,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.time,
+        place: str = "",
     ) -> None:
+        self.place = place
         self._api = api
         self._sleep = sleep
         self._clock = clock
@@ -110,7 +112,7 @@ class KubernetesTarget:
     def worker_log(self, name: str, pack: int, world_rank: int) -> str:
         job_id = (self._existing(name).get("status") or {}).get("jobId")
         if not job_id:
-            raise ConfigError(f"{name} has no workers yet: see `orchestrator jobs status {name}`")
+            raise ConfigError(f"{name} has no workers yet: see `jobs status {name}`")
         return self._ray(name).worker_log(job_id, pack, world_rank)
 
     def cancel(self, name: str) -> None:

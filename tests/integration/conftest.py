@@ -20,7 +20,7 @@ from tests.integration.mlflow_runs import MakeRun
 from tests.sweeps import with_changes
 from tests.tiny import make_base_model, question_rows
 
-COMMAND_TIMEOUT_S = 240
+COMMAND_TIMEOUT_S = 480
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -17,20 +17,22 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from cluster.ray_jobs import RayJobs, dashboard
+from cluster.ray_jobs import DIGEST, SWEEP, RayJobs, dashboard
 from cluster.ray_stand_in import RayStandIn
+from cluster.ray_target import RayTarget
+from cluster.submission import OVER, JobState
 from orchestrator.errors import ClusterError
 from orchestrator.sweep.run_store import RunStore
 from tests.integration.conftest import Command, program, write_config
 
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 240
 # Ports of its own: with the usual one of the agent, a second Ray on a machine takes no jobs.
 RAY = """
 import sys
 from ray.cluster_utils import Cluster
 
 ports = {"dashboard_port": 0, "dashboard_agent_listen_port": 0}
-head = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "temp_dir": sys.argv[1], **ports}
+head = {"num_cpus": 2, "object_store_memory": 80 * 2**20, **ports}
 cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": True, **head})
 print("dashboard", cluster.head_node.webui_url, flush=True)
 sys.stdin.read()
@@ -50,12 +52,13 @@ def cluster(
 ) -> Iterator[Cluster]:
     """A Ray with a dashboard, in a process of its own."""
     folder = tmp_path_factory.mktemp("cluster")
-    given = dict(as_on_a_node) | {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
-    # Ray's sockets need a short path.
+    # Ray's sockets need a short path. It is the environment's, not an argument: a cluster of
+    # several nodes notes its address in the default folder, which need not be there.
     temporary = Path("/tmp") / f"ray-{os.getpid()}"
+    given = {"RAY_JOB_STOP_WAIT_TIME_S": "60", "RAY_TMPDIR": str(temporary)}
     process = subprocess.Popen(
-        [sys.executable, "-c", RAY, str(temporary)],
-        env=given,
+        [sys.executable, "-c", RAY],
+        env={**as_on_a_node, **given},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -79,7 +82,7 @@ def jobs(request: pytest.FixtureRequest) -> RayJobs:
     return RayJobs(dashboard(request.getfixturevalue("cluster").address))
 
 
-def test_a_job_is_there_until_it_is_deleted(jobs: RayJobs) -> None:
+def test_a_job_has_its_id_for_itself_and_is_there_when_it_is_over(jobs: RayJobs) -> None:
     jobs.submit("contract", "sleep 60", {"a": "b"})
     info = jobs.info("contract")
     assert info is not None
@@ -89,15 +92,38 @@ def test_a_job_is_there_until_it_is_deleted(jobs: RayJobs) -> None:
     assert jobs.workers("contract") == []
     with pytest.raises(ClusterError, match="already exists"):
         jobs.submit("contract", "true", {})
-    with pytest.raises(ClusterError, match="in a non-terminal state"):
-        jobs.delete("contract")
     jobs.stop("contract")
     wait_for(lambda: (jobs.info("contract") or {})["status"] == "STOPPED")
     assert "Running entrypoint for job contract: sleep 60" in jobs.log("contract")
-    jobs.delete("contract")
-    assert jobs.info("contract") is None
+    with pytest.raises(ClusterError, match="already exists"):
+        jobs.submit("contract", "true", {})
+    assert jobs.info("another") is None
     with pytest.raises(ClusterError, match="404"):
-        jobs.log("contract")
+        jobs.log("another")
+
+
+def test_a_sweep_that_is_sent_again_at_its_end_runs_to_its_own(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    """For some seconds Ray would take a job of the same id for the one that has ended."""
+    jobs = RayJobs(dashboard(cluster.address))
+    target = RayTarget(jobs)
+
+    def state() -> JobState:
+        found = target.find("again")
+        assert found is not None
+        return found.state
+
+    # The first does not end by itself, the second outlasts Ray's look at the first.
+    entrypoint = f"test -e {tmp_path}/begun && exec sleep 5; touch {tmp_path}/begun; exec sleep 999"
+    jobs.submit("again", entrypoint, {SWEEP: "again", DIGEST: "0"})
+    wait_for((tmp_path / "begun").exists)
+    target.cancel("again")
+    wait_for(lambda: state() == "stopped")
+    target.resume("again")
+    wait_for(lambda: state() in OVER)
+    assert state() == "succeeded"
+    assert "again" in [view.name for view in target.list()]
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
@@ -141,13 +167,14 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     uri: str,
     client: MlflowClient,
 ) -> None:
-    # One short trial and one long, so that there is a middle to be cancelled in.
+    # One short trial and one long (10 s), so that there is a middle to be cancelled in. In one
+    # pack, they begin together.
     config = write_config(
         tmp_path,
         tiny_base,
-        search__space={"steps": [4, 150]},
+        search__space={"steps": [4, 400]},
         evaluation__every_steps=None,
-        resources__num_workers=2,
+        resources__num_workers=1,
         tracking__uri=uri,
         registry__register_winner=False,
     )
@@ -155,8 +182,8 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     detached = orchestrator(*sent, "--detach", cwd=tmp_path)
     assert detached.returncode == 0, detached.stdout + detached.stderr
     (run_dir,) = re.findall(r"run folder (\S+)", detached.stdout)
-    checkpoints = Path(run_dir, "trials")
-    wait_for(lambda: any(checkpoints.glob("*/attempts/*/*/checkpoint.json")))
+    long = Path(run_dir, "trials", "001")
+    wait_for(lambda: any(long.glob("attempts/*/*/checkpoint.json")))
 
     cancelled = orchestrator("jobs", "cancel", "sums", *arguments(cluster), cwd=tmp_path)
     assert cancelled.returncode == 0, cancelled.stdout + cancelled.stderr
@@ -172,7 +199,7 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     code, output = in_a_terminal([*program(), *sent], tmp_path, environment)
     assert code == 0, output
     # The sweep's own table, made of lines that are not shown themselves.
-    assert re.search(r"│ +\d+/150 │.*│ training", output)
+    assert re.search(r"│ +\d+/400 │", output)
     assert "training from step" not in output
     assert re.search(r"sums is already (starting|running)", output)
     assert "going on with" in output
@@ -224,7 +251,8 @@ def test_a_cluster_that_does_not_grow_to_all_workers_is_told(
 def test_ctrl_c_leaves_a_followed_sweep_alone(
     tmp_path: Path, tiny_base: Path, cluster: Cluster, environment: Mapping[str, str]
 ) -> None:
-    config = write_config(tmp_path, tiny_base, name="left", data__train="/nowhere/rows.jsonl")
+    # Its driver waits for workers that never come: it has not ended by itself, however late Ctrl-C.
+    config = write_config(tmp_path, tiny_base, name="left", resources__num_workers=64)
     sent = ["submit", str(config), *arguments(cluster), "--storage", str(cluster.storage)]
     process = subprocess.Popen(
         [*program(), *sent],
@@ -236,10 +264,15 @@ def test_ctrl_c_leaves_a_followed_sweep_alone(
         text=True,
     )
     assert process.stdout is not None
-    assert any(line.startswith("submitted left") for line in process.stdout)
-    time.sleep(1.0)  # it follows by now
+    assert any("the driver runs" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 130, output
-    assert "come back with `orchestrator jobs logs left --follow`" in output
+    assert (
+        f"come back with `orchestrator jobs logs left --follow --target {cluster.address}`"
+        in output
+    )
     assert "Traceback" not in output
+    jobs = RayJobs(dashboard(cluster.address))
+    assert (jobs.info("left") or {})["status"] == "RUNNING"
+    jobs.stop("left")

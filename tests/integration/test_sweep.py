@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from jobs.pre_stop import save
 from orchestrator.sweep.run_store import RunStore
 from tests.integration.conftest import Command, program, write_config
 
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +185,10 @@ def wait_until_training(folder: Path, process: "subprocess.Popen[str]") -> None:
 
 
 def long_sweep(folder: Path, base: Path) -> None:
-    # One short trial and one long, so that there is a middle to be killed in.
-    space = {"steps": [4, 400]}
-    write_config(folder, base, search__space=space, evaluation__every_steps=None)
+    # One short trial and one long, so that there is a middle to be killed in. In one pack, they
+    # begin together: of two, the second may come up when the long trial is over already.
+    changes: dict[str, Any] = {"search__space": {"steps": [4, 400]}, "resources__num_workers": 1}
+    write_config(folder, base, evaluation__every_steps=None, **changes)
 
 
 def assert_all_trained_once(folder: Path) -> None:

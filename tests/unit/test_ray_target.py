@@ -1,6 +1,7 @@
 """Sweeps as jobs of a running Ray cluster: what is sent, and what is said when it cannot be."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -53,8 +54,39 @@ def test_a_sweep_is_sent_once_and_goes_on_when_it_was_stopped(stage: Stage) -> N
     assert cancel_job(stage.target, "test", False, stage.person) == 0
     assert stage.ray.jobs["test"]["status"] == "STOPPED"
     assert resume_job(stage.target, "test", True, stage.person) == 0
-    assert stage.ray.jobs["test"]["status"] == "PENDING"
-    assert stage.ray.jobs["test"]["entrypoint"] == first["entrypoint"]
+    assert stage.ray.jobs["test.2"]["status"] == "PENDING"
+    assert stage.ray.jobs["test.2"]["entrypoint"] == first["entrypoint"]
+    assert [(view.name, view.state) for view in stage.target.list()] == [("test", "starting")]
+
+
+def test_all_verbs_are_about_the_job_that_was_sent_last(stage: Stage) -> None:
+    for count in range(11):
+        stage.submit()
+        job = "test" if count == 0 else f"test.{count + 1}"
+        stage.ray.start(job)
+        stage.ray.print(job, f"driver {count + 1}\n")
+        if count < 10:
+            stage.ray.end(job, "FAILED", 1)
+    assert "driver 11" in (stage.target.log("test") or "")
+    stage.target.cancel("test")
+    assert stage.ray.jobs["test.11"]["status"] == "STOPPED"
+    assert [view.state for view in stage.target.list()] == ["stopped"]
+
+
+def test_a_dashboard_that_stumbles_while_a_sweep_runs_is_no_end_of_it(stage: Stage) -> None:
+    stage.submit()
+    stage.ray.start("test")
+    answers = iter([None, Answer(500, "Internal Server Error"), None])
+
+    def send(method: str, path: str, body: Any) -> Answer:
+        if path != "/api/jobs/":
+            return stage.ray.send(method, path, body)
+        if (answer := next(answers, "over")) == "over":
+            stage.ray.end("test", "SUCCEEDED", 0)
+        return answer if isinstance(answer, Answer) else stage.ray.send(method, path, body)
+
+    assert show_log(RayTarget(RayJobs(send)), "test", True, stage.person) == 0
+    assert "no contact, trying again" in "\n".join(stage.said)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,12 @@ def one_node_storage(cluster: StandIn) -> None:
     put(cluster, "PersistentVolumeClaim", "orchestrator-storage", **claim)
 
 
+def no_volume_yet(cluster: StandIn) -> None:
+    put(cluster, "StorageClass", "standard")
+    claim = {"spec": {"storageClassName": "fast"}, "status": {"phase": "Pending"}}
+    put(cluster, "PersistentVolumeClaim", "orchestrator-storage", **claim)
+
+
 def full_quota(cluster: StandIn) -> None:
     status = {"hard": {"requests.nvidia.com/gpu": "8"}, "used": {"requests.nvidia.com/gpu": "8"}}
     put(cluster, "ResourceQuota", "gpus", status=status)
@@ -99,6 +105,7 @@ def no_kueue(cluster: StandIn) -> None:
         ),
         (old_operator, "broken", "no preRunningDeadlineSeconds: install KubeRay 1.7"),
         (operator_down, "broken", "kuberay-operator is not ready"),
+        (without("Deployment", "kuberay-operator"), "note", "no Deployment has the label"),
         (no_rights, "broken", "you may not create rayjobs, get services/proxy: bind the role"),
         (may_not_look, "note", "no right to list Nodes"),
         (without("Node", "n1"), "note", "no node has nvidia.com/gpu now"),
@@ -108,6 +115,7 @@ def no_kueue(cluster: StandIn) -> None:
             "claim orchestrator-storage is missing",
         ),
         (one_node_storage, "note", "pods on several nodes need ReadWriteMany"),
+        (no_volume_yet, "note", "is Pending: is one of the storage classes ['standard'] the right"),
         (without("Secret", "ray-token"), "broken", "ray-token has no auth_token"),
         (full_quota, "note", "requests.nvidia.com/gpu 8 of 8"),
         (no_kueue, "note", "install Kueue, or leave --queue out"),
