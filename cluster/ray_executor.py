@@ -13,7 +13,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.files import cache_dir
@@ -154,7 +158,8 @@ class RayExecutor:
             if pack.told or time.monotonic() - pack.started < self._queued_after_s:
                 continue
             pack.told = True
-            if not pack.placement_group.wait(0):
+            # Not its `wait(0)`: that gives up before it has looked.
+            if placement_group_table(pack.placement_group)["state"] == "PENDING":
                 reason = (
                     f"waits in Ray's queue until {pack.needs} are free: others on this cluster, "
                     "such as another sweep, hold what it has"

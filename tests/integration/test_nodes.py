@@ -25,6 +25,7 @@ from orchestrator.loading import load_config
 from orchestrator.planning.capacity import worker_count
 from orchestrator.records import (
     Decision,
+    Event,
     PackReady,
     PackStanding,
     Progress,
@@ -32,6 +33,7 @@ from orchestrator.records import (
     TrialDone,
 )
 from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.simulated import SimulatedWorker
 from tests.contract.test_executor import spec
 from tests.integration.conftest import write_config
 from tests.nodes import (
@@ -135,6 +137,24 @@ def test_sharding_uses_all_nodes(three_nodes: LocalCluster, tmp_path: Path) -> N
 
     with RayTasks(count) as run:
         assert len(set(run(wait_for_all, range(count)))) == 2
+
+
+class SlowLoader(SimulatedWorker):
+    def load(self) -> PackReady:
+        time.sleep(2.0)
+        return super().load()
+
+
+def test_a_pack_that_has_its_place_and_loads_for_long_is_not_said_to_wait_for_room(
+    three_nodes: LocalCluster,
+) -> None:
+    executor = RayExecutor(SlowLoader, queued_after_s=1.0)
+    executor.start_pack(spec())
+    answers: list[tuple[int, list[Event]]] = []
+    wait_until(lambda: answers.extend(executor.poll(0.5)) or answers, "an answer")
+    executor.close()
+    ((_, (event,)),) = answers
+    assert isinstance(event, PackReady)
 
 
 def test_preparing_data_waits_for_a_core_that_another_sweep_holds_and_says_so(
