@@ -3,11 +3,12 @@
     python -m benchmarks.engine_zero_matrix run --rows FILE
     python -m benchmarks.engine_zero_matrix record --rows FILE
 
-A cell's held-out losses, at every second of 8 steps of two blocks, are held against those of the
+A cell's held-out losses, after 4 and 8 steps of two blocks, are held against those of the
 same trial replicated on one GPU (deepspeed_cpu_adam against torch's AdamW); and the loss of the
 adapter as plain transformers, bitsandbytes and PEFT load it against what its worker reported. Stage
-0 is strategy.kind: replicated. Cells that the rules refuse are listed with the reason. Each bits x
-optimizer has two processes of its own; --together of these pairs run at the same time.
+0 is strategy.kind: replicated. Cells that the rules refuse are listed with the reason. A pair of
+processes trains one cell after another; where a cell ends it, a new pair goes on with the next.
+--pairs train at the same time, each some of the optimizers.
 """
 
 import argparse
@@ -39,7 +40,7 @@ OFFLOADS = {
     "nvme": {"offload_optimizer": "nvme"},
     "nvme params": {"offload_optimizer": "nvme", "offload_params": "nvme"},
 }
-TOKENS, HELD_OUT_BLOCKS = 256, 8
+TOKENS, HELD_OUT_BLOCKS = 256, 4
 # Of nats: sums in another order, in bf16 (packs_equality.json: 0.007 between two programs).
 BOUND = 0.02
 
@@ -57,20 +58,31 @@ def main() -> None:
 
     shards = prepare_blocks(options.folder / "matrix", model, TOKENS, HELD_OUT_BLOCKS)
     place = {"model": str(model), "shards": str(shards), "nvme_path": str(options.nvme)}
-    groups = list(itertools.product(options.bits, options.optimizers))
     known = read_rows(options.rows) if options.rows[0].exists() else []
-    for row in refused(options.bits, options.optimizers, str(options.nvme)):
-        if not any(_same(row, other) for other in known):
+    left = []
+    for cell, why in cells(options.bits, options.optimizers, str(options.nvme)):
+        if any(_same(cell, row) for row in known):
+            continue
+        if why:
+            row = cell | {"state": "refused", "reason": why[0]}
             append_row(options.rows[0], row | {"environment": environment()})
-    with ThreadPoolExecutor(options.together) as pool:
-        work = [pool.submit(_train, options, place, *group, known) for group in groups]
-        for done in work:
-            done.result()
+        else:
+            left.append(cell)
+    shares = [
+        [cell for cell in left if OPTIMIZERS.index(cell["optimizer"]) % options.pairs == number]
+        for number in range(options.pairs)
+    ]
+    with ThreadPoolExecutor(options.pairs) as pool:
+        list(pool.map(lambda share: _train(options, place, share), shares))
 
 
-def cells(bits: int, optimizer: str, nvme_path: str) -> Iterator[tuple[Row, list[str]]]:
+def cells(
+    bits: Sequence[int], optimizers: Sequence[str], nvme_path: str
+) -> Iterator[tuple[Row, list[str]]]:
     """All of the matrix, each with what the rules have against it."""
-    for stage, (name, offload) in itertools.product(STAGES, OFFLOADS.items()):
+    for width, optimizer, stage, (name, offload) in itertools.product(
+        bits, optimizers, STAGES, OFFLOADS.items()
+    ):
         if stage == 0 and name != "none":
             continue
         strategy: Row = {"kind": "zero", "stage": stage, **offload} if stage else {}
@@ -78,22 +90,15 @@ def cells(bits: int, optimizer: str, nvme_path: str) -> Iterator[tuple[Row, list
             strategy["nvme_path"] = nvme_path
         trial = TrialConfig.model_validate(
             {
-                "quant": {"bit_width": bits},
+                "quant": {"bit_width": width},
                 "optimizer": {"name": optimizer},
                 "strategy": strategy,
                 "batch_size": 2,
                 "micro_batch_size": 1,
             }
         )
-        yield {"stage": stage, "offload": name, "strategy": strategy}, problems(trial, 2)
-
-
-def refused(bits: Sequence[int], optimizers: Sequence[str], nvme_path: str) -> Iterator[Row]:
-    for width, optimizer in itertools.product(bits, optimizers):
-        for cell, why in cells(width, optimizer, nvme_path):
-            if why:
-                facts = {"bit_width": width, "optimizer": optimizer, "state": "refused"}
-                yield cell | facts | {"reason": why[0]}
+        facts: Row = {"bit_width": width, "optimizer": optimizer, "stage": stage, "offload": name}
+        yield facts | {"strategy": strategy}, problems(trial, 2)
 
 
 def bars(rows: Sequence[Row]) -> dict[str, Bar]:
@@ -114,34 +119,23 @@ def _same(row: Row, other: Row) -> bool:
     return all(row[key] == other[key] for key in ("bit_width", "optimizer", "stage", "offload"))
 
 
-def _train(
-    options: argparse.Namespace, place: Row, bits: int, optimizer: str, known: Sequence[Row]
-) -> None:
-    """The group's cells; where one ends its processes, the rest go on in new ones."""
-    allowed = [cell for cell, why in cells(bits, optimizer, place["nvme_path"]) if not why]
-    facts = {"bit_width": bits, "optimizer": optimizer}
-    left = [cell for cell in allowed if not any(_same(cell | facts, row) for row in known)]
+def _train(options: argparse.Namespace, place: Row, left: Sequence[Row]) -> None:
     while left:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            found, log = _pair(options, folder, place | facts | {"cells": left})
-        for row in found:
-            append_row(options.rows[0], row)
+            found, log = _pair(options, Path(temporary), place | {"cells": list(left)})
         left = left[len(found) :]
         if left:
-            lost = left.pop(0) | facts | {"state": "failed", "reason": log}
+            lost = left[0] | {"state": "failed", "reason": log}
             append_row(options.rows[0], lost | {"environment": environment()})
+            left = left[1:]
 
 
 def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Row], str]:
     """Rows of the cells that were trained, and the end of a log."""
-    work["nvme_path"] = work["nvme_path"] and f"{work['nvme_path']}/{folder.name}"
-    for cell in work["cells"]:
-        if "nvme_path" in cell["strategy"]:
-            cell["strategy"] = cell["strategy"] | {"nvme_path": work["nvme_path"]}
     (folder / "work.json").write_text(json.dumps(work))
     rows, method = folder / "rows.jsonl", f"tcp://127.0.0.1:{_free_port()}"
     pair: list[Any] = []
+    told = 0
     logs = [folder / f"log-{rank}" for rank in range(2)]
     try:
         for rank, log in enumerate(logs):
@@ -157,14 +151,24 @@ def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Ro
             if None not in codes or any(codes):
                 break
             time.sleep(0.2)
+            told = _tell(options.rows[0], rows, told)
     finally:
         for child in pair:
             children.end(child)
         if work["nvme_path"]:
             shutil.rmtree(work["nvme_path"], ignore_errors=True)
+    _tell(options.rows[0], rows, told)
     ended = [child.returncode for child in pair]
     words = [_last_line(log) for log in logs]
     return (read_rows([rows]) if rows.exists() else []), f"exit codes {ended}: {'; '.join(words)}"
+
+
+def _tell(to: Path, rows: Path, told: int) -> int:
+    """Append what is new: a run that is cut off leaves what it measured."""
+    found = read_rows([rows]) if rows.exists() else []
+    for row in found[told:]:
+        append_row(to, row)
+    return len(found)
 
 
 def _last_line(log: Path) -> str:
@@ -184,11 +188,11 @@ def _options() -> argparse.Namespace:
     )
     actions = parser.add_subparsers(dest="action", required=True)
     run = actions.add_parser("run")
-    run.add_argument("--shape", default="0.1b")
+    run.add_argument("--shape", default="small")
     run.add_argument("--bits", type=int, nargs="+", default=list(BITS))
     run.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    run.add_argument("--together", type=int, default=8, help="pairs of processes")
-    run.add_argument("--timeout", type=float, default=280, help="seconds of a pair")
+    run.add_argument("--pairs", type=int, default=2)
+    run.add_argument("--timeout", type=float, default=500, help="seconds of a pair")
     run.add_argument("--folder", type=Path, default=Path("/tmp/packs"))
     run.add_argument("--nvme", type=Path, default=Path("/tmp/nvme"))
     run.add_argument("--rows", type=Path, nargs=1, required=True)

@@ -40,6 +40,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(64, 128, 2, 4, 2, 512, tied=True),
+    "small": Shape(512, 1408, 4, 8, 4, 4096, tied=True),
     "0.1b": Shape(576, 1536, 30, 9, 3, 49_152, tied=True),  # SmolLM2-135M
     "0.5b": Shape(896, 4864, 24, 14, 2, 151_936, tied=True),  # Qwen2.5-0.5B
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151_936, tied=True),  # Qwen2.5-1.5B
