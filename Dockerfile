@@ -80,11 +80,11 @@ RUN python -c "import bitsandbytes, mlflow, peft, ray, torch, cluster, jobs" && 
 FROM sweep AS cuda
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# The exception: Triton compiles the launcher of every kernel with the system's C compiler, and DeepSpeed its CPU optimizer with
-# the C++ one, both at run time. CUDA itself comes with torch, the driver from the node.
+# The exception: Triton compiles the launcher of every kernel with the system's C compiler, and DeepSpeed its CPU optimizer and,
+# with libaio, its NVMe swapping with the C++ one, all at run time. CUDA itself comes with torch, the driver from the node.
 USER root
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ \
+    && apt-get install -y --no-install-recommends g++ libaio-dev \
     && rm -rf /var/lib/apt/lists/*
 USER 1000:100
 RUN python -c "import bitsandbytes, deepspeed, mlflow, peft, ray, torch, triton, cluster, jobs; assert torch.version.cuda" \

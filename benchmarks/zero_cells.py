@@ -40,13 +40,16 @@ class GroupWorker(PackWorker):
         self._shared = replicas
 
     def _join(self) -> Replicas:
-        return _Lent(self._shared)
+        lent: Any = _Lent(self._shared)
+        return lent
 
 
 class _Lent:
     def __init__(self, replicas: Replicas) -> None:
-        self.world_rank, self.world_size = replicas.world_rank, replicas.world_size
-        self.sum, self.gather = replicas.sum, replicas.gather
+        self._replicas = replicas
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._replicas, name)
 
     def close(self) -> None:
         pass

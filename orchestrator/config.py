@@ -226,11 +226,14 @@ class StrategyConfig(Strict):
     stage: Literal[1, 2, 3] | None = None
     """ZeRO stage: 1 partitions optimizer states, 2 gradients too, 3 parameters too."""
 
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """Where ZeRO keeps optimizer states."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where ZeRO keeps optimizer states. nvme, a local disk, needs stage 3."""
 
-    offload_params: Literal["none", "cpu"] = "none"
+    offload_params: Literal["none", "cpu", "nvme"] = "none"
     """Where ZeRO keeps parameters that are not in use. Needs stage 3."""
+
+    nvme_path: str | None = None
+    """Folder on a local disk of each worker's machine, for nvme; null: nvme-swap in the cache."""
 
 
 class TrialConfig(Strict):

@@ -32,16 +32,16 @@ def make_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def make_base_model(folder: Path, seed: int = 0) -> Path:
-    """A Llama of two layers and 64 hidden values with random weights, and its tokenizer."""
+def make_base_model(folder: Path, seed: int = 0, hidden_size: int = 64) -> Path:
+    """A Llama of two layers with random weights, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=264,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

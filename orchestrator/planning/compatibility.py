@@ -167,10 +167,11 @@ def _zero_has_a_stage(trial: TrialConfig) -> Iterator[str]:
         strategy.stage is not None
         or strategy.offload_optimizer != "none"
         or strategy.offload_params != "none"
+        or strategy.nvme_path is not None
     ):
         yield (
-            "strategy.stage, offload_optimizer and offload_params need strategy.kind: zero, "
-            "but got strategy.kind: replicated"
+            "strategy.stage, offload_optimizer, offload_params and nvme_path need strategy.kind: "
+            "zero, but got strategy.kind: replicated"
         )
 
 
@@ -190,6 +191,44 @@ def _parameter_offload_needs_stage_3(trial: TrialConfig) -> Iterator[str]:
         yield (
             "strategy.offload_params needs strategy.stage: 3, but got "
             f"strategy.offload_params={strategy.offload_params}, strategy.stage={strategy.stage}"
+        )
+
+
+def _nvme_needs_stage_3(trial: TrialConfig) -> Iterator[str]:
+    strategy = trial.strategy
+    if strategy.offload_optimizer == "nvme" and strategy.stage in (1, 2):
+        yield (
+            "strategy.offload_optimizer: nvme needs strategy.stage: 3, but got "
+            f"strategy.stage={strategy.stage}: set strategy.offload_optimizer: cpu"
+        )
+
+
+def _nvme_swaps_fp32_states(trial: TrialConfig) -> Iterator[str]:
+    name = trial.optimizer.name
+    if trial.strategy.offload_optimizer == "nvme" and name not in ("adamw", "deepspeed_cpu_adam"):
+        yield (
+            "strategy.offload_optimizer: nvme needs optimizer.name: adamw or deepspeed_cpu_adam, "
+            f"but got optimizer.name={name}: set one of these, or strategy.offload_optimizer: cpu"
+        )
+
+
+def _nvme_swaps_parameters_in_one_type(trial: TrialConfig) -> Iterator[str]:
+    quant = trial.quant
+    named = quant.storage_dtype not in ("auto", quant.compute_dtype)
+    if trial.strategy.offload_params == "nvme" and _has(quant, 4) and named:
+        yield (
+            "strategy.offload_params: nvme needs quant.storage_dtype: auto, but got "
+            f"quant.storage_dtype={quant.storage_dtype}"
+        )
+
+
+def _nvme_path_is_for_nvme(trial: TrialConfig) -> Iterator[str]:
+    strategy = trial.strategy
+    places = (strategy.offload_optimizer, strategy.offload_params)
+    if strategy.kind == "zero" and strategy.nvme_path is not None and "nvme" not in places:
+        yield (
+            "strategy.nvme_path needs strategy.offload_optimizer or offload_params: nvme, but got "
+            f"strategy.nvme_path={strategy.nvme_path}"
         )
 
 
@@ -297,6 +336,29 @@ RULES: tuple[Rule, ...] = (
         _parameter_offload_needs_stage_3,
         "DeepSpeed keeps parameters whole below stage 3",
         "deepspeed.ai, ZeRO configuration",
+    ),
+    Rule(
+        _nvme_needs_stage_3,
+        "below stage 3 DeepSpeed takes nvme for cpu: it would train, keep the states in the host's "
+        "memory and write nothing",
+        "DeepSpeed 0.19, runtime/zero/stage_1_and_2.py, cpu_offload",
+    ),
+    Rule(
+        _nvme_swaps_fp32_states,
+        "DeepSpeed swaps each state as so many fp32 values as the partition has: not 8-bit ones, "
+        "nor those in bitsandbytes' managed memory",
+        "DeepSpeed 0.19, runtime/swap_tensor/optimizer_utils.py, set_swap_buffers",
+    ),
+    Rule(
+        _nvme_swaps_parameters_in_one_type,
+        "DeepSpeed swaps all parameters through buffers of one type, which is the base's: codes "
+        "that are packed into another would be taken for numbers and converted",
+        "DeepSpeed 0.19, runtime/swap_tensor/partitioned_param_swapper.py",
+    ),
+    Rule(
+        _nvme_path_is_for_nvme,
+        "the field would be read by nobody",
+        "orchestrator/training/zero.py",
     ),
     Rule(
         _int8_weights_cannot_be_offloaded,

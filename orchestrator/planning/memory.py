@@ -16,7 +16,12 @@ from orchestrator.planning.activations import PassMemory, pass_memory
 from orchestrator.planning.bits import linear_bytes
 from orchestrator.planning.load import MIN_ROW_VALUE_BYTES, PackLoad
 from orchestrator.planning.shape import BaseShape
-from orchestrator.planning.zero import MAX_BUCKET_ELEMENTS
+from orchestrator.planning.zero import (
+    MAX_BUCKET_ELEMENTS,
+    NVME_BUFFERS,
+    NVME_GROUP_ELEMENTS,
+    NVME_PARAM_BUFFERS,
+)
 
 GIB = 2**30
 MIB = 2**20
@@ -86,7 +91,8 @@ class PackMemory:
     runtime_bytes: int
     """The process, or the CUDA context, and libraries' workspaces."""
     host_bytes: int = 0
-    """Of the node, for a worker on a GPU: the process, and what ZeRO offloads."""
+    """Of the node, for a worker on a GPU: the process, and what ZeRO offloads to it, or swaps to
+    NVMe through it."""
 
     @property
     def total_bytes(self) -> int:
@@ -108,7 +114,7 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
         held, step, offloaded = _zero_bytes(row_length, load)
     else:
         held, step, offloaded = 2 * row_value_bytes * num_values, gradients, 0
-    optimizer_on_host = load.strategy.offload_optimizer != "none"
+    optimizer_away = load.strategy.offload_optimizer != "none"
     lanes = gradients  # a lane is as large as its gradient
     if load.in_place:
         # Each layer casts its own part of the row, which the backward pass keeps; gradients are
@@ -121,12 +127,13 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
     base_on_host = 0
     if load.strategy.offload_params != "none":
         base, base_on_host = _offloaded_base(shape, load, base)
-    host = PROCESS_BYTES + offloaded + base_on_host + (states if optimizer_on_host else 0)
+    states_on_host = states if load.strategy.offload_optimizer == "cpu" else 0
+    host = PROCESS_BYTES + offloaded + base_on_host + states_on_host
     return PackMemory(
         base_bytes=base,
         dequantised_bytes=shape.num_linear_params * load.dtype_bytes if load.resident else 0,
         adapters_bytes=held,
-        optimizer_bytes=0 if optimizer_on_host else states,
+        optimizer_bytes=0 if optimizer_away else states,
         lanes_bytes=lanes,
         graph_bytes=graph,
         training_bytes=training,
@@ -159,9 +166,12 @@ def _zero_bytes(row_length: int, load: PackLoad) -> tuple[int, int, int]:
         copies, on_host = ZERO_COPIES - 1, 2  # the partition and its gradient
     if load.strategy.offload_params != "none":
         copies, on_host = copies - 1, on_host + 1
+    host = on_host * row
+    if load.strategy.offload_optimizer == "nvme":  # in place of the partition, buffers for a group
+        host += NVME_BUFFERS * min(row, NVME_GROUP_ELEMENTS * value) - row
     if load.strategy.stage == 3:  # the bucket is made once
-        return copies * row + bucket, row, on_host * row
-    return copies * row, 2 * row + bucket, on_host * row  # gradients and their flat copy
+        return copies * row + bucket, row, host
+    return copies * row, 2 * row + bucket, host  # gradients and their flat copy
 
 
 def _offloaded_base(shape: BaseShape, load: PackLoad, base: int) -> tuple[int, int]:
@@ -172,6 +182,13 @@ def _offloaded_base(shape: BaseShape, load: PackLoad, base: int) -> tuple[int, i
             _linear_bytes(shape, load.quant, load.dtype_bytes) - shape.num_linear_params // 2
         )
     on_host = base - constants
+    if load.strategy.offload_params == "nvme":
+        largest = max(
+            shape.vocab_size * shape.hidden_size * load.dtype_bytes,
+            max(linear_bytes(load.quant, [linear], load.dtype_bytes) for linear in shape.linears),
+        )
+        buffers = min(on_host, NVME_PARAM_BUFFERS * largest)
+        return buffers + constants, buffers
     live = min(on_host, ZERO_LIVE_VALUES * load.dtype_bytes)
     return live + constants, on_host
 

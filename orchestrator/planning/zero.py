@@ -14,18 +14,26 @@ from orchestrator.config import StrategyConfig
 # DeepSpeed's own bucket, 5e8 elements, would cost 1 to 2 GB on the GPU for adapters of a few
 # million. This many fp32 elements are 200 MB.
 MAX_BUCKET_ELEMENTS = 50_000_000
+# Where NVMe holds the optimizer, so many fp32 values, or a whole layer's, are swapped together, in
+# NVME_BUFFERS locked buffers on the host: the partition, its gradient and two moments.
+NVME_GROUP_ELEMENTS = 2**23
+NVME_BUFFERS = 4
+# Parameters of one module that may be in memory at once where NVMe holds them.
+NVME_PARAM_BUFFERS = 3
 
 
 def zero_config(
     strategy: StrategyConfig, num_adapter_params: int, micro_batch_size: int, device: str
 ) -> dict[str, Any]:
-    """`device` is cpu or cuda; `strategy.kind` is zero."""
+    """`device` is cpu or cuda; `strategy.kind` is zero, and its nvme_path this worker's own."""
     return {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": 1,
         # backward() only accumulates and step() steps: the slot knows when its step is complete,
         # and its losses are already weighted to add up.
         "managed_gradient_accumulation": False,
+        # Each trial clips its own gradient, or does not: DeepSpeed 0.19.8 would clip it to 1 before.
+        "gradient_clipping": 0.0,
         # The trial's own optimizer steps, also where states are offloaded: DeepSpeed would put its
         # DeepSpeedCPUAdam in the place of any other there.
         "zero_allow_untested_optimizer": True,
@@ -50,17 +58,32 @@ def _zero_optimization(
         "allgather_bucket_size": bucket,
     }
     if strategy.stage == 3:
-        # One group, so one flat tensor and one call of the optimizer, as a slot's row has.
-        section["sub_group_size"] = num_adapter_params
+        # One group, so one flat tensor and one call of the optimizer, as a slot's row has. With
+        # NVMe the host is to hold a part at a time.
+        swapped = strategy.offload_optimizer == "nvme"
+        section["sub_group_size"] = NVME_GROUP_ELEMENTS if swapped else num_adapter_params
         # Nothing stays whole between uses. The default keeps what is under 100,000 elements, which
         # is most LoRA matrices.
         section["stage3_param_persistence_threshold"] = 0
     if strategy.offload_optimizer != "none":
-        section["offload_optimizer"] = _place(strategy.offload_optimizer, device)
+        place = _place(strategy.offload_optimizer, strategy, device)
+        if strategy.offload_optimizer == "nvme":
+            place["buffer_count"] = NVME_BUFFERS
+        section["offload_optimizer"] = place
     if strategy.offload_params != "none":
-        section["offload_param"] = _place(strategy.offload_params, device)
+        place = _place(strategy.offload_params, strategy, device)
+        if strategy.offload_params == "nvme":
+            # Adapters stay on the host, whatever their size: see training/zero.py.
+            place["max_in_cpu"] = num_adapter_params
+            place["buffer_count"] = NVME_PARAM_BUFFERS
+            # What is kept for its next use, or read before its first, keeps a buffer: DeepSpeed's
+            # defaults, 1e9 and 5e7 values, run out of them.
+            section["stage3_max_reuse_distance"] = 0
+            section["stage3_prefetch_bucket_size"] = 0
+        section["offload_param"] = place
     return section
 
 
-def _place(where: str, device: str) -> dict[str, Any]:
-    return {"device": where, "pin_memory": device == "cuda"}
+def _place(where: str, strategy: StrategyConfig, device: str) -> dict[str, Any]:
+    place = {"device": where, "pin_memory": device == "cuda"}
+    return place | {"nvme_path": strategy.nvme_path} if where == "nvme" else place

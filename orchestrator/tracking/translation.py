@@ -29,7 +29,12 @@ ONLY_FOR_CODES = ("quant.quant_type", "quant.double_quant", "quant.block_size")
 PATTERNS = ("bit_width_pattern", "rank_pattern", "alpha_pattern")
 """Mappings that are one field."""
 ONLY_FOR_AUTO = ("quant.average_bits", "quant.budget_gib")
-ONLY_FOR_ZERO = ("strategy.stage", "strategy.offload_optimizer", "strategy.offload_params")
+ONLY_FOR_ZERO = (
+    "strategy.stage",
+    "strategy.offload_optimizer",
+    "strategy.offload_params",
+    "strategy.nvme_path",
+)
 TITLES = {"bit_width": "{}-bit", "rank": "rank {}", "learning_rate": "lr {}", "alpha": "alpha {}"}
 TITLES_FIRST = ("quant.bit_width", "adapter.rank")
 

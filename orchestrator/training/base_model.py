@@ -314,7 +314,7 @@ def _first_place(quant: QuantConfig, device: Device, strategy: StrategyConfig) -
     """Where the weights are loaded to."""
     # A base whose parameters ZeRO offloads may be too large for the GPU. A quantised one must pass
     # through it all the same: its constants, which are no parameters, have to stay there.
-    offloaded = strategy.offload_params == "cpu" and quant.bit_width == 16
+    offloaded = strategy.offload_params != "none" and quant.bit_width == 16
     return 0 if device == "cuda" and not offloaded else "cpu"
 
 

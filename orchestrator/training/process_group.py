@@ -7,7 +7,8 @@ single process, which DeepSpeed insists on.
 import atexit
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
+from urllib.parse import urlsplit
 
 import torch
 
@@ -21,24 +22,37 @@ BACKENDS: dict[Device, str] = {"cpu": "gloo", "cuda": "nccl"}
 PARTNER_TIMEOUT_S = 600.0
 
 
-def join_group(place: GroupPlace, device: Device, timeout_s: float = PARTNER_TIMEOUT_S) -> None:
-    """Make the default group; returns once all its processes are there."""
+# NCCL ends the process without a name for who is missing: a Watch is to be first.
+NCCL_PATIENCE = 1.1
+
+
+def join_group(place: GroupPlace, device: Device, timeout_s: float = PARTNER_TIMEOUT_S) -> Any:
+    """Make the default group; returns the store in which its processes met, once all are there."""
     options: dict[str, Any] = {}
+    timeout = timedelta(seconds=timeout_s)
+    store: Any
     if place.world_size == 1:
         # A store in memory needs no port and no file.
-        options["store"] = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     else:
-        options["init_method"] = place.init_method
+        meeting = urlsplit(place.init_method)
+        first = place.world_rank == 0
+        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+            cast(str, meeting.hostname), cast(int, meeting.port), place.world_size, first, timeout
+        )
         if device == "cuda":  # connect now, not in the first collective
             options["device_id"] = torch.device("cuda", torch.cuda.current_device())
+            timeout *= NCCL_PATIENCE
     torch.distributed.init_process_group(
         BACKENDS[device],
         rank=place.world_rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
+        store=store,
         **options,
     )
     atexit.register(leave_group)
+    return store
 
 
 def leave_group() -> None:

@@ -4,8 +4,10 @@ In: a worker's GroupPlace. Out: its Replicas. A worker that is alone takes the s
 sums are what they were.
 """
 
+import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from orchestrator.records import Device, GroupPlace
 from orchestrator.training.process_group import PARTNER_TIMEOUT_S, join_group, leave_group
+from orchestrator.training.watch import Watch
 
 # At once: what is gathered may be more than the GPU has left.
 GATHERED_ELEMENTS = 2**24
@@ -29,8 +32,8 @@ class Replicas(Protocol):
         is queued like a kernel.
 
         Raises:
-            ConnectionError: a partner is gone, or did not come in time. On a GPU this may come
-                later, as the end of the process: NCCL's watchdog ends it.
+            ConnectionError: a partner is gone, or did not come in time: says who. On a GPU this may
+                come later, as the end of the process, whose log says who.
         """
         ...
 
@@ -38,6 +41,14 @@ class Replicas(Protocol):
         """All workers' tensors, [W, ...] on the CPU, for worker 0; None for the others.
 
         All workers must call this equally often, each time with equal shapes and types.
+
+        Raises:
+            ConnectionError: as `sum`.
+        """
+        ...
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Inside, this worker may wait for the others in collectives of a library's.
 
         Raises:
             ConnectionError: as `sum`.
@@ -70,6 +81,9 @@ class Alone:
     def gather(self, tensor: Tensor) -> Tensor | None:
         return tensor.detach().cpu()[None]
 
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def close(self) -> None:
         pass
 
@@ -79,11 +93,14 @@ class ProcessGroupReplicas:
         self.world_rank = place.world_rank
         self.world_size = place.world_size
         self._device = device
-        with self._partners_needed():
-            join_group(place, device, timeout_s)
+        self._watch: Watch | None = None
+        with self.waiting():
+            store = join_group(place, device, timeout_s)
+        stuck = _end if device == "cuda" else None  # gloo raises
+        self._watch = Watch(store.clone(), place.world_rank, place.world_size, timeout_s, stuck)
 
     def sum(self, tensor: Tensor) -> None:
-        with self._partners_needed():
+        with self.waiting():
             torch.distributed.all_reduce(tensor)
 
     def gather(self, tensor: Tensor) -> Tensor | None:
@@ -92,25 +109,43 @@ class ProcessGroupReplicas:
         for start in range(0, len(flat), GATHERED_ELEMENTS):
             part = flat[start : start + GATHERED_ELEMENTS].to(self._device)
             parts = [torch.empty_like(part) for _ in range(self.world_size)]
-            with self._partners_needed():
+            with self.waiting():
                 torch.distributed.all_gather(parts, part)
             for rank, other in enumerate(parts):
                 gathered[rank, start : start + len(part)] = other
         return gathered.view(-1, *tensor.shape) if self.world_rank == 0 else None
 
     def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
         leave_group()
 
     @contextmanager
-    def _partners_needed(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
         """A lost partner is no fault of this worker's: let its error say so, for the controller
         starts a pack again that was lost and fails the trials of one that raised."""
-        # gloo's errors have no type of their own. On a GPU any earlier kernel's error may come out
-        # here, also as a RuntimeError.
-        theirs = RuntimeError if self._device == "cpu" else torch.distributed.DistError
+        if self._watch is not None:
+            self._watch.came()
         try:
             yield
-        except theirs as error:
+        except RuntimeError as error:
+            if not _is_partners(error):
+                raise
+            text = str(error)
+            missing = self._watch.missing() if self._watch and "imed out" in text else ""
             raise ConnectionError(
-                f"worker {self.world_rank} of {self.world_size} has lost a partner: {error}"
+                f"worker {self.world_rank} of {self.world_size} has lost a partner: "
+                f"{missing + ': ' if missing else ''}{text}"
             ) from error
+
+
+def _is_partners(error: RuntimeError) -> bool:
+    """gloo's errors have no type of their own, but name its source files. On a GPU any earlier
+    kernel's error may come out of a collective, also as a RuntimeError."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def _end(missing: str) -> None:
+    """A GPU waits in vain, and the thread that waits for it cannot be told."""
+    logging.getLogger(__name__).critical("%s: ending this process", missing)
+    os._exit(1)

@@ -5,20 +5,25 @@ trials of the pack: a second one on the same modules would meet the first one's 
 
 The optimizer that DeepSpeed steps is `_TrialOptimizer`: it clips and steps the optimizer of the
 present trial on this worker's flat fp32 partition, which is to ZeRO what a row is to `Slots`. So
-both ways share their optimizers, their clipping and their checkpoints.
+both ways share their optimizers, their clipping and their checkpoints. With NVMe there are several
+partitions, each with an optimizer of its own, in memory one at a time: see partitions.py.
 """
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.config import OptimizerConfig, StrategyConfig
-from orchestrator.planning.zero import zero_config
+from orchestrator.files import cache_dir
+from orchestrator.planning.zero import NVME_BUFFERS, NVME_GROUP_ELEMENTS, zero_config
 from orchestrator.records import Device
+from orchestrator.training.deepspeed_ops import load_op
 from orchestrator.training.engine import Stepper
 from orchestrator.training.optimizers import (
     RowOptimizers,
@@ -28,11 +33,13 @@ from orchestrator.training.optimizers import (
     optimizer_states,
     restore_optimizer,
 )
+from orchestrator.training.partitions import Partitions
 from orchestrator.training.process_group import start_deepspeed
 from orchestrator.training.program import Program
 from orchestrator.training.quiet import quiet_libraries
 from orchestrator.training.replicas import Replicas
 from orchestrator.training.slots import Slots
+from orchestrator.training.swap_folder import SwapFolder, check_locked_memory
 
 Result = TypeVar("Result")
 
@@ -60,24 +67,33 @@ class ZeroEngine:
         self._slots = slots
         self._replicas = replicas
         self._stage = cast(int, strategy.stage)
-        self._optimizer = _TrialOptimizer(program.lanes.parameters, replicas, slots.rows.device)
+        self._optimizer = _TrialOptimizer(program.lanes.parameters)
+        self._folder = None
+        if "nvme" in (strategy.offload_optimizer, strategy.offload_params):
+            load_op("async_io")
+            self._folder = SwapFolder(Path(strategy.nvme_path or cache_dir() / "nvme-swap"))
+            strategy = strategy.model_copy(update={"nvme_path": str(self._folder.path)})
         config = zero_config(strategy, slots.rows.shape[1], micro_batch_size, device)
+        if strategy.offload_optimizer == "nvme":
+            check_locked_memory(NVME_BUFFERS * 4 * min(slots.rows.shape[1], NVME_GROUP_ELEMENTS))
         self._whole = _Whole(model)
         with quiet_libraries():
             if strategy.offload_params != "none":
-                _partition_in_place(deepspeed, model, config, device)
-            self._engine, self._zero, _, _ = deepspeed.initialize(
+                _partition_in_place(deepspeed, model, config, device, replicas.world_size)
+            self._engine, zero, _, _ = deepspeed.initialize(
                 model=self._whole,
                 optimizer=self._optimizer,
                 model_parameters=program.lanes.parameters,
                 config=config,
             )
-        self._optimizers = RowOptimizers(self._master())
+        self._partitions = self._optimizer.partitions = Partitions(zero)
+        self._optimizers = [RowOptimizers(partition) for partition in self._partitions.tensors]
 
     def forward(self, run: Callable[[], Result]) -> Result:
         self._whole.run = run
         try:
-            result: Result = self._engine()
+            with self._replicas.waiting():
+                result: Result = self._engine()
         finally:
             del self._whole.run
         return result
@@ -86,11 +102,12 @@ class ZeroEngine:
         # DeepSpeed starts from a scalar; this one's gradient by `hidden` is `gradient`, exactly. It
         # takes the workers' mean, where their sum is wanted.
         loss = (hidden * gradient).sum() * self._replicas.world_size
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with self._replicas.waiting():
+            self._engine.backward(loss, scale_wrt_gas=False)
 
     def stepper(self, slot: int, config: OptimizerConfig) -> Stepper:
-        self._optimizer.trial = self._optimizers.begin(config)
-        self._optimizer.max_norm = config.max_grad_norm
+        self._partitions.forget_states()
+        self._optimizer.begin([row.begin(config) for row in self._optimizers], config.max_grad_norm)
         stepper = ZeroStepper(
             self._optimizer, self._slots, self.program.lanes.parameters, self._replicas, self._stage
         )
@@ -100,7 +117,8 @@ class ZeroEngine:
     def step(self, rates: dict[int, float]) -> list[float]:
         (self._optimizer.rate,) = rates.values()
         self._optimizer.norm = math.nan  # stays so if DeepSpeed meets a gradient that is not finite
-        self._engine.step()
+        with self._replicas.waiting():
+            self._engine.step()
         return [self._optimizer.norm]
 
     def close(self) -> None:
@@ -109,15 +127,10 @@ class ZeroEngine:
         for parameter in self._whole.model.parameters():
             if hasattr(parameter, "ds_tensor"):  # the partition of stage 3
                 parameter.ds_tensor = None
+                _free_buffers(cast(Any, parameter).nvme_swapper)
         del self._whole.model
-
-    def _master(self) -> nn.Parameter:
-        """The flat fp32 partition that this process steps."""
-        name = "fp32_partitioned_groups_flat"  # stage 3
-        if not hasattr(self._zero, name):
-            name = "single_partition_of_fp32_groups"  # stages 1 and 2
-        (partition,) = getattr(self._zero, name)
-        return cast(nn.Parameter, partition)
+        if self._folder is not None:
+            self._folder.remove()
 
 
 class ZeroStepper:
@@ -139,42 +152,63 @@ class ZeroStepper:
 
     @torch.no_grad()
     def gather(self) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
+        import deepspeed
 
+        # Nothing to gather below stage 3; there the context does nothing. One at a time: more may
+        # be on NVMe than there are buffers for.
         for parameter, values in self._parts():
-            whole = safe_get_full_fp32_param(parameter)
-            # Under stage 3 the parameter itself is empty between uses, and adapters were saved so
-            # (deepspeed issue 7900).
-            assert whole is not None, "DeepSpeed does not know this adapter parameter"
-            assert whole.numel() == values.numel(), f"a gathered adapter has {whole.shape}"
-            values.copy_(whole.view_as(values))
+            with self._replicas.waiting(), deepspeed.zero.GatheredParameters(parameter):
+                # Under stage 3 the parameter itself is empty between uses, and adapters were saved
+                # so (deepspeed issue 7900).
+                assert parameter.numel() == values.numel(), f"an adapter has {parameter.shape}"
+                values.copy_(parameter.view_as(values))
         return self._slots.rows[0]
 
     @torch.no_grad()
     def scatter(self) -> None:
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
 
-        # Nothing to gather below stage 3; there this does nothing.
-        with deepspeed.zero.GatheredParameters(self._parameters, modifier_rank=0):
-            for parameter, values in self._parts():
-                parameter.copy_(values)
         for parameter, values in self._parts():
-            safe_set_full_fp32_param(parameter, values)
+            gathered = deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
+            with self._replicas.waiting(), gathered:
+                parameter.copy_(values)
+        self._optimizer.partitions.take_parameters()
 
     def states(self) -> States:
         """All workers' partitions: each tensor is [W, ...]. Only worker 0 has them."""
-        tensors, numbers = optimizer_states(self._optimizer.trial)
-        gathered = {name: self._replicas.gather(tensor) for name, tensor in tensors.items()}
-        return {name: parts for name, parts in gathered.items() if parts is not None}, numbers
+        gathered: dict[str, Tensor] = {}
+        numbers: dict[str, float] = {}
+        for number, (partition, optimizer) in enumerate(self._optimizer.parts()):
+            with self._optimizer.partitions.at_hand(partition):
+                tensors, own = optimizer_states(optimizer)
+                for name, tensor in tensors.items():
+                    parts = self._replicas.gather(tensor)
+                    if parts is not None:  # cloned, for it may lie in a buffer of the swapper's
+                        gathered[f"{number}.{name}"] = parts.clone()
+            numbers |= {f"{number}.{name}": value for name, value in own.items()}
+        return gathered, numbers
 
     def state_bytes(self) -> int:
-        return num_state_bytes(self._optimizer.trial)
+        """In memory: what is swapped is not."""
+        return sum(num_state_bytes(optimizer) for _, optimizer in self._optimizer.parts())
 
     def restore(self, states: States) -> None:
         tensors, numbers = states
-        own = {name: tensor[self._replicas.world_rank] for name, tensor in tensors.items()}
-        restore_optimizer(self._optimizer.trial, (own, numbers))
+        for number, (partition, optimizer) in enumerate(self._optimizer.parts()):
+            prefix = f"{number}."
+            own = {
+                name.removeprefix(prefix): parts[self._replicas.world_rank]
+                for name, parts in tensors.items()
+                if name.startswith(prefix)
+            }
+            counts = {
+                name.removeprefix(prefix): value
+                for name, value in numbers.items()
+                if name.startswith(prefix)
+            }
+            with self._optimizer.partitions.at_hand(partition, changed=True):
+                restore_optimizer(optimizer, (own, counts))
+                self._optimizer.show_states()
 
     def _parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter, and the place of its values in the slot's row."""
@@ -196,40 +230,71 @@ class _Whole(nn.Module):
 
 
 class _TrialOptimizer(torch.optim.Optimizer):
-    """Stands between DeepSpeed and the optimizer of the trial in the slot."""
+    """Stands between DeepSpeed and the optimizers of the trial in the slot, one a partition."""
 
-    trial: torch.optim.Optimizer
-    max_norm: float | None
+    partitions: Partitions
     rate: float
     norm: float
 
-    def __init__(
-        self, parameters: list[nn.Parameter], replicas: Replicas, device: torch.device
-    ) -> None:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__(parameters, {"lr": 0.0})
-        self._replicas = replicas
-        self._device = device  # of sums over workers; the partition may lie on a CPU
+        self._trial: list[torch.optim.Optimizer] = []
+        self._max_norm: float | None = None
+
+    def begin(self, trial: list[torch.optim.Optimizer], max_norm: float | None) -> None:
+        self._trial, self._max_norm = trial, max_norm
+        self.show_states()
+
+    def show_states(self) -> None:
+        """To DeepSpeed's swapper, which looks for them here; again after they were replaced."""
+        if self.partitions.swapped:
+            self.state = defaultdict(dict, {part: own.state[part] for part, own in self.parts()})
+
+    def parts(self) -> Iterator[tuple[nn.Parameter, torch.optim.Optimizer]]:
+        return zip(self.partitions.tensors, self._trial, strict=True)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        (master,) = self.param_groups[0]["params"]  # DeepSpeed put its flat partition here
-        square = torch.linalg.vector_norm(master.grad).to(self._device, torch.float64).square()
-        self._replicas.sum(square)
-        self.norm = float(square.sqrt())
-        if math.isfinite(self.norm):
-            clip_and_step(self.trial, master.grad, self.norm, self.max_norm, self.rate)
+        (present,) = self.param_groups[0]["params"]  # DeepSpeed put its flat partition here
+        (optimizer,) = (own for partition, own in self.parts() if partition is present)
+        self.norm = self.partitions.gradient_norm
+        clip_and_step(optimizer, present.grad, self.norm, self._max_norm, self.rate)
 
 
 def _partition_in_place(
-    deepspeed: Any, model: nn.Module, config: dict[str, Any], device: Device
+    deepspeed: Any, model: nn.Module, config: dict[str, Any], device: Device, world_size: int
 ) -> None:
     """Let go of parameters one by one, where they are; deepspeed.initialize alone would first move
     all of them to the GPU."""
     offload = config["zero_optimization"]["offload_param"]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    dtype = None
+    if offload["device"] == "nvme":
+        # What DeepSpeed swaps it keeps in one type (AsyncPartitionedParameterSwapper): the base's,
+        # 4-bit codes' too. The fp32 adapters are let go of to the host before.
+        host = {"device": "cpu", "pin_memory": offload["pin_memory"]}
+        trained = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+        zero = config["zero_optimization"] | {"offload_param": host}
+        deepspeed.zero.Init(
+            module=trained, config_dict_or_path=config | {"zero_optimization": zero}
+        )
+        offload["buffer_size"] = max(-(-p.numel() // world_size) for p in frozen)
+        dtype = torch.bfloat16 if any(p.dtype == torch.bfloat16 for p in frozen) else None
+        check_locked_memory(
+            offload["buffer_count"] * offload["buffer_size"] * (4 if dtype is None else 2)
+        )
     deepspeed.zero.Init(
         module=model,
         config_dict_or_path=config,
         remote_device=offload["device"],
         pin_memory=offload["pin_memory"],
+        dtype=dtype,
     )
     for buffer in model.buffers():  # these stay, and deepspeed.initialize no longer moves them
         buffer.data = buffer.data.to(device)
+
+
+def _free_buffers(swapper: Any) -> None:
+    """DeepSpeed frees the locked memory that it swaps optimizers through, but not this."""
+    if swapper is not None and swapper.buffers is not None:
+        swapper.aio_read_handle.free_cpu_locked_tensor(swapper.buffers)
+        swapper.buffers = None

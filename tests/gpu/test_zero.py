@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from orchestrator.config import QuantConfig
+from orchestrator.errors import StrategyError
 from orchestrator.records import TrialDone
+from orchestrator.training.deepspeed_ops import load_op
 from orchestrator.training.optimizers import OPTIMIZERS
 from orchestrator.training.pack import PackWorker
+from tests.tiny import make_base_model
 from tests.training.conftest import MakeSpec, trial_config
-from tests.training.test_pack import assert_equal, train
+from tests.training.test_nvme import NVME_STRATEGIES, swapped, wide_spec, wide_trial
+from tests.training.test_pack import assert_equal, killed_and_resumed, train
 from tests.training.test_zero import STRATEGIES
 
 
@@ -66,3 +70,56 @@ def test_offloaded_parameters_lie_on_the_host(make_spec: MakeSpec, bit_width: in
     for parameter in worker.base.model.parameters():
         assert parameter.numel() == 0
         assert parameter.ds_tensor.device.type == "cpu"  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def async_io() -> None:
+    try:
+        load_op("async_io")
+    except StrategyError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("async_io")
+@pytest.mark.parametrize("bit_width", [4, 16])
+@pytest.mark.parametrize("name", NVME_STRATEGIES)
+def test_trials_on_nvme_end_as_replicated_ones_do(
+    make_spec: MakeSpec, tmp_path: Path, name: str, bit_width: int
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    base = make_base_model(tmp_path / "base", hidden_size=1024)
+    trials = [wide_trial(), wide_trial(seed=2, batch_size=4, micro_batch_size=2)]
+    spec = wide_spec(make_spec, base, device="cuda", bit_width=bit_width)
+    replicated, _ = train(spec, trials, tmp_path / "one")
+    zero, _ = train(swapped(spec, name, tmp_path / "nvme"), trials, tmp_path / "other")
+    for number in range(len(trials)):
+        assert_equal(zero[number], replicated[number], tolerance=1e-4)
+
+
+@pytest.mark.usefixtures("async_io")
+@pytest.mark.parametrize("bit_width", [4, 16])
+def test_a_bfloat16_trial_on_nvme_killed_and_resumed_ends_with_the_same_adapter_bytes(
+    make_spec: MakeSpec, tmp_path: Path, bit_width: int
+) -> None:
+    base = make_base_model(tmp_path / "base", hidden_size=1024)
+    quant = QuantConfig.model_validate({"bit_width": bit_width, "compute_dtype": "bfloat16"})
+    spec = wide_spec(make_spec, base, device="cuda", quant=quant.model_dump())
+    spec = swapped(spec, "all on NVMe", tmp_path / "nvme")
+    config = wide_trial(optimizer__name="deepspeed_cpu_adam")
+    _, events = train(spec, [config], tmp_path / "whole")
+    (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
+    resumed = killed_and_resumed(spec, config, tmp_path / "cut")
+    assert resumed.adapter_digest == undisturbed.adapter_digest
+
+
+@pytest.mark.parametrize("bit_width", [4, 16])
+def test_a_trial_that_deepspeed_steps_on_the_cpu_is_resumed_to_the_same_adapter_bytes(
+    make_spec: MakeSpec, tmp_path: Path, bit_width: int
+) -> None:
+    strategy = {"kind": "zero", **STRATEGIES["stage 2, optimizer on the CPU"]}
+    config = trial_config(optimizer__name="deepspeed_cpu_adam")
+    spec = make_spec(device="cuda", num_slots=1, bit_width=bit_width, strategy=strategy)
+    _, events = train(spec, [config], tmp_path / "whole")
+    (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
+    resumed = killed_and_resumed(spec, config, tmp_path / "cut")
+    assert resumed.adapter_digest == undisturbed.adapter_digest

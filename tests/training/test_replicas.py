@@ -74,9 +74,28 @@ def wait_for_one_that_is_stuck(place: GroupPlace, file: Path) -> None:
     if place.world_rank == 1:
         time.sleep(2 * SHORT_TIMEOUT_S)
         return
-    with pytest.raises(ConnectionError, match="Timed out"):
+    with pytest.raises(
+        ConnectionError, match="world_rank 1 did not come to where world_rank 0 wai"
+    ):
         replicas.sum(torch.ones(3))
     file.write_text("told")
+
+
+def wait_in_a_librarys_collective(place: GroupPlace, file: Path) -> None:
+    """As DeepSpeed's are; what else goes wrong there is no fault of a partner's."""
+    replicas = join(place, "cpu", SHORT_TIMEOUT_S)
+    with pytest.raises(RuntimeError, match="^of its own$"), replicas.waiting():
+        raise RuntimeError("of its own")
+    if place.world_rank == 0:
+        time.sleep(2 * SHORT_TIMEOUT_S)
+        return
+    with pytest.raises(ConnectionError, match="world_rank 0 did not come"), replicas.waiting():
+        torch.distributed.all_reduce(torch.ones(3))
+    file.write_text("told")
+
+
+def test_a_partner_that_is_stuck_is_named_by_a_librarys_wait_too(tmp_path: Path) -> None:
+    assert run_pair(wait_in_a_librarys_collective, tmp_path) == ["", "told"]
 
 
 def test_one_that_is_alone_keeps_its_values() -> None:

@@ -9,7 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.records import Checkpointed, Event, Leave, PackSpec, TrialDone, TrialStopped
+from orchestrator.config import EvaluationConfig
+from orchestrator.records import (
+    Checkpointed,
+    Event,
+    Leave,
+    PackSpec,
+    Progress,
+    TrialDone,
+    TrialStopped,
+)
 from orchestrator.training.pack import PackWorker
 from orchestrator.training.zero import ZeroEngine
 from tests.training.conftest import MakeSpec, trial_config
@@ -52,6 +61,21 @@ def train_until(worker: PackWorker, kind: type[Event], first: list[Any]) -> list
     while not any(isinstance(event, kind) for event in events):
         events += worker.advance([])
     return events
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 3"])
+@pytest.mark.parametrize("max_norm", [None, 2.0])
+def test_nobody_clips_a_gradient_but_its_trial(
+    make_spec: MakeSpec, zero_spec: MakeSpec, tmp_path: Path, name: str, max_norm: float | None
+) -> None:
+    trial = trial_config(adapter__alpha=800, optimizer__max_grad_norm=max_norm)
+    every_step = EvaluationConfig(every_steps=1)  # is when norms are told
+    _, events = train(make_spec(num_slots=1, evaluation=every_step), [trial], tmp_path / "one")
+    _, zero = train(zero_spec(name, evaluation=every_step), [trial], tmp_path / "other")
+    replicated = [event.grad_norm for event in events if isinstance(event, Progress)]
+    assert max(replicated) > 2
+    found = [event.grad_norm for event in zero if isinstance(event, Progress)]
+    assert found == pytest.approx(replicated, rel=1e-3)
 
 
 @pytest.mark.parametrize("bit_width", [4, 16])

@@ -10,8 +10,10 @@ import pytest
 from orchestrator.config import TrialConfig
 from orchestrator.records import Checkpointed, GroupPlace, PackSpec, TrialDone, TrialOpened
 from orchestrator.training.pack import PackWorker
+from tests.tiny import make_base_model
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_data_parallel import outcomes, run_together, train_together
+from tests.training.test_nvme import TOLERANCE, swapped, wide_spec, wide_trial
 from tests.training.test_pack import assert_equal, task, train
 from tests.training.test_zero import zero_strategy
 
@@ -48,8 +50,17 @@ def test_two_workers_train_a_trial_under_zero_as_one_does_replicated(
 
 
 @slow
-@pytest.mark.parametrize("name", ["stage 2", "stage 3"])
-@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("stage 2", "adamw"),
+        ("stage 2", "paged_adamw_8bit"),
+        ("stage 2, optimizer on the CPU", "deepspeed_cpu_adam"),
+        ("stage 3", "adamw"),
+        ("stage 3", "paged_adamw_8bit"),
+        ("stage 3, all on the CPU", "deepspeed_cpu_adam"),
+    ],
+)
 def test_two_workers_killed_and_resumed_end_with_the_same_adapter_bytes(
     make_spec: MakeSpec, tmp_path: Path, name: str, optimizer: str
 ) -> None:
@@ -57,6 +68,36 @@ def test_two_workers_killed_and_resumed_end_with_the_same_adapter_bytes(
     spec = make_spec(
         num_slots=1, max_rank=4, dropout=True, micro_batch_size=1, strategy=zero_strategy(name)
     )
+    (_, events), _ = train_together(spec, trials, tmp_path / "whole")
+    run_together(end_at_step_4, spec, trials, tmp_path / "cut")
+    run_together(resume, spec, trials, tmp_path / "cut")
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    assert (tmp_path / "cut" / "digest").read_text() == done.adapter_digest
+
+
+@slow
+def test_two_workers_train_a_trial_on_nvme_as_one_does_replicated(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """On one machine, each in a folder of its own."""
+    trials = [wide_trial(batch_size=2, steps=3)]
+    base = make_base_model(tmp_path / "base", hidden_size=1024)
+    spec = wide_spec(make_spec, base, bit_width=16, micro_batch_size=1)
+    alone, _ = train(spec, trials, tmp_path / "alone")
+    (pair, _), _ = train_together(
+        swapped(spec, "all on NVMe", tmp_path / "nvme"), trials, tmp_path / "pair"
+    )
+    assert_equal(pair[0], alone[0], TOLERANCE)
+
+
+@slow
+def test_two_workers_on_nvme_killed_and_resumed_end_with_the_same_adapter_bytes(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    trials = [wide_trial(batch_size=2, optimizer__name="deepspeed_cpu_adam")]
+    base = make_base_model(tmp_path / "base", hidden_size=1024)
+    spec = wide_spec(make_spec, base, bit_width=4, micro_batch_size=1)
+    spec = swapped(spec, "all on NVMe", tmp_path / "nvme")
     (_, events), _ = train_together(spec, trials, tmp_path / "whole")
     run_together(end_at_step_4, spec, trials, tmp_path / "cut")
     run_together(resume, spec, trials, tmp_path / "cut")

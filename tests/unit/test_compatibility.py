@@ -34,6 +34,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ZeRO-2": {"kind": "zero", "stage": 2},
     "ZeRO-3": {"kind": "zero", "stage": 3},
     "ZeRO-3, parameters offloaded": {"kind": "zero", "stage": 3, "offload_params": "cpu"},
+    "ZeRO-3, optimizer on NVMe": {"kind": "zero", "stage": 3, "offload_optimizer": "nvme"},
+    "ZeRO-3, parameters on NVMe": {"kind": "zero", "stage": 3, "offload_params": "nvme"},
 }
 TRAINING = "tests/training/"
 DORA = TRAINING + "test_dora.py::test_it_trains_as_plain_peft_does"
@@ -46,6 +48,8 @@ AUTO = (
 ZERO = TRAINING + "test_zero.py::test_trials_one_after_another_under_zero_end_as_replicated_ones_do"
 ZERO_8 = TRAINING + "test_zero.py::test_an_8_bit_base_trains_under_zero_too"
 ZERO_4 = TRAINING + "test_bits.py::test_every_4_bit_base_trains_under_zero_as_it_does_without"
+NVME = TRAINING + "test_nvme.py::test_trials_one_after_another_on_nvme_end_as_replicated_ones_do"
+NVME_KINDS = TRAINING + "test_nvme.py::test_every_kind_of_base_trains_on_nvme"
 
 REPLICATED = {
     "16 bits": PACK,
@@ -66,11 +70,19 @@ UNDER_ZERO = {
     "FP4": ZERO_4,
     "LLM.int8": ZERO_8,
 }
+UNDER_NVME = {
+    "16 bits": NVME,
+    "NF4": NVME,
+    "NF4, single": NVME_KINDS,
+    "FP4": NVME_KINDS,
+    "LLM.int8": NVME_KINDS,
+}
 COVERED = {(quant, "replicated"): test for quant, test in REPLICATED.items()} | {
     (quant, strategy): test
-    for quant, test in UNDER_ZERO.items()
+    for tests, on_nvme in ((UNDER_ZERO, False), (UNDER_NVME, True))
+    for quant, test in tests.items()
     for strategy in STRATEGIES
-    if strategy != "replicated"
+    if strategy != "replicated" and strategy.endswith("NVMe") == on_nvme
 }
 
 # What auto chose is a map by the time that a pack is started: see AUTO.
@@ -90,7 +102,8 @@ def test_every_combination_is_refused_or_has_a_test_that_trains_it(
     ).trial
     test = (DORA_COVERED if dora else COVERED).get((quant, strategy))
     refused = problems(trial)
-    if (quant, strategy, dora) == ("LLM.int8", "ZeRO-3, parameters offloaded", False):
+    offloaded = ("ZeRO-3, parameters offloaded", "ZeRO-3, parameters on NVMe")
+    if quant == "LLM.int8" and strategy in offloaded and not dora:
         assert "cannot move the weights" in refused[0]
     elif refused:
         assert test is None, refused
@@ -135,6 +148,25 @@ def test_every_rule_has_a_reason_and_a_source() -> None:
              "trial__strategy": {"kind": "zero", "stage": 2}},
             "strategy.offload_optimizer=none, strategy.kind=zero",
         ),
+        (
+            {"trial__strategy": {"kind": "zero", "stage": 2, "offload_optimizer": "nvme"}},
+            "nvme needs strategy.stage: 3, but got strategy.stage=2",
+        ),
+        (
+            {"trial__strategy": {"kind": "zero", "stage": 3, "offload_optimizer": "nvme"},
+             "trial__optimizer": {"name": "adamw_8bit"}},
+            "needs optimizer.name: adamw or deepspeed_cpu_adam, but got optimizer.name=adamw_8bit",
+        ),
+        (
+            {"trial__strategy": {"kind": "zero", "stage": 3, "offload_params": "nvme"},
+             "trial__quant": {"bit_width": 4, "storage_dtype": "uint8"}},
+            "nvme needs quant.storage_dtype: auto, but got quant.storage_dtype=uint8",
+        ),
+        (
+            {"trial__strategy": {"kind": "zero", "stage": 3, "nvme_path": "/scratch"}},
+            "strategy.nvme_path needs strategy.offload_optimizer or offload_params: nvme",
+        ),
+        ({"trial__strategy": {"nvme_path": "/scratch"}}, "nvme_path need strategy.kind: zero"),
         ({"trial__adapter": {"init": "pissa"}}, "set adapter.init: loftq"),
         (
             {"trial__adapter": {"use_dora": True}, "trial__quant": {"bit_width": 8}},
@@ -169,4 +201,4 @@ def test_what_the_rules_refuse_together_is_found_in_a_grid() -> None:
             sweep_config(trial__quant=QUANTS[quant], trial__strategy=STRATEGIES[strategy]).trial
         )
     ]
-    assert len(allowed) == 10 + 4 * 4 + 3
+    assert len(allowed) == 10 + 6 * 4 + 4

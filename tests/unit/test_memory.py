@@ -368,6 +368,20 @@ def test_offloaded_parameters_leave_a_part_of_the_base_on_the_gpu() -> None:
     assert offloading.host_bytes > base
 
 
+def test_nvme_keeps_buffers_on_the_host_and_neither_states_nor_the_base() -> None:
+    row = 41_943_040 * 4
+    memory = estimate_memory(LLAMA_8B, ZERO)
+    strategy = StrategyConfig(kind="zero", stage=3, offload_optimizer="nvme")
+    swapping = estimate_memory(LLAMA_8B, replace(ZERO, strategy=strategy))
+    assert swapping.optimizer_bytes == 0
+    assert swapping.host_bytes - memory.host_bytes == row + 4 * 2**23 * 4  # gradients and buffers
+    strategy = StrategyConfig(kind="zero", stage=3, offload_params="nvme")
+    swapping = estimate_memory(LLAMA_8B, replace(ZERO, strategy=strategy))
+    embeddings = LLAMA_8B.vocab_size * LLAMA_8B.hidden_size * 2
+    assert swapping.base_bytes == 3 * embeddings
+    assert swapping.host_bytes - memory.host_bytes == 3 * embeddings + row  # with the adapter
+
+
 LOADS = st.builds(
     replace,
     st.just(LOAD),

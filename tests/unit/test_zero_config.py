@@ -30,6 +30,17 @@ CASES: dict[str, tuple[dict[str, Any], int, int, str]] = {
         2,
         "cuda",
     ),
+    "stage3_nvme": (
+        {
+            "stage": 3,
+            "offload_optimizer": "nvme",
+            "offload_params": "nvme",
+            "nvme_path": "/scratch/worker-1",
+        },
+        828_375_040,
+        1,
+        "cuda",
+    ),
 }
 
 
