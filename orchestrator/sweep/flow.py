@@ -19,7 +19,7 @@ from orchestrator.errors import ConfigError, TrialFailed
 from orchestrator.files import cache_dir
 from orchestrator.planning.capacity import check_pack_fits
 from orchestrator.planning.kinds import WorkerKind
-from orchestrator.planning.memory import OPTIMIZER_BYTES
+from orchestrator.planning.memory import GIB, OPTIMIZER_BYTES
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.patterns import unmatched
@@ -277,6 +277,7 @@ def pack_spec(
         accelerator=plan.kind.name,
         loftq=room.loftq and plan.key.quant.packed,
         dora=plan.key.dora,
+        quantised_cache_bytes=int(config.resources.quantised_cache_gib * GIB),
     )
 
 
