@@ -111,10 +111,10 @@ class LayerQuantiser(HfQuantizer):  # type: ignore[misc]
         return _Quantise(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        # A checkpoint that fuses layers of different bits has one conversion for all of them.
         cache = self.quantization_config.cache
         while self._known:  # the model holds on to its quantiser, which must not hold on to codes
             self._put(model, *self._known.popitem())
+        # A checkpoint that fuses layers of different bits has one conversion for all of them.
         for name in self.widths:
             module = model.get_submodule(name)
             if self.widths[name] != 16 and not isinstance(module, PackedLinear):
