@@ -292,6 +292,11 @@ class ResourcesConfig(Strict):
     """Keep the 4-bit base's values in memory as the arithmetic needs them, instead of making them
     again at every use: the same numbers, sooner. null: where the memory allows."""
 
+    quantised_cache_gib: Annotated[float, Field(ge=0)] = 0.0
+    """Local disk that may keep bases in codes, all together, in GiB. A base is then quantised once
+    on a machine, and read back bit for bit; the ones used longest ago make room. 0: none is kept.
+    Not for LLM.int8 nor ZeRO, whose layers are bitsandbytes' own."""
+
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of a GPU's memory that a worker plans with and may take, where others use it too."""
 

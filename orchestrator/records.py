@@ -110,6 +110,8 @@ class PackSpec:
     """Whether any trial of the sweep begins with the base's quantisation error."""
     dora: bool = False
     """Whether its trials have magnitudes: all of them, or none."""
+    quantised_cache_bytes: int = 0
+    """Of local disk, that may keep bases in codes."""
 
 
 @dataclass(frozen=True)

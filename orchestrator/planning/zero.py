@@ -32,7 +32,7 @@ def zero_config(
         # backward() only accumulates and step() steps: the slot knows when its step is complete,
         # and its losses are already weighted to add up.
         "managed_gradient_accumulation": False,
-        # Each trial clips its own gradient, or does not: DeepSpeed 0.19.8 would clip it to 1 before.
+        # Each trial clips its own gradient, or does not: by default DeepSpeed would, to 1, before.
         "gradient_clipping": 0.0,
         # The trial's own optimizer steps, also where states are offloaded: DeepSpeed would put its
         # DeepSpeedCPUAdam in the place of any other there.

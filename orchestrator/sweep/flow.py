@@ -21,7 +21,7 @@ from orchestrator.planning.capacity import check_pack_fits
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind
-from orchestrator.planning.memory import OPTIMIZER_BYTES
+from orchestrator.planning.memory import GIB, OPTIMIZER_BYTES
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.patterns import unmatched
@@ -301,6 +301,7 @@ def pack_spec(
         accelerator=plan.kind.name,
         loftq=room.loftq and plan.key.quant.packed,
         dora=plan.key.dora,
+        quantised_cache_bytes=int(config.resources.quantised_cache_gib * GIB),
     )
 
 

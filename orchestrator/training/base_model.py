@@ -4,6 +4,7 @@ In: a BaseModel record and a QuantConfig. Out: a model whose base parameters are
 and its output head. This is the one place where `bit_width` becomes a library's own words.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +33,10 @@ from orchestrator.training.model_source import local_folder
 from orchestrator.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from orchestrator.training.quantised_cache import QuantisedCache
     from orchestrator.training.quantiser import OnLayer
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -116,9 +120,11 @@ def load_base_model(
     strategy: StrategyConfig,
     dequantise_once: bool = False,
     on_layer: "OnLayer | None" = None,
+    cache_bytes: int = 0,
 ) -> LoadedBase:
     """`quant.compute_dtype` must be concrete. With `dequantise_once` packed layers are kept as the
-    values that their codes stand for. `on_layer` sees each as it is quantised.
+    values that their codes stand for. `on_layer` sees each as it is quantised. Codes are kept on
+    local disk, all bases together in `cache_bytes`.
 
     Raises:
         ConfigError: a key of `bit_width_pattern` matches no layer.
@@ -126,6 +132,7 @@ def load_base_model(
             of a family that cannot be trained on packed documents.
     """
     folder = local_folder(base)
+    cache = _cache(base, folder, quant, device, strategy, cache_bytes)
     try:
         with quiet_libraries(), loading_alone():
             from transformers import AutoModelForCausalLM
@@ -134,13 +141,15 @@ def load_base_model(
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[quant.compute_dtype],
-                quantization_config=_quantization_config(quant, strategy, on_layer),
+                quantization_config=_quantization_config(quant, strategy, on_layer, cache),
                 device_map={"": _first_place(quant, device, strategy)},
                 trust_remote_code=base.trust_remote_code,
                 local_files_only=True,
             )
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"{base.source}: transformers cannot load it: {error}") from error
+    if cache is not None:
+        log.info("%s in codes: %s", base.source, cache.note)
     return made_ready(model, quant, device, strategy, dequantise_once)
 
 
@@ -318,13 +327,33 @@ def _first_place(quant: QuantConfig, device: Device, strategy: StrategyConfig) -
     return 0 if device == "cuda" and not offloaded else "cpu"
 
 
+def _cache(
+    base: BaseModel,
+    folder: str,
+    quant: QuantConfig,
+    device: Device,
+    strategy: StrategyConfig,
+    max_bytes: int,
+) -> "QuantisedCache | None":
+    """For our own layers alone, not for LLM.int8's nor those that DeepSpeed moves."""
+    if not (max_bytes and quant.packed and strategy.kind == "replicated"):
+        return None
+    from orchestrator.training.quantised_cache import QuantisedCache
+
+    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
+    return QuantisedCache(base, folder, quant, place, max_bytes)
+
+
 def _quantization_config(
-    quant: QuantConfig, strategy: StrategyConfig, on_layer: "OnLayer | None"
+    quant: QuantConfig,
+    strategy: StrategyConfig,
+    on_layer: "OnLayer | None",
+    cache: "QuantisedCache | None",
 ) -> Any:
     if quant.packed and strategy.kind == "replicated":
         from orchestrator.training.quantiser import LayerByLayer
 
-        return LayerByLayer(quant, on_layer)
+        return LayerByLayer(quant, on_layer, cache)
     from transformers import BitsAndBytesConfig
 
     if quant.packed:  # DeepSpeed moves bitsandbytes' own parameters

@@ -101,6 +101,14 @@ def values(
     return whole
 
 
+def shared_constants(kind: str, nested: bool, device: torch.device) -> dict[int, Tensor]:
+    """Maps among the constants, by their place: the same tensors for all layers of a kind."""
+    found = {2: _dynamic_map(device)} if nested else {}
+    if kind == INT8:
+        found[4 if nested else 1] = _linear_map(device)
+    return found
+
+
 def quantise_hqq(weight: Tensor, bits: int, block_size: int) -> Codes:
     """By HQQ's half-quadratic solver; its compiled kernels are not used, nor its way of packing."""
     try:

@@ -81,10 +81,10 @@ def resolve_base_model(config: BaseModelConfig) -> BaseModel:
         digest = f"commit:{folder.name}"
     elif source.is_file():
         folder = _converted(source)
-        digest = _folder_digest(folder)
+        digest = folder_digest(folder)
     else:
         folder = source
-        digest = _folder_digest(folder)
+        digest = folder_digest(folder)
     return BaseModel(config.source, config.revision, str(folder), digest, config.trust_remote_code)
 
 
@@ -217,7 +217,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _folder_digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Digest of all files that decide the model. Reading 1 GB takes about a second, so it is kept
     in the cache under the files' sizes and times."""
     files = sorted(

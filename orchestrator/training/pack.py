@@ -159,6 +159,7 @@ class PackWorker:
             strategy,
             spec.dequantise_once,
             corrections.add if spec.loftq else None,
+            spec.quantised_cache_bytes,
         )
 
     def _build_engine(self, strategy: StrategyConfig) -> Engine:

@@ -2,7 +2,7 @@
 
 A quantiser of transformers' own kind. The file's tensor of a layer is read when its turn comes, is
 quantised where it will stay, and is let go of before the next: the host holds one layer in full,
-never the model. Imports transformers.
+never the model. Layers that a cache has are not read from the file at all. Imports transformers.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,9 @@ from orchestrator.config import QuantConfig
 from orchestrator.errors import ConfigError
 from orchestrator.planning.bits import bits_of, stored_bits
 from orchestrator.planning.patterns import unmatched
-from orchestrator.training.codes import quantise
+from orchestrator.training.codes import Codes, quantise
 from orchestrator.training.frozen import PackedLinear
+from orchestrator.training.quantised_cache import QuantisedCache
 
 METHOD = "orchestrator"
 
@@ -33,10 +34,16 @@ OnLayer = Callable[[str, Tensor, PackedLinear], None]
 class LayerByLayer(QuantizationConfigMixin):  # type: ignore[misc]
     """What from_pretrained takes as its quantization_config."""
 
-    def __init__(self, quant: QuantConfig, on_layer: OnLayer | None = None) -> None:
+    def __init__(
+        self,
+        quant: QuantConfig,
+        on_layer: OnLayer | None = None,
+        cache: QuantisedCache | None = None,
+    ) -> None:
         self.quant_method = METHOD
         self.quant = quant
         self.on_layer = on_layer
+        self.cache = cache
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "quant": self.quant.model_dump(mode="json")}
@@ -52,6 +59,7 @@ class LayerQuantiser(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: LayerByLayer, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.widths: dict[str, int] = {}
+        self._known: dict[str, Codes] = {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         quant = self.quantization_config.quant
@@ -71,6 +79,23 @@ class LayerQuantiser(HfQuantizer):  # type: ignore[misc]
             bits = bits_of(quant, name)
             assert bits is not None, f"no bits were chosen for {name}"
             self.widths[name] = bits
+        if self.quantization_config.cache is not None:
+            self._look_into(self.quantization_config.cache, model)
+
+    def _look_into(self, cache: QuantisedCache, model: nn.Module) -> None:
+        # A callback is to see each layer's weight.
+        if self.quantization_config.on_layer is None and (known := cache.read(self.widths)):
+            self._known = known
+            for name in known:
+                model.set_submodule(name, _Awaited(model.get_submodule(name)))
+            return
+        quant = self.quantization_config.quant
+        num_bytes = 0.0
+        for name, bits in self.widths.items():
+            if bits != 16:
+                num_weights = model.get_parameter(f"{name}.weight").numel()
+                num_bytes += num_weights * stored_bits(quant, bits) / 8
+        cache.begin(self.widths, round(num_bytes))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         layer, _, leaf = param_name.rpartition(".")
@@ -86,23 +111,41 @@ class LayerQuantiser(HfQuantizer):  # type: ignore[misc]
         return _Quantise(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        cache = self.quantization_config.cache
+        while self._known:  # the model holds on to its quantiser, which must not hold on to codes
+            self._put(model, *self._known.popitem())
         # A checkpoint that fuses layers of different bits has one conversion for all of them.
         for name in self.widths:
             module = model.get_submodule(name)
             if self.widths[name] != 16 and not isinstance(module, PackedLinear):
                 self.replace(model, name, module.weight.data)
+                self.fused_with_plain_ones()
+        if cache is not None:
+            cache.finish()
         self.remove_quantization_config(model)
+
+    def fused_with_plain_ones(self) -> None:
+        """A file's tensor holds a layer in codes and one of 16 bits: it must be read each time."""
+        if self.quantization_config.cache is not None:
+            self.quantization_config.cache.abandon("the files fuse layers of 16 bits with others")
 
     def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
         module: Any = model.get_submodule(name)
         if isinstance(module, Conv1D):
             weight = weight.T
-        quant = self.quantization_config.quant
-        packed = PackedLinear(quantise(weight, self.widths[name], quant), module.bias)
+        config = self.quantization_config
+        codes = quantise(weight, self.widths[name], config.quant)
+        packed = self._put(model, name, codes)
+        if config.cache is not None:
+            config.cache.write(name, codes)
+        if config.on_layer is not None:
+            config.on_layer(name, weight, packed)
+
+    def _put(self, model: nn.Module, name: str, codes: Codes) -> PackedLinear:
+        packed = PackedLinear(codes, model.get_submodule(name).bias)  # type: ignore[arg-type]
         packed._is_hf_initialized = True  # type: ignore[assignment]
         model.set_submodule(name, packed)
-        if self.quantization_config.on_layer is not None:
-            self.quantization_config.on_layer(name, weight, packed)
+        return packed
 
     def is_serializable(self) -> bool:
         return False
@@ -110,6 +153,15 @@ class LayerQuantiser(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+class _Awaited(nn.Module):
+    """In the place of a layer whose codes are known: without a weight for transformers to read."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.bias = layer.bias
+        self._is_hf_initialized = True
 
 
 class _Quantise(ConversionOps):  # type: ignore[misc]
@@ -137,4 +189,6 @@ class _Quantise(ConversionOps):  # type: ignore[misc]
             self._quantiser.replace(model, layer, weight)
             if missing_keys is not None:
                 missing_keys.discard(name)
+        if 0 < len(plain) < len(input_dict):
+            self._quantiser.fused_with_plain_ones()
         return plain

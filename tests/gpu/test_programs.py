@@ -13,6 +13,7 @@ from orchestrator.records import BaseModel, Evaluated, TrialDone
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from orchestrator.training.dora import lengths, squared_lengths
 from orchestrator.training.loss import weighted_losses
+from orchestrator.training.model_source import folder_digest
 from orchestrator.training.pack import PackWorker
 from tests.sweeps import sweep_config
 from tests.tiny import question_rows
@@ -199,6 +200,26 @@ def test_dequantised_once_the_base_computes_the_same_bits(
     words = torch.arange(48, device="cuda").view(1, 48)
     positions = torch.arange(48, device="cuda").view(1, 48)
     assert torch.equal(once.hidden(words, positions), packed.hidden(words, positions))
+
+
+@pytest.mark.parametrize("quant", BITS)
+def test_a_base_read_back_from_disk_has_the_bits_of_a_fresh_one(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quant: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
+    config = QuantConfig.model_validate(quant | {"compute_dtype": "bfloat16"})
+    base = BaseModel("tiny", None, str(base_folder), folder_digest(base_folder))
+    fresh, writing, reading = (
+        load_base_model(base, config, "cuda", StrategyConfig(), cache_bytes=cache_bytes).model
+        for cache_bytes in (0, 2**30, 2**30)
+    )
+    (entry,) = (tmp_path / "quantised").iterdir()
+    assert (entry / "index.json").exists()
+    for other in (writing, reading):
+        found = dict(other.named_buffers(), **dict(other.named_parameters()))
+        for name, tensor in [*fresh.named_buffers(), *fresh.named_parameters()]:
+            assert found[name].is_cuda
+            assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("quant", BITS)
