@@ -68,7 +68,8 @@ def train_until(worker: PackWorker, kind: type[Event], first: list[Any]) -> list
 def test_nobody_clips_a_gradient_but_its_trial(
     make_spec: MakeSpec, zero_spec: MakeSpec, tmp_path: Path, name: str, max_norm: float | None
 ) -> None:
-    trial = trial_config(adapter__alpha=800, optimizer__max_grad_norm=max_norm)
+    optimizer = {"max_grad_norm": max_norm, "learning_rate": 1e-5}
+    trial = trial_config(adapter__alpha=800, optimizer=optimizer)
     every_step = EvaluationConfig(every_steps=1)  # is when norms are told
     _, events = train(make_spec(num_slots=1, evaluation=every_step), [trial], tmp_path / "one")
     _, zero = train(zero_spec(name, evaluation=every_step), [trial], tmp_path / "other")
