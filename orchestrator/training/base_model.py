@@ -146,7 +146,8 @@ def load_base_model(
                 trust_remote_code=base.trust_remote_code,
                 local_files_only=True,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (AttributeError, KeyError, OSError, ValueError) as error:
+        # AttributeError: a family that draws first values for weights that are codes by now.
         raise BaseModelError(f"{base.source}: transformers cannot load it: {error}") from error
     if cache is not None:
         log.info("%s in codes: %s", base.source, cache.note)

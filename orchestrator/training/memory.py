@@ -12,8 +12,9 @@ from orchestrator.records import Device
 RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
-# A segment that can grow is not cut into pieces that nothing fits into: of plans that used all of a
-# card, those of a few GiB ran out of memory with 0.4 to 3.2 GiB of it in such pieces.
+# A segment that can grow is not cut into pieces that nothing fits into: on cards just as large as
+# planned, six of 15 packs ran out of memory with 0.3 to 3.2 GiB of it in such pieces
+# (benchmarks/results/planner_memory_first.json).
 ALLOCATOR_SETTINGS = "expandable_segments:True"
 
 

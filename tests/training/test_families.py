@@ -95,6 +95,11 @@ def test_a_family_that_lets_documents_of_a_block_touch_is_refused(
         load(folder, bit_width, dtype)
 
 
+def test_a_family_that_wants_weights_where_codes_are_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="transformers cannot load it"):
+        load(make_family("mamba", tmp_path), 4, "bfloat16")
+
+
 @pytest.mark.parametrize("bit_width", [4, 8, 16])
 @pytest.mark.parametrize("name", ["cohere", "gemma2", "gpt_neox", "llama", "mixtral", "phi"])
 def test_a_family_that_keeps_documents_apart_loads_in_train_mode(
