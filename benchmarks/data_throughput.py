@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python -m benchmarks.data_throughput --gsm8k FILE
 
 SmolLM2's tokenizer; documents of English text, and prompts with completions. The best of some
-rounds counts, in which the sides take turns. On two cores it takes about twenty minutes, a third
-of them for the gigabyte that one actor prepares while its memory is watched. MB are 10^6 bytes of
-UTF-8.
+rounds counts, in which the sides take turns; on one core each round begins with no pre-token
+remembered. On two cores it takes some minutes, many of them for the gigabyte that one actor
+prepares while its memory is watched. MB are 10^6 bytes of UTF-8.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from orchestrator.data.pretokens import PreTokens, published_pattern, state
 Ids: TypeAlias = "array[int]"  # of type code I
 TokenIds = Callable[[list[str]], Iterable[Ids]]
 
-# At about 200 bytes each. A shard of 8 MiB of English has 40,000 of them.
+# At about 200 bytes each. A shard of 8 MiB of English has some 25,000 of them.
 REMEMBERED = 1 << 18
 LONGEST_REMEMBERED = 64  # characters
 # The library remembers 10,000 words by itself; ten times as many make it 8 % faster.
@@ -77,7 +77,8 @@ class RememberedIds:
         self._pre_tokens = PreTokens(backend.pre_tokenizer, pattern)
         self._remembered = _Memory(backend.model, capacity)
         self._normalized = backend.normalizer.normalize_str if backend.normalizer else None
-        added = backend.get_added_tokens_decoder().items()
+        decoder = backend.get_added_tokens_decoder()
+        added = [(i, token) for i, token in decoder.items() if token.content]
         self._added = {token.content: array("I", [i]).tobytes() for i, token in added}
         self._parts, self._normalized_parts = (
             _splitter([token.content for _, token in added if token.normalized == normalized])

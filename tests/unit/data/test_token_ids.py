@@ -152,6 +152,13 @@ def test_a_text_of_half_a_million_characters_without_a_border_is_no_trouble(
     assert REMEMBERED[name]([text]) == _library(name, [text])
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_half_a_surrogate_is_refused_as_the_library_does(name: str) -> None:
+    for encode in (REMEMBERED[name], lambda texts: _library(name, texts)):
+        with pytest.raises((TypeError, UnicodeEncodeError)):
+            encode(["a\ud800b"])
+
+
 class TokenizerThatPrepares(PreTrainedTokenizerFast):
     def _encode_plus(self, text: list[str], **more: Any) -> Any:
         return super()._encode_plus([item.lower() for item in text], **more)
