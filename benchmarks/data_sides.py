@@ -20,6 +20,8 @@ from orchestrator.data.selection import Portion
 from orchestrator.data.shards import ShardTask, prepare_shard
 from orchestrator.data.slices import read_options
 from orchestrator.data.sources import PlanTask, plan_file, read_slice
+from orchestrator.data.token_ids import remembering
+from orchestrator.data.tokenizing import load_tokenizer
 from orchestrator.data_config import DataConfig
 
 BATCH = 1000  # texts in a call, as datasets.map has them by itself
@@ -27,11 +29,14 @@ BATCH = 1000  # texts in a call, as datasets.map has them by itself
 Side = Callable[[], None]
 
 
-def best_seconds(sides: dict[str, Side], rounds: int) -> dict[str, float]:
+def best_seconds(
+    sides: dict[str, Side], rounds: int, before_each: Callable[[], object] = lambda: None
+) -> dict[str, float]:
     """Of each side, by turns: what else the machine does then meets all of them."""
     best = dict.fromkeys(sides, float("inf"))
     for _ in range(rounds):
         for name, side in sides.items():
+            before_each()
             start = time.perf_counter()
             side()
             best[name] = min(best[name], time.perf_counter() - start)
@@ -89,6 +94,12 @@ def elsewhere(tasks: Iterable[ShardTask], place: Path) -> list[ShardTask]:
     """The same work in an empty place: what is finished is not done again."""
     shutil.rmtree(place, ignore_errors=True)
     return [replace(task, place=str(place)) for task in tasks]
+
+
+def forget_pre_tokens(tokenizer_dir: Path) -> None:
+    """As in a process that has just started: a second round has seen all the words already."""
+    remembering.cache_clear()
+    remembering(load_tokenizer(str(tokenizer_dir)))
 
 
 def own_side(tasks: Sequence[ShardTask], place: Path) -> Side:

@@ -8,12 +8,12 @@ In: a tokenizer, the function that gives its token ids, segments. Out: token ids
 token reaches over a border, as none does when the model writes after a prompt.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from orchestrator.data.formats import Segment, Tokenizer
-
-TokenIds = Callable[[list[str]], Iterable[list[int]]]
+from orchestrator.data.token_ids import Ids, TokenIds
 
 # Characters that few vocabularies have at the beginning or within a longer token.
 SEPARATORS = "\n\t\x01\ue000~^`"
@@ -49,9 +49,9 @@ class Continuations:
         ]
         self._added = tuple(token.content for token in added)
         self._added_with_blanks = tuple(token.content for token in added if token.rstrip)
-        self._ids_before: dict[str, list[int]] = {"": []}
+        self._ids_before: dict[str, Ids] = {"": array("I")}
 
-    def token_ids(self, examples: Iterable[Sequence[Segment]]) -> Iterator[list[int]]:
+    def token_ids(self, examples: Iterable[Sequence[Segment]]) -> Iterator[Ids]:
         """Of all segments, one after another."""
         pairs = [pair for segments in examples for pair in self._with_contexts(segments)]
         found = self._token_ids([context + text for context, text in pairs])
@@ -81,13 +81,13 @@ class Continuations:
                 return before[len(text) - longest :]
         return self._separator
 
-    def _context_ids(self, context: str) -> list[int]:
+    def _context_ids(self, context: str) -> Ids:
         if context not in self._ids_before:
             (self._ids_before[context],) = self._token_ids([context])
         return self._ids_before[context]
 
 
-def _begins(ids: list[int], before: list[int]) -> bool:
+def _begins(ids: Ids, before: Ids) -> bool:
     return ids[: len(before)] == before
 
 

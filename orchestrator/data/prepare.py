@@ -6,6 +6,7 @@ the same bytes whatever the order or number of workers. The shards' folder is na
 so all trials of all sweeps with the same recipe share it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -38,7 +39,7 @@ from orchestrator.data.selection import (
     select_train,
     slice_orders,
 )
-from orchestrator.data.shards import ShardTask, document_orders, prepare_shard
+from orchestrator.data.shards import MadeShard, ShardTask, document_orders, prepare_shard
 from orchestrator.data.slices import Slice
 from orchestrator.data.sources import (
     PlanTask,
@@ -116,7 +117,10 @@ def prepare(
     portions, repeats = _choose(work)
     tasks = [task for role in ROLES for task in _shard_tasks(work, role, portions[role])]
     report(f"data: making {len(tasks)} shards in {place}")
-    records = list(_with_progress(run_tasks(prepare_shard, tasks), len(tasks), report))
+    made = list(_with_progress(run_tasks(prepare_shard, tasks), len(tasks), report))
+    for line in _describe_ways(made):
+        report(line)
+    records = [shard.record for shard in made]
     _check_visible(store, place, records)
     if repeats is None:
         repeats = _count_repeats(work, tasks)
@@ -163,7 +167,7 @@ def prepare_examples(config: DataConfig, tokenizer_dir: Path, cache: Path) -> Ma
     work = Work(config, str(tokenizer_dir.absolute()), place, run_in_process, lambda line: None)
     portions = _choose_held_out(work, _weighed_slices(work, config.held_out_sources))[0]
     tasks = _shard_tasks(work, "held_out", portions)
-    shards = tuple(run_in_process(prepare_shard, tasks))
+    shards = tuple(made.record for made in run_in_process(prepare_shard, tasks))
     _check_not_empty(config, "held_out", shards)
     manifest = Manifest(
         store.folder, "held_out", config.block_length, recipe, shards, Repeats(0, 0)
@@ -324,14 +328,21 @@ def _shard_tasks(work: Work, role: Role, portions: Sequence[Portion]) -> list[Sh
 
 
 def _with_progress(
-    records: Iterable[ShardRecord], total: int, report: Callable[[str], None]
-) -> Iterator[ShardRecord]:
+    shards: Iterable[MadeShard], total: int, report: Callable[[str], None]
+) -> Iterator[MadeShard]:
     num_tokens = 0
-    for number, record in enumerate(records, start=1):
-        num_tokens += record.num_tokens
+    for number, shard in enumerate(shards, start=1):
+        num_tokens += shard.record.num_tokens
         if number * REPORTS // total > (number - 1) * REPORTS // total and total > REPORTS:
             report(f"data: {number} of {total} shards, {num_tokens:,} tokens")
-        yield record
+        yield shard
+
+
+def _describe_ways(shards: Sequence[MadeShard]) -> Iterator[str]:
+    ways = Counter(shard.way for shard in shards if shard.way)
+    for way, count in ways.items():
+        which = "" if len(ways) == 1 else f" in {count:,} shards"
+        yield f"data: token ids{which}: {way}"
 
 
 def _check_visible(store: ShardStore, place: str, records: Sequence[ShardRecord]) -> None:

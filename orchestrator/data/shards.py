@@ -1,6 +1,6 @@
 """Make one shard: read slices, keep the chosen rows, tokenise, pack, write.
 
-In: a ShardTask, which pickles. Out: a ShardRecord, which pickles too, and a shard of the same bytes
+In: a ShardTask, which pickles. Out: a MadeShard, which pickles too, and a shard of the same bytes
 in whatever process or order. A shard that is already there whole is not made again.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestrator.data.block_files import map_blocks, write_blocks
 from orchestrator.data.formats import Tokenizer, example_key, segments
@@ -75,11 +75,17 @@ class _Reading:
     bad: list[dict[str, str]] = field(default_factory=list)
 
 
-def prepare_shard(task: ShardTask) -> ShardRecord:
+class MadeShard(NamedTuple):
+    record: ShardRecord
+    way: str | None
+    """How token ids were found; None where none were, since the shard was there or is empty."""
+
+
+def prepare_shard(task: ShardTask) -> MadeShard:
     """Raises DataError, with file and line, for a row that cannot be used and is not skipped."""
     finished = _finished(task)
     if finished:
-        return finished
+        return MadeShard(finished, None)
     tokenizer = load_tokenizer(task.tokenizer_dir)
     reading = _Reading()
     config = task.config
@@ -108,7 +114,7 @@ def prepare_shard(task: ShardTask) -> ShardRecord:
         _record_name(task),
         {"shard": asdict(record), "bad_rows": reading.bad, "rows": task.rows_digest},
     )
-    return record
+    return MadeShard(record, tokenized.way)
 
 
 def describe_shard(

@@ -11,24 +11,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.continuations import Continuations, TokenIds, continuations
+from orchestrator.data.continuations import Continuations, continuations
 from orchestrator.data.formats import Segment, Tokenizer
+from orchestrator.data.token_ids import TokenIds, fastest_way
 from orchestrator.data_config import Overlong
 from orchestrator.errors import BaseModelError, DataError
 from orchestrator.files import file_digest, record_digest
 
 # The tokenizer takes about 50 times a batch's text for it, and 130 times that of one long example.
 BATCH_CHARS = 1 << 19
-# Words whose tokens are remembered, at about 100 bytes each. English text has more than the 10,000
-# that the library remembers by itself, and 100,000 make it 8 % faster.
-REMEMBERED_WORDS = 100_000
-
 # Whatever of these a folder has decides how its tokenizer cuts text and renders messages.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -72,6 +70,8 @@ class Tokenized:
     dropped: int
     without_loss: int
     """Documents that were left out, since they have no label."""
+    way: str | None
+    """How token ids were found; none without an example."""
 
 
 @lru_cache(maxsize=2)
@@ -79,12 +79,9 @@ def load_tokenizer(folder: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{folder}: the tokenizer cannot be loaded: {error}") from error
-    if tokenizer.is_fast:
-        _remember_words(tokenizer.backend_tokenizer.model)
-    return tokenizer
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -114,13 +111,15 @@ def tokenize(
     Raises:
         DataError: an example is longer and `overlong` is error.
     """
-    token_ids = _token_ids_function(tokenizer)
+    batches = _batches(examples)
+    first = next(batches, [])
+    token_ids, way = fastest_way(tokenizer, [part.text for item in first for part in item.segments])
     continued = continuations(tokenizer, token_ids)
     documents: list[Document] = []
     counts = dict.fromkeys(("truncate", "split", "drop"), 0)
     without_loss = 0
     with _without_collections():
-        for batch in _batches(examples):
+        for batch in chain([first], batches):
             ids, has_loss, borders = _encode(batch, token_ids, continued)
             pieces: list[_Piece] = []
             for example, start, end in zip(batch, borders, borders[1:], strict=False):
@@ -134,7 +133,9 @@ def tokenize(
             found = _labelled(pieces, ids, has_loss)
             without_loss += len(pieces) - len(found)
             documents += found
-    return Tokenized(documents, counts["truncate"], counts["split"], counts["drop"], without_loss)
+    return Tokenized(
+        documents, counts["truncate"], counts["split"], counts["drop"], without_loss, way
+    )
 
 
 @contextmanager
@@ -174,14 +175,14 @@ def _encode(
         for segment in example.segments:
             texts.append(segment.text)
             flags.append(segment.has_loss)
-    found = array("I")  # from a list in half the time that numpy and array("i") take
+    found = array("I")
     ends = [0]
     for ids in (
         continued.token_ids(example.segments for example in batch)
         if continued
         else token_ids(texts)
     ):
-        found.fromlist(ids)
+        found += ids
         ends.append(len(found))
     segment_ends = np.array(ends)
     num_segments = np.cumsum([0, *(len(example.segments) for example in batch)])
@@ -225,34 +226,6 @@ def _labelled(
         for (start, end, key), count in zip(pieces, num_labels, strict=True)
         if count
     ]
-
-
-def _token_ids_function(tokenizer: Tokenizer) -> TokenIds:
-    from transformers import PreTrainedTokenizerFast
-
-    # Some classes prepare the text first, in a method of their own.
-    if (
-        isinstance(tokenizer, PreTrainedTokenizerFast)
-        and type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
-    ):
-        backend: Any = tokenizer.backend_tokenizer
-        # As the tokenizer's own call has it.
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-        return lambda texts: (
-            encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)
-        )
-    return lambda texts: tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-
-
-def _remember_words(model: Any) -> None:
-    from tokenizers.models import BPE, Unigram
-
-    if isinstance(model, (BPE, Unigram)):
-        model._resize_cache(REMEMBERED_WORDS)
 
 
 def _too_long(example: Example, num_tokens: int, block_length: int) -> DataError:

@@ -124,6 +124,7 @@ def test_finished_data_is_reused_without_any_task(
     config = _config(write_rows(ROWS))
     first = prepare(config, tokenizer_dir, tmp_path, report=lines.append)
     assert lines[0].startswith("data: making ")
+    assert "data: token ids: remembered for each pre-token" in lines
     assert prepare(config, tokenizer_dir, tmp_path, run_until_crash, lines.append) == first
     assert lines[-1].startswith("data: reusing the shards")
     (first.train.folder / first.train.shards[0].file).unlink()
