@@ -162,10 +162,16 @@ def test_preparing_data_waits_for_a_core_that_another_sweep_holds_and_says_so(
 ) -> None:
     held = placement_group([{"CPU": 1}] * sum(SIZES))
     assert held.wait(TIMEOUT_S)
-    threading.Timer(3.0, remove_placement_group, [held]).start()
+    words = "waits in Ray's queue until 1 CPU core is free"
+
+    def give_back_once_it_is_said() -> None:
+        wait_until(lambda: words in caplog.text, "a word of what it waits for")
+        remove_placement_group(held)
+
+    threading.Thread(target=give_back_once_it_is_said).start()
     with RayTasks(2, queued_after_s=0.5) as run:
         assert list(run(abs, [-1, -2])) == [1, 2]
-    assert caplog.text.count("waits in Ray's queue until 1 CPU core is free") == 1
+    assert caplog.text.count(words) == 1
 
 
 def test_prometheus_reads_every_metric_of_a_sweep(three_nodes: LocalCluster) -> None:
@@ -261,13 +267,16 @@ class RunningSweep:
         assert pack is not None
         return (self._places / f"{pack[1]}-0").read_text()
 
+    def let_go(self) -> None:
+        (self._places / HELD).unlink(missing_ok=True)
+
     def wait(self) -> None:
-        (self._places / HELD).unlink()
+        self.let_go()
         self._thread.join(TIMEOUT_S)
         assert not self._thread.is_alive(), "the sweep did not end"
 
     def close(self) -> None:
-        (self._places / HELD).unlink(missing_ok=True)
+        self.let_go()
         self._controller.request_stop()
         self._thread.join(TIMEOUT_S)
         self._executor.close()
@@ -337,21 +346,26 @@ def test_sweeps_that_share_a_cluster_take_turns_and_the_one_that_waits_says_so(
     first = run(3, search__space=space, resources__slots_per_pack=1)
     wait_until(lambda: first.have_checkpoints(0, 1, 2), "a sweep that has the whole cluster")
     make_store(tmp_path / "other", sweep_config(search__space={"steps": [4, 5]}))
-    done = subprocess.run(
+    other = subprocess.Popen(
         [sys.executable, "-m", "tests.integration.driver", "other"],
         cwd=tmp_path,
         env=at(three_nodes, environment),
         stdout=subprocess.PIPE,
         text=True,
-        timeout=TIMEOUT_S,
-        check=True,
     )
-    assert first.ended == {0}, "the other one had what the first's ended pack gave back"
-    (queued,) = [line for line in done.stdout.splitlines() if "Ray's queue" in line]
-    assert queued == (
+    with other:
+        assert other.stdout is not None
+        queued = next(line for line in other.stdout if "Ray's queue" in line)
+        assert not first.ended
+        first.let_go()
+        rest, _ = other.communicate(timeout=TIMEOUT_S)
+    assert other.returncode == 0
+    assert queued.strip() == (
         "pack 0: waits in Ray's queue until 1 x 1 CPU core are free: others on this cluster, such "
         "as another sweep, hold what it has"
     )
+    assert "Ray's queue" not in rest
+    assert first.ended == {0}, "the other one had what the first's ended pack gave back"
     assert len(RunStore.open(tmp_path / "other").results) == 2
 
 

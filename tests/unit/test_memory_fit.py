@@ -130,7 +130,7 @@ def test_a_step_in_place_has_one_slot() -> None:
 
 def test_a_smaller_pass_is_shown_with_what_a_larger_one_would_need() -> None:
     found = fitted(30, share=2, batch_size=8)
-    assert "4 of 8 blocks in a pass: 8 need 44.0 GiB without recomputation" in found.reasons
+    assert "4 of 8 blocks in a pass: 8 need 44.4 GiB without recomputation" in found.reasons
 
 
 @pytest.mark.parametrize("memory_gib", [8, 12, 16, 24, 40, 80, 141])
@@ -145,7 +145,7 @@ def test_what_is_chosen_fits_or_is_said_not_to(memory_gib: int) -> None:
 def test_where_nothing_fits_the_least_is_chosen_and_the_plan_says_so() -> None:
     found = fitted(4)
     assert choices(found) == (False, True, 1, 1)
-    assert found.reasons[-1].startswith("does not fit, the least is 7.5 ")
+    assert found.reasons[-1].startswith("does not fit, the least is 7.8 ")
     assert found.reasons[-1].endswith("GiB of 3.6 GiB")
 
 
