@@ -165,8 +165,10 @@ def test_preparing_data_waits_for_a_core_that_another_sweep_holds_and_says_so(
     words = "waits in Ray's queue until 1 CPU core is free"
 
     def give_back_once_it_is_said() -> None:
-        wait_until(lambda: words in caplog.text, "a word of what it waits for")
-        remove_placement_group(held)
+        try:
+            wait_until(lambda: words in caplog.text, "a word of what it waits for")
+        finally:
+            remove_placement_group(held)
 
     threading.Thread(target=give_back_once_it_is_said).start()
     with RayTasks(2, queued_after_s=0.5) as run:

