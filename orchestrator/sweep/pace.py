@@ -97,7 +97,7 @@ class Pace:
         meter.tokens += tokens
         meter.measured_s += tokens / event.tokens_per_s / occupied
         meter.expected_s += blocks / plan.world_size * block_s / occupied
-        if meter.measured_s < meter.due_s:
+        if round(meter.measured_s, 3) < round(meter.due_s, 3):  # sums of floats
             return None
         meter.due_s = 2 * meter.measured_s
         return {

@@ -111,7 +111,8 @@ def test_the_next_trial_of_a_row_begins_anew_and_a_paged_one_in_the_same_memory(
     second = train(rows[0], optimizers.begin(config(0.9)))
     train(rows[1], RowOptimizers(rows[1]).begin(config(0.9)))
     assert torch.equal(rows[0], rows[1])
-    assert (first == second) == name.startswith("paged")
+    if name.startswith("paged"):  # others may get the same memory by chance
+        assert first == second
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:

@@ -85,7 +85,8 @@ def test_a_simulated_sweep_ends_with_every_trial_trained_near_its_lower_bound() 
 
 def recorded_rates() -> list[Any]:
     rows = json.loads((RESULTS / "packs_gpu.json").read_text())["rows"]
-    own = [row for row in rows if row["who"] == "pack" and row["optimizer"] == "adamw"]
+    # A compiled step waits for its CPU, which differs from machine to machine.
+    own = [row for row in rows if row["who"] == "pack" and row["program"] == "graph"]
     names = ("shape", "adapters", "tokens_per_adapter", "program")
     return [pytest.param(row, id=" ".join(str(row[name]) for name in names)) for row in own]
 
@@ -109,4 +110,4 @@ def test_the_speed_model_gives_the_rates_of_an_h200(row: dict[str, Any]) -> None
         cuda=True,
     )
     rate = tokens_per_s(base_shape(SHAPES[row["shape"]]), load, GPUS["H200"])
-    assert rate == pytest.approx(row["tokens_per_s"], rel=0.09)
+    assert rate == pytest.approx(row["tokens_per_s"], rel=0.075)
