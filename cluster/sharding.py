@@ -36,13 +36,19 @@ ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 class RayTasks:
     """Callable as run_tasks(function, tasks) while it is entered; leaving it ends the actors."""
 
-    def __init__(self, num_actors: int, queued_after_s: float = QUEUED_AFTER_S) -> None:
+    def __init__(
+        self,
+        num_actors: int,
+        queued_after_s: float = QUEUED_AFTER_S,
+        warn: Callable[[str], None] = log.warning,
+    ) -> None:
         # One at least: where a cluster grows by itself, asking for it is what makes it grow.
         self._num_actors = max(1, num_actors)
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         """Actors by the ref of their readiness. On a busy cluster some may never get a core."""
         self._lost = 0
+        self._warn = warn
         self._queued_after_s: float | None = queued_after_s
         """None once it was said that no actor has got a core yet."""
 
@@ -92,7 +98,7 @@ class RayTasks:
         ready, _ = ray.wait([*run.running, *self._starting], timeout=timeout_s)
         if not ready:
             self._queued_after_s = None
-            log.warning(
+            self._warn(
                 "preparing the data waits in Ray's queue until 1 CPU core is free: others on this "
                 "cluster, such as another sweep, hold what it has"
             )
