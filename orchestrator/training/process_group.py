@@ -6,6 +6,7 @@ single process, which DeepSpeed insists on.
 
 import atexit
 import os
+import sys
 from datetime import timedelta
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -59,7 +60,13 @@ def leave_group() -> None:
     """Safe to call twice."""
     atexit.unregister(leave_group)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        started = sys.modules.get("deepspeed.comm")
+        if (
+            started is not None and started.is_initialized()
+        ):  # it lets go of the groups it made, too
+            started.destroy_process_group()
+        else:
+            torch.distributed.destroy_process_group()
 
 
 def start_deepspeed(device: Device) -> Any:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from orchestrator.records import ALONE, GroupPlace
+from orchestrator.training.process_group import leave_group
 from orchestrator.training.replicas import join
 
 TIMEOUT_S = 60.0
@@ -124,8 +125,7 @@ def test_a_partner_that_is_stuck_is_an_error_of_the_other(tmp_path: Path) -> Non
 @pytest.fixture
 def no_group() -> None:
     """DeepSpeed's tests leave a process group of one in their process."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.usefixtures("no_group")
