@@ -20,8 +20,8 @@ STEPS, CHECKPOINT_EVERY, KILLS = 9, 2, 5
     [
         ("adamw", {}),
         ("adamw_8bit", {}),
-        pytest.param("paged_adamw_32bit", {"kind": "zero", "stage": 2}, marks=pytest.mark.slow),
-        pytest.param("paged_adamw_8bit", {"kind": "zero", "stage": 3}, marks=pytest.mark.slow),
+        ("paged_adamw_32bit", {"kind": "zero", "stage": 2}),
+        ("paged_adamw_8bit", {"kind": "zero", "stage": 3}),
     ],
 )
 def test_trials_killed_at_random_steps_end_with_the_same_adapter_bytes(
