@@ -9,7 +9,7 @@ whatever is in the slots, and an evaluation of one slot uses all lanes.
 Shapes: n lanes, b blocks per lane, S block length, R largest rank, L values in a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,7 @@ class Lanes:
         self.scaling = torch.zeros(sizes, device=rows.device, dtype=rows.dtype)
         """[layers, n, 1, 1]; each layer reads its own part."""
         self.dropout = Dropout(num_lanes, masked_blocks, rows.device, rows.dtype)
-        self.parameters = list(self._views())
+        self.parameters = [nn.Parameter(part) for part in slots.parts(self.weights)]
         self._serving: tuple[int | None, ...] = ()
         self._gatherer: GradientGatherer | None = None
 
@@ -133,17 +133,6 @@ class Lanes:
                 module.magnitudes = next(parameters)
             module.lanes = self
             module.scaling = self.scaling[number]
-
-    def _views(self) -> Iterator[nn.Parameter]:
-        rank = self._slots.max_rank
-        for layer in self._slots.layers:
-            A = self.weights[:, layer.start : layer.middle]
-            B = self.weights[:, layer.middle : layer.magnitudes]
-            yield nn.Parameter(A.view(len(self), layer.in_features, rank))
-            yield nn.Parameter(B.view(len(self), rank, layer.out_features))
-            if self._slots.dora:
-                magnitudes = self.weights[:, layer.magnitudes : layer.end]
-                yield nn.Parameter(magnitudes.view(len(self), 1, layer.out_features))
 
 
 class AdaptedLinear(nn.Module):

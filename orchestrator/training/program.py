@@ -126,8 +126,9 @@ class InPlaceProgram(EagerProgram):
         assert len(slots.rows) == 1, "a row can be read in place by one lane"
         self.blocks_per_lane = blocks_per_lane  # an evaluation takes no more at once than training
         super().__init__(base, slots, Lanes(slots, 1, base.dtype, over_rows=True))
-        for parameter, gradient in zip(self.lanes.parameters, slots.gradient_views(0), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+        parts = slots.parts(slots.gradients)
+        for parameter, gradient in zip(self.lanes.parameters, parts, strict=True):
+            parameter.grad = gradient
 
     def backward(self, hidden: Tensor, gradient: Tensor, fresh: Sequence[bool]) -> None:
         if fresh[0]:

@@ -107,13 +107,16 @@ class Slots:
         """Another engine makes the gradients: free the rows for them."""
         self.gradients = self.gradients.new_zeros(len(self.rows), 0)
 
-    def row_views(self, slot: int) -> Iterator[Tensor]:
-        """The values of one slot's row, part by part, as `segments`."""
-        return self._views(self.rows[slot])
-
-    def gradient_views(self, slot: int) -> Iterator[Tensor]:
-        """Of its gradients, likewise."""
-        return self._views(self.gradients[slot])
+    def parts(self, rows: Tensor) -> Iterator[Tensor]:
+        """Views of what lies in rows [..., L] as in these: of each layer A [..., in, R] and
+        B [..., R, out], and with DoRA the magnitudes [..., 1, out]."""
+        outer, rank = rows.shape[:-1], self.max_rank
+        for layer in self.layers:
+            A, B = rows[..., layer.start : layer.middle], rows[..., layer.middle : layer.magnitudes]
+            yield A.view(*outer, layer.in_features, rank)
+            yield B.view(*outer, rank, layer.out_features)
+            if self.dora:
+                yield rows[..., layer.magnitudes : layer.end].unsqueeze(-2)
 
     @property
     def segments(self) -> list[tuple[int, int]]:
@@ -188,13 +191,6 @@ class Slots:
         """Equal for two packs whose rows can be exchanged."""
         layers = ";".join(f"{layer.name}:{layer.start}:{layer.end}" for layer in self.layers)
         return f"in x R{self.max_rank} x out;{layers}"
-
-    def _views(self, row: Tensor) -> Iterator[Tensor]:
-        for layer in self.layers:
-            yield row[layer.start : layer.middle].view(layer.in_features, self.max_rank)
-            yield row[layer.middle : layer.magnitudes].view(self.max_rank, layer.out_features)
-            if self.dora:
-                yield row[layer.magnitudes : layer.end]
 
     def _A(self, slot: int, layer: Layer) -> Tensor:
         row = self.rows[slot, layer.start : layer.middle]

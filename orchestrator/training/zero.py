@@ -212,7 +212,7 @@ class ZeroStepper:
 
     def _parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter, and the place of its values in the slot's row."""
-        return zip(self._parameters, self._slots.row_views(0), strict=True)
+        return zip(self._parameters, self._slots.parts(self._slots.rows), strict=True)
 
 
 class _Whole(nn.Module):
