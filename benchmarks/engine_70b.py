@@ -26,7 +26,15 @@ from benchmarks import own
 from benchmarks.blocks import prepare_blocks
 from benchmarks.memory_cases import base_shape
 from benchmarks.models import SHAPES, llama_config, save_tokenizer
-from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
+from benchmarks.recording import (
+    Bar,
+    Row,
+    add_record_action,
+    append_row,
+    environment,
+    read_rows,
+    record,
+)
 from orchestrator.config import EvaluationConfig, QuantConfig, StrategyConfig, TrialConfig
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.memory import GIB, OPTIMIZER_BYTES, estimate_memory
@@ -206,9 +214,7 @@ def _options() -> argparse.Namespace:
     run.add_argument("--program", default="in_place")
     run.add_argument("--steps", type=int, default=6)
     run.add_argument("--rows", type=Path, nargs=1, required=True)
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="engine_70b")
+    add_record_action(actions, "engine_70b")
     return parser.parse_args()
 
 

@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import children
-from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
+from benchmarks.recording import (
+    Bar,
+    Row,
+    add_record_action,
+    append_row,
+    environment,
+    read_rows,
+    record,
+)
 
 # (strategy, optimizer, kills). Of 4-bit bases; the first in CUDA graphs where there is a GPU.
 CASES: tuple[tuple[Row, str, int], ...] = (
@@ -187,9 +195,7 @@ def _options() -> argparse.Namespace:
     work.add_argument("--case", type=int, required=True)
     work.add_argument("--attempt", type=int, required=True)
     work.add_argument("--attempts", type=Path, required=True, help="a folder")
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="engine_resume")
+    add_record_action(actions, "engine_resume")
     return parser.parse_args()
 
 

@@ -18,7 +18,15 @@ from typing import Any
 
 from benchmarks import children
 from benchmarks.pack_bars import best, like, with_ratios
-from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
+from benchmarks.recording import (
+    Bar,
+    Row,
+    add_record_action,
+    append_row,
+    environment,
+    read_rows,
+    record,
+)
 
 # (shape, tokens a step): goal against stock with gradient checkpointing.
 GOALS = {("8b", 8192): 2.0, ("8b", 1024): 5.0, ("0.5b", 1024): 12.0}
@@ -145,9 +153,7 @@ def _options() -> argparse.Namespace:
     losses.add_argument("--steps", type=int, default=50)
     losses.add_argument("--folder", type=Path, default=Path("/tmp/packs"))
     losses.add_argument("--rows", type=Path, nargs=1, required=True)
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="engine_single")
+    add_record_action(actions, "engine_single")
     return parser.parse_args()
 
 

@@ -26,7 +26,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import children
-from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
+from benchmarks.recording import (
+    Bar,
+    Row,
+    add_record_action,
+    append_row,
+    environment,
+    read_rows,
+    record,
+)
 from orchestrator.config import TrialConfig
 from orchestrator.planning.compatibility import problems
 
@@ -199,9 +207,7 @@ def _options() -> argparse.Namespace:
     run.add_argument("--folder", type=Path, default=Path("/tmp/packs"))
     run.add_argument("--nvme", type=Path, default=Path("/tmp/nvme"))
     run.add_argument("--rows", type=Path, nargs=1, required=True)
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="engine_zero_matrix")
+    add_record_action(actions, "engine_zero_matrix")
     return parser.parse_args()
 
 

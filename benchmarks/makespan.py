@@ -21,7 +21,15 @@ import time
 from pathlib import Path
 
 from benchmarks import children
-from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
+from benchmarks.recording import (
+    Bar,
+    Row,
+    add_record_action,
+    append_row,
+    environment,
+    read_rows,
+    record,
+)
 
 SWEEP = [sys.executable, "-c", "from jobs.cli import main; main()", "sweep"]
 ALONE = ["--set", "resources.slots_per_pack=1"]
@@ -164,9 +172,7 @@ def _options() -> argparse.Namespace:
     run.add_argument("--timeout", type=float, default=900, help="seconds for each side")
     run.add_argument("--folder", type=Path, default=Path("/tmp/makespan"))
     run.add_argument("--rows", type=Path, nargs=1, required=True)
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="packs_makespan")
+    add_record_action(actions, "packs_makespan")
     return parser.parse_args()
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import children
 from benchmarks.pack_bars import bars, with_ratios
-from benchmarks.recording import Row, append_row, read_rows, record
+from benchmarks.recording import Row, add_record_action, append_row, read_rows, record
 
 PARTS = ("matmul", "stock", "stock-plain", "pack", "shared")
 DEFAULT_PARTS = ("matmul", "stock", "pack", "shared")
@@ -124,9 +124,7 @@ def _options() -> argparse.Namespace:
     run.add_argument("--timeout", type=float, default=120, help="seconds to load, and to measure")
     run.add_argument("--folder", type=Path, default=Path("/tmp/packs"), help="models and shards")
     run.add_argument("--rows", type=Path, nargs=1, required=True)
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="packs_gpu")
+    add_record_action(actions, "packs_gpu")
     return parser.parse_args()
 
 

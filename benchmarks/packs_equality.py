@@ -23,7 +23,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import children
-from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
+from benchmarks.recording import (
+    Bar,
+    Row,
+    add_record_action,
+    append_row,
+    environment,
+    read_rows,
+    record,
+)
 from orchestrator.records import StepProgram
 
 Curve = list[tuple[int, float]]
@@ -151,9 +159,7 @@ def _options() -> argparse.Namespace:
     run.add_argument("--timeout", type=float, default=150, help="seconds for each side")
     run.add_argument("--folder", type=Path, default=Path("/tmp/packs"), help="models")
     run.add_argument("--rows", type=Path, nargs=1, required=True)
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="packs_equality")
+    add_record_action(actions, "packs_equality")
     return parser.parse_args()
 
 

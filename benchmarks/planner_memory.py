@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import children
 from benchmarks.memory_cases import Case, draw_cases
 from benchmarks.models import SHAPES
-from benchmarks.recording import Bar, Row, read_rows, record
+from benchmarks.recording import Bar, Row, add_record_action, read_rows, record
 from orchestrator.planning.memory import GIB, HOPPER
 from orchestrator.records import Device
 
@@ -154,9 +154,7 @@ def _options() -> argparse.Namespace:
         "--folder", type=Path, default=Path("/tmp/planner_memory"), help="models, data"
     )
     run.add_argument("--rows", type=Path, nargs=1, required=True)
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="planner_memory")
+    add_record_action(actions, "planner_memory")
     fitted = actions.add_parser("fit")
     fitted.add_argument("--rows", type=Path, nargs="+", required=True)
     return parser.parse_args()

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from benchmarks.memory_cases import base_shape
 from benchmarks.models import SHAPES
-from benchmarks.recording import Bar, Row, append_row, read_rows, record
+from benchmarks.recording import Bar, Row, add_record_action, append_row, read_rows, record
 from orchestrator.config import SweepConfig
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import GPUS
@@ -260,9 +260,7 @@ def _options() -> argparse.Namespace:
     run.add_argument("--trials", type=int, nargs="+", default=SIZES, help="ten for each GPU")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--rows", type=Path, nargs=1, required=True)
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="planner_simulation")
+    add_record_action(actions, "planner_simulation")
     return parser.parse_args()
 
 

@@ -62,6 +62,13 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
+def add_record_action(actions: Any, name: str) -> None:
+    """To a parser's actions: `record --rows FILE... [--name NAME]`."""
+    merge = actions.add_parser("record")
+    merge.add_argument("--rows", type=Path, nargs="+", required=True)
+    merge.add_argument("--name", default=name)
+
+
 def record(name: str, rows: Sequence[Row], bars: dict[str, Bar], folder: Path = RESULTS) -> Path:
     """Write rows as `read_rows` gives them; what is the same for many of them is said once."""
     content = {

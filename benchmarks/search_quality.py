@@ -31,7 +31,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
+from benchmarks.recording import (
+    Bar,
+    Row,
+    add_record_action,
+    append_row,
+    environment,
+    read_rows,
+    record,
+)
 from benchmarks.sweeps import num_tokens, run_or_resume
 from orchestrator.config import SweepConfig
 from orchestrator.loading import trial_with
@@ -351,9 +359,7 @@ def _options() -> argparse.Namespace:
         part.add_argument("--slots", type=int, default=16)
         part.add_argument("--seeds", type=int, default=5)
         part.add_argument("--held-out-fraction", type=float, default=0.02)
-    merge = actions.add_parser("record")
-    merge.add_argument("--rows", type=Path, nargs="+", required=True)
-    merge.add_argument("--name", default="search_quality")
+    add_record_action(actions, "search_quality")
     return parser.parse_args()
 
 
