@@ -5,6 +5,7 @@ all that it started, and what was measured before stays.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,12 @@ def call(module: str, *arguments: str) -> str:
         text=True,
     )
     return child.stdout.strip().rpartition("\n")[2]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def end_on_sigterm() -> None:

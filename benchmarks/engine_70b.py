@@ -24,7 +24,8 @@ from torch import nn
 
 from benchmarks import own
 from benchmarks.blocks import prepare_blocks
-from benchmarks.memory_cases import base_shape
+from benchmarks.memory_cases import Case, expected
+from benchmarks.memory_part import driver_handle, pack_spec
 from benchmarks.models import SHAPES, llama_config, save_tokenizer
 from benchmarks.recording import (
     Bar,
@@ -36,9 +37,8 @@ from benchmarks.recording import (
     record,
 )
 from orchestrator.config import EvaluationConfig, QuantConfig, StrategyConfig, TrialConfig
-from orchestrator.planning.load import PackLoad
-from orchestrator.planning.memory import GIB, OPTIMIZER_BYTES, estimate_memory
-from orchestrator.records import PackSpec, Progress, TrialDone
+from orchestrator.planning.memory import GIB
+from orchestrator.records import Device, Progress, TrialDone
 from orchestrator.training.base_model import LoadedBase, made_ready
 from orchestrator.training.codes import quantise
 from orchestrator.training.frozen import PackedLinear
@@ -105,12 +105,31 @@ def _random_model(folder: Path, quant: QuantConfig) -> Any:
 def _measured(options: argparse.Namespace) -> Row:
     shape = SHAPES[options.shape]
     cuda = torch.cuda.is_available()
+    device: Device = "cuda" if cuda else "cpu"
+    case = Case(
+        options.shape,
+        4,
+        False,
+        RANK,
+        1,
+        1,
+        TOKENS,
+        True,
+        False,
+        OPTIMIZER,
+        options.program,
+        None,
+        "none",
+        "none",
+    )
     with tempfile.TemporaryDirectory() as temporary, _sampled() as device_bytes:
         folder = Path(temporary)
         llama_config(shape).save_pretrained(folder / "base")
         save_tokenizer(folder / "base")
-        spec = _spec(options, folder)
-        worker = RandomBaseWorker(spec)
+        shards = prepare_blocks(folder / "data", folder / "base", TOKENS)
+        spec = pack_spec(case, folder / "base", shards, device)
+        every_step = EvaluationConfig(batch_size=1, every_steps=1)  # is when losses are told
+        worker = RandomBaseWorker(replace(spec, evaluation=every_step))
         ready = worker.load()
         trial = TrialConfig.model_validate(
             {
@@ -124,7 +143,6 @@ def _measured(options: argparse.Namespace) -> Row:
         events = own.train(worker, [trial], folder)
     (done,) = [event for event in events if isinstance(event, TrialDone)]
     losses = [event.train_loss for event in events if isinstance(event, Progress)]
-    expected = estimate_memory(base_shape(shape), _load(options))
     return {
         "shape": options.shape,
         "program": worker.programs.kind,
@@ -140,39 +158,8 @@ def _measured(options: argparse.Namespace) -> Row:
         "device_bytes": max(device_bytes),
         "torch_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
         "torch_allocated_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
-        "expected_bytes": expected.total_bytes,
+        "expected_bytes": expected(case, shape, "cuda").total_bytes,
     }
-
-
-def _spec(options: argparse.Namespace, folder: Path) -> PackSpec:
-    shards = prepare_blocks(folder / "data", folder / "base", TOKENS)
-    pack = own.Pack(folder / "base", shards, 4, 1, options.program, OPTIMIZER)
-    return replace(
-        own.pack_spec(pack),
-        max_rank=RANK,
-        gradient_checkpointing=True,
-        dequantise_once=False,
-        evaluation=EvaluationConfig(batch_size=1, every_steps=1),
-    )
-
-
-def _load(options: argparse.Namespace) -> PackLoad:
-    return PackLoad(
-        quant=QuantConfig(),
-        dtype_bytes=2,
-        num_slots=1,
-        max_rank=RANK,
-        target_modules="all-linear",
-        optimizer_bytes=OPTIMIZER_BYTES[OPTIMIZER],
-        micro_batch_size=1,
-        evaluation_batch_size=1,
-        block_length=TOKENS,
-        gradient_checkpointing=True,
-        dequantise_once=False,
-        dropout=False,
-        step_program=options.program,
-        cuda=True,
-    )
 
 
 @contextmanager
@@ -184,24 +171,21 @@ def _sampled() -> Iterator[list[int]]:
         return
     import pynvml
 
-    pynvml.nvmlInit()
-    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    before = pynvml.nvmlDeviceGetMemoryInfo(handle).used
     over = threading.Event()
+    with driver_handle() as handle:
+        before = pynvml.nvmlDeviceGetMemoryInfo(handle).used
 
-    def sample() -> None:
-        while not over.wait(SAMPLE_S):
-            found[0] = max(found[0], pynvml.nvmlDeviceGetMemoryInfo(handle).used - before)
+        def sample() -> None:
+            while not over.wait(SAMPLE_S):
+                found[0] = max(found[0], pynvml.nvmlDeviceGetMemoryInfo(handle).used - before)
 
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield found
-    finally:
-        over.set()
-        thread.join()
-        pynvml.nvmlShutdown()
+        thread = threading.Thread(target=sample)
+        thread.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            thread.join()
 
 
 def _options() -> argparse.Namespace:

@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -146,7 +145,7 @@ def _train(options: argparse.Namespace, place: Row, left: Sequence[Row]) -> None
 def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Row], str]:
     """Rows of the cells that were trained; and where a cell ended the processes, how."""
     (folder / "work.json").write_text(json.dumps(work))
-    rows, method = folder / "rows.jsonl", f"tcp://127.0.0.1:{_free_port()}"
+    rows, method = folder / "rows.jsonl", f"tcp://127.0.0.1:{children.free_port()}"
     pair: list[Any] = []
     told = 0
     logs = [folder / f"log-{rank}" for rank in range(2)]
@@ -185,12 +184,6 @@ def _tell(to: Path, rows: Path, told: int) -> int:
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else ""
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _options() -> argparse.Namespace:

@@ -7,7 +7,6 @@ what a command does before and after (importing, giving up on a server that is g
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.children import free_port
 from benchmarks.forwarding_check import expected_points, lost_and_doubled
 from benchmarks.mlflow_server import MlflowServer, empty_store
 from benchmarks.recording import Row
@@ -138,9 +138,3 @@ class _Steps:
 
 def _store(folder: Path) -> str:
     return empty_store(folder / "mlflow", folder.parent / "template")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

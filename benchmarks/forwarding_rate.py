@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.children import free_port
 from benchmarks.forwarding_check import found_points
-from benchmarks.forwarding_down import free_port
 from benchmarks.mlflow_server import MlflowServer, empty_store
 from benchmarks.recording import Row
 from orchestrator.files import write_text

@@ -24,6 +24,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -280,19 +281,28 @@ def _outside_bytes() -> int | None:
     """None where the driver does not tell this process's memory from that of others."""
     import pynvml
 
-    pynvml.nvmlInit()
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    with driver_handle() as handle:
         found: Any = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
         here = [entry.usedGpuMemory for entry in found if entry.pid == os.getpid()]
         if not here and len(found) <= 1:  # in a container, under another number
             free, total = torch.cuda.mem_get_info()
             here = [total - free]
-    finally:
-        pynvml.nvmlShutdown()
     if not here or not here[0]:
         return None
     return max(0, int(here[0]) - torch.cuda.memory_reserved())
+
+
+@contextmanager
+def driver_handle() -> Iterator[Any]:
+    """What the driver is asked about this process's GPU by, whatever its number on the machine."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        uuid = torch.cuda.get_device_properties(0).uuid
+        yield pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _options() -> argparse.Namespace:

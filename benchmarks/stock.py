@@ -60,21 +60,8 @@ def load_for_training(
     folder: Path, bit_width: int, rank: int, alpha: float, checkpointing: bool = True
 ) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quant = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.bfloat16,
-        quantization_config=quant if bit_width == 4 else None,
-        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-        local_files_only=True,
-    )
+    model = load_base(folder, bit_width)
     recompute = {"use_reentrant": False}
     if bit_width == 4:
         model = prepare_model_for_kbit_training(model, checkpointing, recompute)
@@ -85,6 +72,29 @@ def load_for_training(
         r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config).train()
+
+
+def load_base(folder: Path, bit_width: int) -> Any:
+    """By transformers and bitsandbytes alone: NF4 with double quantisation, LLM.int8, or bf16."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quant = None
+    if bit_width == 4:
+        quant = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if bit_width == 8:
+        quant = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.bfloat16,
+        quantization_config=quant,
+        device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+        local_files_only=True,
+    )
 
 
 def _adamw(parameters: list[torch.nn.Parameter], rate: float) -> Any:

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import own
 from benchmarks.recording import Row, append_row, environment
+from benchmarks.stock import load_base
 from orchestrator.config import EvaluationConfig, TrialConfig
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.reader import BlockReader
@@ -145,26 +146,8 @@ class PlainPeft:
     """The same held-out loss by transformers, bitsandbytes and PEFT alone."""
 
     def __init__(self, work: Row, bits: int) -> None:
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        quant = None
-        if bits == 4:
-            quant = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
-        if bits == 8:
-            quant = BitsAndBytesConfig(load_in_8bit=True)
-        self._base = AutoModelForCausalLM.from_pretrained(
-            work["model"],
-            dtype=torch.bfloat16,
-            quantization_config=quant,
-            device_map={"": 0 if self._device == "cuda" else "cpu"},
-            local_files_only=True,
-        )
+        self._base = load_base(Path(work["model"]), bits)
         self._reader = BlockReader(load_manifest(work["shards"], "held_out"))
 
     @torch.no_grad()
