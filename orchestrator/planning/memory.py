@@ -18,9 +18,8 @@ from orchestrator.planning.load import MIN_ROW_VALUE_BYTES, PackLoad
 from orchestrator.planning.shape import BaseShape
 from orchestrator.planning.zero import (
     MAX_BUCKET_ELEMENTS,
-    NVME_BUFFERS,
-    NVME_GROUP_ELEMENTS,
     NVME_PARAM_BUFFERS,
+    nvme_buffer_bytes,
 )
 
 GIB = 2**30
@@ -168,7 +167,7 @@ def _zero_bytes(row_length: int, load: PackLoad) -> tuple[int, int, int]:
         copies, on_host = copies - 1, on_host + 1
     host = on_host * row
     if load.strategy.offload_optimizer == "nvme":  # in place of the partition, buffers for a group
-        host += NVME_BUFFERS * min(row, NVME_GROUP_ELEMENTS * value) - row
+        host += nvme_buffer_bytes(row_length) - row
     if load.strategy.stage == 3:  # the bucket is made once
         return copies * row + bucket, row, host
     return copies * row, 2 * row + bucket, host  # gradients and their flat copy

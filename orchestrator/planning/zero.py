@@ -18,6 +18,7 @@ MAX_BUCKET_ELEMENTS = 50_000_000
 # NVME_BUFFERS locked buffers on the host: the partition, its gradient and two moments.
 NVME_GROUP_ELEMENTS = 2**23
 NVME_BUFFERS = 4
+FP32_BYTES = 4
 # Parameters of one module that may be in memory at once where NVMe holds them.
 NVME_PARAM_BUFFERS = 3
 
@@ -45,6 +46,11 @@ def zero_config(
         "steps_per_print": None,
         "log_level": "error",
     }
+
+
+def nvme_buffer_bytes(num_adapter_params: int) -> int:
+    """Of locked memory on the host, where NVMe holds the optimizer."""
+    return NVME_BUFFERS * FP32_BYTES * min(num_adapter_params, NVME_GROUP_ELEMENTS)
 
 
 def _zero_optimization(

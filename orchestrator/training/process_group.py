@@ -21,8 +21,6 @@ BACKENDS: dict[Device, str] = {"cpu": "gloo", "cuda": "nccl"}
 # checkpoint. A dead one is noticed sooner, by Ray; this is for one that is cut off or stuck. It is
 # NCCL's own default.
 PARTNER_TIMEOUT_S = 600.0
-
-
 # NCCL ends the process without a name for who is missing: a Watch is to be first.
 NCCL_PATIENCE = 1.1
 
@@ -60,13 +58,10 @@ def leave_group() -> None:
     """Safe to call twice."""
     atexit.unregister(leave_group)
     if torch.distributed.is_initialized():
-        started = sys.modules.get("deepspeed.comm")
-        if (
-            started is not None and started.is_initialized()
-        ):  # it lets go of the groups it made, too
-            started.destroy_process_group()
-        else:
-            torch.distributed.destroy_process_group()
+        # DeepSpeed's own call lets go of the groups that it made, too.
+        deepspeed = sys.modules.get("deepspeed.comm")
+        started = deepspeed is not None and deepspeed.is_initialized()
+        (deepspeed if started else torch.distributed).destroy_process_group()  # type: ignore[union-attr]
 
 
 def start_deepspeed(device: Device) -> Any:

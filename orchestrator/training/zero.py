@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from orchestrator.config import OptimizerConfig, StrategyConfig
 from orchestrator.files import cache_dir
-from orchestrator.planning.zero import NVME_BUFFERS, NVME_GROUP_ELEMENTS, zero_config
+from orchestrator.planning.zero import nvme_buffer_bytes, zero_config
 from orchestrator.records import Device
 from orchestrator.training.deepspeed_ops import load_op
 from orchestrator.training.engine import Stepper
@@ -75,7 +75,7 @@ class ZeroEngine:
             strategy = strategy.model_copy(update={"nvme_path": str(self._folder.path)})
         config = zero_config(strategy, slots.rows.shape[1], micro_batch_size, device)
         if strategy.offload_optimizer == "nvme":
-            check_locked_memory(NVME_BUFFERS * 4 * min(slots.rows.shape[1], NVME_GROUP_ELEMENTS))
+            check_locked_memory(nvme_buffer_bytes(slots.rows.shape[1]))
         self._whole = _Whole(model)
         with quiet_libraries():
             if strategy.offload_params != "none":
