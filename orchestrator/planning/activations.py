@@ -19,10 +19,11 @@ from orchestrator.planning.shape import BaseShape, Linear
 COMPILED_HIDDEN, COMPILED_INTERMEDIATE = 2, 2
 # Kept by an eager block: each norm's input in fp32 (2 * 2 H), gate, its activation and up (3 I).
 EAGER_HIDDEN, EAGER_INTERMEDIATE = 4, 3
-# The MLP's backward pass of one layer: gradients of the product, of gate and of up (eager: of the
-# activation as well), beside those of the residual, the last hidden states and the loss's.
+# The MLP's backward pass of one layer: gradients of the product, of gate and of up, beside those of
+# the residual, the last hidden states and the loss's. In eager blocks what is kept of the layer
+# goes as these come: one less. Recomputed packs on an H200 held 2 I less than with one more.
 BACKWARD_HIDDEN = 3
-COMPILED_BACKWARD_INTERMEDIATE, EAGER_BACKWARD_INTERMEDIATE = 3, 4
+COMPILED_BACKWARD_INTERMEDIATE, EAGER_BACKWARD_INTERMEDIATE = 3, 2
 # A pass that keeps nothing: residual, norm and output; base product and update of gate and of up.
 PASSING_HIDDEN, PASSING_INTERMEDIATE = 3, 4
 # While the loss is computed: the last norm's fp32 input (2 H), the hidden states, those with a
@@ -69,7 +70,9 @@ class PassMemory:
     """Bytes of one worker."""
 
     kept_bytes: int
-    """What the forward pass leaves for the backward pass."""
+    """What the forward pass leaves for the backward pass, and of a layer that is computed again."""
+    kept_for_loss_bytes: int
+    """The same without that layer, which is not there yet while the loss is computed."""
     working_bytes: int
     """Beside it while the backward pass begins, where most is held."""
     loss_bytes: int
@@ -89,13 +92,18 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
     working: float = tokens * value * (BACKWARD_HIDDEN * hidden + (backward - 1) * wide)
     working += max(tokens * value * wide, weight)  # not at the same time
     dora_kept, dora_working = _dora_bytes(targets, load) if load.dora else (0, 0)
-    hashes = HASH_BYTES * max(t.in_features for t in targets) if load.dropout and targets else 0
+    # A compiled block makes its masks in the kernels that use them.
+    hashing = load.dropout and load.eager and targets
+    hashes = HASH_BYTES * max(t.in_features for t in targets) if hashing else 0
     passing = PASSING_HIDDEN * hidden + PASSING_INTERMEDIATE * wide
     evaluated = load.evaluation_tokens
     evaluated_loss = EVALUATED_HIDDEN * evaluated * hidden * value
     evaluated_loss += _chunk(evaluated) * shape.vocab_size * EVALUATED_COPIES * max(4, value)
+    kept = round(tokens * _kept_bytes(shape, targets, load)) + dora_kept
+    again = round(tokens * _layer_bytes(shape, targets, load)) if load.gradient_checkpointing else 0
     return PassMemory(
-        kept_bytes=round(tokens * _kept_bytes(shape, targets, load)) + dora_kept,
+        kept_bytes=kept + again,
+        kept_for_loss_bytes=kept,
         working_bytes=round(working + tokens * hashes) + dora_working,
         loss_bytes=LOSS_HIDDEN * tokens * hidden * value + _loss_logits_bytes(shape, load),
         evaluation_bytes=max(round(evaluated * passing * value + weight), evaluated_loss),
@@ -104,11 +112,9 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
 
 
 def _kept_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:
-    """Of one token, over all layers."""
-    layer = _layer_bytes(shape, targets, load)
+    """Of one token, over all layers; recomputed, each layer's input."""
     if not load.gradient_checkpointing:
-        return shape.num_layers * layer
-    # Each layer's input, and the whole of one layer at a time.
+        return shape.num_layers * _layer_bytes(shape, targets, load)
     inputs = shape.num_layers * shape.hidden_size * load.dtype_bytes
     if load.quant.llm_int8:
         # LLM.int8 keeps each layer's inputs where recomputation does not reach them: as attributes
@@ -116,7 +122,7 @@ def _kept_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -
         attention = shape.num_heads * shape.head_dim
         read = 2 * shape.hidden_size + attention + shape.intermediate_size
         inputs += shape.num_layers * read * load.dtype_bytes
-    return inputs + layer
+    return inputs
 
 
 def _layer_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:

@@ -65,7 +65,7 @@ class Measured:
 
 # The workspace is torch's for Hopper (CUDABlas.cpp). The peaks of packs_gpu.json leave no more than
 # a hundredth for the pool. The context was read from an H200 (0.81 to 0.83 GiB).
-HOPPER = Measured(context_bytes=840 * MIB, workspace_bytes=32 * MIB, pool_fraction=0.01)
+HOPPER = Measured(context_bytes=840 * MIB, workspace_bytes=32 * MIB, pool_fraction=0.03)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ def _passes(
         # The pool keeps its memory between replays, so the loss and an evaluation come on top.
         pool = round(backward * (1 + measured.pool_fraction))
         return pool, pass_.loss_bytes, pass_.evaluated_loss_bytes
-    return 0, max(backward, pass_.kept_bytes + pass_.loss_bytes, step), pass_.evaluation_bytes
+    training = max(backward, pass_.kept_for_loss_bytes + pass_.loss_bytes, step)
+    return 0, training, pass_.evaluation_bytes
 
 
 def _zero_bytes(row_length: int, load: PackLoad) -> tuple[int, int, int]:

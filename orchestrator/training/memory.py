@@ -16,14 +16,17 @@ RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 # planned, six of 15 packs ran out of memory with 0.3 to 3.2 GiB of it in such pieces
 # (benchmarks/results/planner_memory_first.json).
 ALLOCATOR_SETTINGS = "expandable_segments:True"
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def cap_memory(fraction: float) -> None:
     """Beyond this part of its GPU the worker runs out of memory: an error that becomes a smaller
     plan, where it would else take what other processes on the GPU need. Comes before all that
     allocates there."""
-    # Read when the process allocates for the first time. The user's own settings stay.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ALLOCATOR_SETTINGS)
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):  # the user's own settings stay
+        # torch 2.11 reads the variables before anything of ours runs, so that setting one here does
+        # nothing; there is no public call.
+        torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTINGS)
     torch.cuda.set_per_process_memory_fraction(fraction)
 
 

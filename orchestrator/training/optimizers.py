@@ -4,6 +4,7 @@ One optimizer serves one slot: its only parameter is the slot's flat row. That i
 bitsandbytes' paged optimizers page, for they page only tensors of 100,000 elements or more.
 """
 
+import ctypes
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,10 @@ from orchestrator.config import OptimizerConfig, ScheduleConfig
 from orchestrator.training.deepspeed_ops import load_op
 
 States = tuple[dict[str, Tensor], dict[str, float]]
+
+# Of CUDA's driver interface (cuda.h): CU_DEVICE_CPU; CUDA_ERROR_INVALID_DEVICE, which is the answer
+# where pages cannot move on demand, as on Windows.
+HOST, PAGES_NOT_ON_DEMAND = -1, 101
 
 
 class RowOptimizers:
@@ -76,13 +81,22 @@ def clip_and_step(
 
 
 def page_out_states(optimizer: torch.optim.Optimizer) -> None:
-    """Have paged states leave the GPU now, not when it is full; the next step brings them back."""
-    from bitsandbytes.functional import prefetch_tensor
+    """Have paged states leave the GPU now, not when it is full; the next step brings them back.
 
+    Asked of the driver itself: bitsandbytes 0.50's prefetch_tensor(to_cpu=True) calls the host a
+    GPU under CUDA 13, and ends the process with "invalid device ordinal".
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
     for states in optimizer.state.values():
         for value in states.values():
             if getattr(value, "is_paged", False):
-                prefetch_tensor(value, to_cpu=True)
+                place, size = ctypes.c_uint64(value.data_ptr()), ctypes.c_size_t(value.nbytes)
+                code = driver.cuMemPrefetchAsync(place, size, ctypes.c_int(HOST), stream)
+                if code not in (0, PAGES_NOT_ON_DEMAND):
+                    raise RuntimeError(
+                        f"cuMemPrefetchAsync of paged optimizer states: error {code}"
+                    )
 
 
 def optimizer_states(optimizer: torch.optim.Optimizer) -> States:

@@ -10,6 +10,7 @@ Shapes: n lanes, b blocks per lane, S block length, H hidden size.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -205,6 +206,7 @@ class RecordedProgram(FixedProgram):
         # Another thread may call CUDA meanwhile, and backward passes run in one.
         options: dict[str, Any] = {"capture_error_mode": "thread_local"}
         self._forward_graph = torch.cuda.CUDAGraph()
+        options["stream"] = _recording_stream()
         with torch.cuda.graph(self._forward_graph, **options):
             hidden = self._forward()
         self._gradient = torch.zeros_like(hidden)
@@ -226,13 +228,20 @@ class RecordedProgram(FixedProgram):
 
     def _warm_up(self) -> None:
         """Compile and load every kernel: neither may happen while a graph is recorded."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = _recording_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_PASSES):
                 hidden = self._forward()
                 _gradients(hidden, self.lanes, torch.zeros_like(hidden))
         torch.cuda.current_stream().wait_stream(stream)
+
+
+@cache
+def _recording_stream() -> torch.cuda.Stream:
+    """One for all warm-ups and recordings: cuBLAS keeps a workspace of 32 MiB for each thread and
+    stream that ever multiplied, and one made while recording would keep the graph's pool, too."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 def compile_blocks(model: nn.Module) -> int:

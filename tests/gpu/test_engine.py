@@ -1,5 +1,9 @@
 """The engine on a CUDA GPU: every bit-width, every optimizer, packs, resume."""
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,3 +68,28 @@ def test_a_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
     (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
     resumed = killed_and_resumed(spec, config, tmp_path / "cut")
     assert resumed.adapter_digest == undisturbed.adapter_digest
+
+
+def test_paged_states_that_leave_the_gpu_between_steps_change_no_bit(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    trials = [trial_config(optimizer__name="paged_adamw_8bit", adapter__rank=64, steps=6)]
+    quant = QuantConfig(bit_width=4, compute_dtype="bfloat16").model_dump()
+    spec = make_spec(device="cuda", num_slots=1, max_rank=64, quant=quant)
+    eager, _ = train(spec, trials, tmp_path / "eager")
+    in_place, _ = train(replace(spec, step_program="in_place"), trials, tmp_path / "in_place")
+    assert_equal(in_place[0], eager[0])
+
+
+def test_a_workers_memory_is_in_segments_that_grow() -> None:
+    """In a process of its own: the allocator's settings are those of its first allocation."""
+    code = """
+import torch
+from orchestrator.training.memory import cap_memory
+cap_memory(0.5)
+kept = torch.empty(1 << 25, device="cuda")
+assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+"""
+    clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    ended = subprocess.run([sys.executable, "-c", code], env=clean, timeout=120, check=False)
+    assert ended.returncode == 0

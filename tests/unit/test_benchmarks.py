@@ -154,16 +154,19 @@ def test_search_quality_is_held_against_the_grid_by_its_worst_seed() -> None:
         | {"best_eval_loss": 2.0},
         {"part": "packs", "seed": 1, "loss_ratio": 1.02, "tokens_fraction": 0.3}
         | {"best_eval_loss": 2.04},
-        {"part": "tune", "seed": 0, "best_eval_loss_at_budget": 2.2},
-        {"part": "tune", "seed": 1, "best_eval_loss_at_budget": None},
+        {"part": "tune", "seed": 0, "factor": 4, "best_eval_loss_at_budget": 2.2},
+        {"part": "tune", "seed": 1, "factor": 4, "best_eval_loss_at_budget": None},
+        {"part": "tune", "seed": 0, "factor": 8, "best_eval_loss_at_budget": 1.9},
+        {"part": "tune", "seed": 1, "factor": 8, "best_eval_loss_at_budget": 2.04},
     ]
     found = search_bars(rows)
     assert found["loss over the grid's best, worst seed"].value == 1.02
     assert not found["loss over the grid's best, worst seed"].holds
     assert not found["part of the grid's tokens, worst seed"].holds
     assert found["part of the grid's tokens, median"].holds
-    (lead,) = (bar for name, bar in found.items() if name.startswith("Tune's ASHA loss over ours"))
-    assert lead.value == 1.1
+    leads = {name: bar for name, bar in found.items() if "Tune's ASHA" in name}
+    assert [bar.value for bar in leads.values()] == [1.1, 0.975]
+    assert [name.endswith(f"of {count} seeds") for name, count in zip(leads, (1, 2), strict=True)]
 
 
 def test_a_seed_of_search_quality_is_another_order_of_the_same_points() -> None:

@@ -67,7 +67,7 @@ def test_a_dry_run_shows_what_was_given_up_for_memory(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = printed(sweep_file, Node(8, 1, 3 * GIB, 500 * GIB), capsys)
-    assert "4 of 8 blocks in a pass: 8 need 3.0 GiB without recomputation" in line
+    assert "4 of 8 blocks in a pass: 8 need 3.1 GiB without recomputation" in line
 
 
 def test_a_dry_run_says_that_an_absent_base_leaves_the_choice_open(
