@@ -164,7 +164,8 @@ def _measured(options: argparse.Namespace) -> Row:
 
 @contextmanager
 def _sampled() -> Iterator[list[int]]:
-    """Bytes that the driver counts beyond those of before, while the context lasts."""
+    """Bytes that the driver counts beyond those of before this process had a CUDA context, while
+    the `with` block lasts."""
     found = [0]
     if not torch.cuda.is_available():
         yield found
@@ -172,8 +173,9 @@ def _sampled() -> Iterator[list[int]]:
     import pynvml
 
     over = threading.Event()
+    used_before = _used_bytes()
     with driver_handle() as handle:
-        before = pynvml.nvmlDeviceGetMemoryInfo(handle).used
+        before = used_before[pynvml.nvmlDeviceGetUUID(handle)]
 
         def sample() -> None:
             while not over.wait(SAMPLE_S):
@@ -186,6 +188,20 @@ def _sampled() -> Iterator[list[int]]:
         finally:
             over.set()
             thread.join()
+
+
+def _used_bytes() -> dict[str, int]:
+    """By each GPU's UUID."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+    used = {
+        pynvml.nvmlDeviceGetUUID(handle): pynvml.nvmlDeviceGetMemoryInfo(handle).used
+        for handle in handles
+    }
+    pynvml.nvmlShutdown()
+    return used
 
 
 def _options() -> argparse.Namespace:

@@ -142,6 +142,7 @@ def base_shape(shape: Shape) -> BaseShape:
         shape.vocab,
         linears,
         embeddings + (2 * shape.layers + 1) * shape.hidden,
+        shape.tied,
     )
 
 

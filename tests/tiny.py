@@ -32,7 +32,7 @@ def make_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def make_base_model(folder: Path, seed: int = 0, hidden_size: int = 64) -> Path:
+def make_base_model(folder: Path, seed: int = 0, hidden_size: int = 64, tied: bool = True) -> Path:
     """A Llama of two layers with random weights, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,7 +46,7 @@ def make_base_model(folder: Path, seed: int = 0, hidden_size: int = 64) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,

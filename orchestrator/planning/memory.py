@@ -90,8 +90,8 @@ class PackMemory:
     runtime_bytes: int
     """The process, or the CUDA context, and libraries' workspaces."""
     host_bytes: int = 0
-    """Of the node, for a worker on a GPU: the process, and what ZeRO offloads to it, or swaps to
-    NVMe through it."""
+    """Of the node, for a worker on a GPU: the process, what ZeRO offloads to it, or swaps to NVMe
+    through it, and the input embedding of a step in place."""
 
     @property
     def total_bytes(self) -> int:
@@ -126,6 +126,9 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
     base_on_host = 0
     if load.strategy.offload_params != "none":
         base, base_on_host = _offloaded_base(shape, load, base)
+    if load.in_place and load.cuda and not shape.tied_embeddings:
+        base_on_host = shape.vocab_size * shape.hidden_size * load.dtype_bytes
+        base -= base_on_host
     states_on_host = states if load.strategy.offload_optimizer == "cpu" else 0
     host = PROCESS_BYTES + offloaded + base_on_host + states_on_host
     return PackMemory(

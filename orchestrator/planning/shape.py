@@ -54,6 +54,8 @@ class BaseShape:
     """All that are quantised: every linear layer but the output head."""
     num_plain_params: int
     """Weights that no bit-width touches: embeddings, norms, biases and the output head."""
+    tied_embeddings: bool = True
+    """The output head's weights are the input embedding's."""
 
     def __hash__(self) -> int:
         # Of a few numbers: plans are remembered by it, and the layers are hundreds.
@@ -131,14 +133,19 @@ def _shape(config: dict[str, Any], tensors: dict[str, Sequence[int]]) -> BaseSha
         vocab_size=config["vocab_size"],
         linears=linears,
         num_plain_params=total - sum(linear.num_params for linear in linears),
+        tied_embeddings=sum(_has_words(s, config["vocab_size"]) for s in tensors.values()) < 2,
     )
 
 
 def _is_linear(name: str, shape: Sequence[int], vocab_size: int) -> bool:
-    if not name.endswith(".weight") or len(shape) != 2:
+    if not name.endswith(".weight") or len(shape) != 2 or _has_words(shape, vocab_size):
         return False
-    # Embeddings and the head have a row per word, whatever a family calls them (embed_in, wte).
-    return shape[0] != vocab_size and "embed" not in name and "lm_head" not in name
+    return "embed" not in name and "lm_head" not in name
+
+
+def _has_words(shape: Sequence[int], vocab_size: int) -> bool:
+    """Whether it is an embedding's or a head's, whatever a family calls them (embed_in, wte)."""
+    return len(shape) == 2 and shape[0] == vocab_size
 
 
 def _tensor_shapes(folder: Path) -> dict[str, Sequence[int]]:

@@ -320,6 +320,19 @@ def enable_recomputation(model: nn.Module) -> None:
     )
 
 
+def keep_embedding_on_host(model: nn.Module) -> None:
+    """Look words up on the CPU, and bring what is found to where it was asked for. Does nothing if
+    the output head has the same weights."""
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if embedding.weight is head.weight or embedding.weight.device.type == "cpu":
+        return
+    place = embedding.weight.device
+    embedding.to("cpu")
+    embedding.register_forward_pre_hook(lambda _, inputs: (inputs[0].cpu(), *inputs[1:]))
+    embedding.register_forward_hook(lambda _, inputs, found: found.to(place, non_blocking=True))
+
+
 def _first_place(quant: QuantConfig, device: Device, strategy: StrategyConfig) -> int | str:
     """Where the weights are loaded to."""
     # A base whose parameters ZeRO offloads may be too large for the GPU. A quantised one must pass

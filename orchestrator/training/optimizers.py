@@ -82,6 +82,7 @@ def clip_and_step(
 
 def page_out_states(optimizer: torch.optim.Optimizer) -> None:
     """Have paged states leave the GPU now, not when it is full; the next step brings them back.
+    Waits until they are gone: the allocator takes memory when it is asked, ahead of the GPU's work.
 
     Asked of the driver itself: bitsandbytes 0.50's prefetch_tensor(to_cpu=True) calls the host a
     GPU under CUDA 13, and ends the process with "invalid device ordinal".
@@ -94,9 +95,8 @@ def page_out_states(optimizer: torch.optim.Optimizer) -> None:
                 place, size = ctypes.c_uint64(value.data_ptr()), ctypes.c_size_t(value.nbytes)
                 code = driver.cuMemPrefetchAsync(place, size, ctypes.c_int(HOST), stream)
                 if code not in (0, PAGES_NOT_ON_DEMAND):
-                    raise RuntimeError(
-                        f"cuMemPrefetchAsync of paged optimizer states: error {code}"
-                    )
+                    raise RuntimeError(f"cuMemPrefetchAsync of optimizer states: error {code}")
+    torch.cuda.current_stream().synchronize()
 
 
 def optimizer_states(optimizer: torch.optim.Optimizer) -> States:

@@ -22,7 +22,13 @@ from orchestrator.data.reader import Batch
 from orchestrator.errors import BaseModelError
 from orchestrator.records import StepProgram
 from orchestrator.training.attention import document_extents
-from orchestrator.training.base_model import LoadedBase, difference, max_leak, probe
+from orchestrator.training.base_model import (
+    LoadedBase,
+    difference,
+    keep_embedding_on_host,
+    max_leak,
+    probe,
+)
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.slots import Slots
 
@@ -118,7 +124,8 @@ class InPlaceProgram(EagerProgram):
     autograd adds to the row's gradients, layer by layer.
 
     A layer casts its part of the row at each use, and its gradient comes back through the cast. So
-    the numbers are those of a lane that holds a copy.
+    the numbers are those of a lane that holds a copy. The input embedding lies on the host, if no
+    output head needs it on the GPU: a pass takes a few of its rows (of 70B, 8 MB of 2 GB).
     """
 
     frugal = True
@@ -126,6 +133,8 @@ class InPlaceProgram(EagerProgram):
     def __init__(self, base: LoadedBase, slots: Slots, blocks_per_lane: int) -> None:
         assert len(slots.rows) == 1, "a row can be read in place by one lane"
         self.blocks_per_lane = blocks_per_lane  # an evaluation takes no more at once than training
+        if base.device.type != "cpu":
+            keep_embedding_on_host(base.model)
         super().__init__(base, slots, Lanes(slots, 1, base.dtype, over_rows=True))
         parts = slots.parts(slots.gradients)
         for parameter, gradient in zip(self.lanes.parameters, parts, strict=True):

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from orchestrator.config import QuantConfig
-from orchestrator.records import TrialDone
+from orchestrator.records import BaseModel, TrialDone
+from orchestrator.tracking.adapter_model import base_digest
 from orchestrator.training.optimizers import OPTIMIZERS
+from orchestrator.training.pack import PackWorker
+from tests.tiny import make_base_model
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import assert_equal, killed_and_resumed, train
 
@@ -79,6 +82,21 @@ def test_paged_states_that_leave_the_gpu_between_steps_change_no_bit(
     eager, _ = train(spec, trials, tmp_path / "eager")
     in_place, _ = train(replace(spec, step_program="in_place"), trials, tmp_path / "in_place")
     assert_equal(in_place[0], eager[0])
+
+
+def test_in_place_words_are_looked_up_on_the_host(make_spec: MakeSpec, tmp_path: Path) -> None:
+    folder = make_base_model(tmp_path / "untied", tied=False)
+    base = BaseModel("tiny", None, str(folder), base_digest(folder))
+    spec = make_spec(device="cuda", num_slots=1, bit_width=4, base_model=base)
+    trials = [trial_config(adapter__dropout=0.1)]
+    eager, _ = train(spec, trials, tmp_path / "eager")
+    spec = replace(spec, step_program="in_place")
+    in_place, _ = train(spec, trials, tmp_path / "in_place")
+    assert_equal(in_place[0], eager[0])
+    worker = PackWorker(spec)
+    worker.load()
+    embedding = worker.base.model.get_input_embeddings().weight  # type: ignore[operator]
+    assert embedding.device.type == "cpu"
 
 
 def test_a_workers_memory_is_in_segments_that_grow() -> None:

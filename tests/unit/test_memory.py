@@ -87,6 +87,7 @@ def test_a_shape_is_read_from_the_headers_of_all_files(tmp_path: Path) -> None:
     assert (shape.num_kv_heads, shape.head_dim) == (2, 4)
     assert shape.num_linear_params == 64 + 128
     assert shape.num_plain_params == 320 + 8 + 8  # tied: the head's copy is not loaded
+    assert shape.tied_embeddings
 
 
 @pytest.mark.parametrize("single", [True, False])
@@ -112,6 +113,19 @@ def test_an_output_head_of_its_own_is_not_quantised(tmp_path: Path) -> None:
     assert not isinstance(shape, UnknownShape)
     assert shape.num_linear_params == 64 + 128
     assert shape.num_plain_params == 2 * 320 + 8 + 8
+    assert not shape.tied_embeddings
+
+
+def test_in_place_an_embedding_that_no_head_shares_is_planned_on_the_host() -> None:
+    tied, untied = (
+        estimate_memory(
+            replace(LLAMA_8B, tied_embeddings=is_tied), replace(LOAD, step_program="in_place")
+        )
+        for is_tied in (True, False)
+    )
+    embedding = 128_256 * 4096 * 2
+    assert tied.base_bytes - untied.base_bytes == embedding
+    assert untied.host_bytes - tied.host_bytes == embedding
 
 
 @pytest.mark.parametrize(
