@@ -268,8 +268,8 @@ class TaskConfig(Strict):
     answers that are the examples' own, as `orchestrator evaluate --exact-match` compares them."""
 
     max_examples: PositiveInt = 64
-    """Ask at most so many held-out examples, the first ones by content hash. Each takes about as
-    long as its answer has tokens, one by one."""
+    """Ask at most so many held-out examples, the first ones by content hash. Answers are generated
+    one by one, while the other trials of the pack wait."""
 
     max_new_tokens: PositiveInt = 64
     """Tokens of an answer at most; one that is longer is cut there."""

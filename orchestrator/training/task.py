@@ -52,7 +52,7 @@ class Task:
         number = first + replicas.world_rank
         right = np.zeros(len(self.questions))
         if number < len(self.questions):
-            with _generating(self._base, self._rows, served, program):
+            with generating(self._base, self._rows, served, program):
                 right[number] = self._is_right(self.questions[number])
         shared = self._base.on_device(right)
         replicas.sum(shared)
@@ -97,7 +97,7 @@ class Answers:
 
 
 @contextmanager
-def _generating(base: LoadedBase, rows: Slots, served: Served, program: Program) -> Iterator[None]:
+def generating(base: LoadedBase, rows: Slots, served: Served, program: Program) -> Iterator[None]:
     """Inside, the model generates with this adapter alone. After it, layers read the program's
     lanes again, which nothing has touched."""
     lanes = Lanes(rows, 1, base.dtype)

@@ -12,6 +12,7 @@ import torch
 from jobs.cli import run
 from orchestrator.config import EvaluationConfig, TrialConfig
 from orchestrator.data.prepare import prepare
+from orchestrator.data.tokenizing import load_tokenizer
 from orchestrator.files import read_json
 from orchestrator.records import (
     Answered,
@@ -25,11 +26,17 @@ from orchestrator.records import (
     TrialDone,
     TrialOpened,
 )
+from orchestrator.tracking.adapter_model import continued
+from orchestrator.training.lanes import Served
 from orchestrator.training.pack import PackWorker
+from orchestrator.training.program import EagerProgram
+from orchestrator.training.slots import Slots
+from orchestrator.training.task import generating
 from tests.sweeps import sweep_config
-from tests.tiny import question_rows
+from tests.tiny import make_tokenizer, question_rows
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_data_parallel import train_together
+from tests.training.test_families import load, make_family
 from tests.training.test_pack import task as assign
 from tests.training.test_pack import train
 
@@ -78,6 +85,13 @@ def answers_of(done: TrialDone) -> dict[str, int]:
     return dict(zip(record["examples"], record["right"], strict=True))
 
 
+def evaluate_arguments(done: TrialDone, questions: Path, out: Path) -> list[str]:
+    """The same questions, asked of the saved adapter."""
+    where = ["--model", done.adapter_dir, "--data", str(questions), "--out", str(out)]
+    where += ["--set", "block_length=64", "--max-new-tokens", str(MAX_NEW_TOKENS)]
+    return ["evaluate", *where, "--exact-match", "--answer-pattern", PATTERN]
+
+
 @pytest.mark.parametrize(
     ("quant", "adapter"),
     [
@@ -103,12 +117,38 @@ def test_the_score_is_what_evaluate_says_of_the_saved_adapter(
     assert done.task_score is not None
     assert 0 < done.task_score < 1
     out = tmp_path / "report.json"
-    where = ["--model", done.adapter_dir, "--data", str(questions), "--out", str(out)]
-    where += ["--set", "block_length=64", "--max-new-tokens", str(MAX_NEW_TOKENS)]
-    assert run(["evaluate", *where, "--exact-match", "--answer-pattern", PATTERN]) == 0
+    assert run(evaluate_arguments(done, questions, out)) == 0
     report = read_json(out)
     assert report["exact_match"] == done.task_score
     assert sum(answer["exact"] for answer in report["answers"]) == sum(answers_of(done).values())
+
+
+@pytest.mark.parametrize("bit_width", [4, 16])
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "gpt_neox", "llama", "mixtral", "phi"])
+@torch.no_grad()
+def test_what_is_generated_is_what_trainings_own_passes_find_likeliest(
+    tmp_path: Path, family: str, bit_width: int
+) -> None:
+    """With keys and values kept, by one slot of several."""
+    base = load(make_tokenizer(make_family(family, tmp_path)), bit_width)
+    rows = Slots(base.model, "all-linear", 3, 4, base.device, base.wide_dtype)
+    program = EagerProgram(base, rows)
+    rows.rows.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    served = Served(1, 2.0)
+    tokenizer = load_tokenizer(str(tmp_path))
+    prompt: list[int] = tokenizer("What is 3 plus 3?")["input_ids"]
+    program.serve([served])
+    before = base.hidden(torch.tensor([prompt]), torch.arange(len(prompt))[None])
+    ids = list(prompt)
+    while len(ids) < len(prompt) + 12 and ids[-1] != tokenizer.eos_token_id:
+        hidden = base.hidden(torch.tensor([ids]), torch.arange(len(ids))[None])
+        ids.append(int(base.head(hidden[0, -1:]).argmax()))
+    with generating(base, rows, served, program):
+        text = continued(base.model, tokenizer, prompt, 12)
+    assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+    after = base.hidden(torch.tensor([prompt]), torch.arange(len(prompt))[None])
+    assert torch.equal(after, before)
+    assert all(module.training for module in base.model.modules())
 
 
 def test_a_score_does_not_depend_on_who_else_is_in_the_pack(spec: PackSpec, tmp_path: Path) -> None:
@@ -118,12 +158,20 @@ def test_a_score_does_not_depend_on_who_else_is_in_the_pack(spec: PackSpec, tmp_
     assert [packed[number].task_score is None for number in packed] == [False] * 3
 
 
-@pytest.mark.parametrize("program", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"step_program": "in_place", "num_slots": 1},
+        pytest.param({"step_program": "compiled"}, marks=pytest.mark.slow),
+    ],
+)
 def test_others_train_on_as_if_nobody_had_answered(
-    spec: PackSpec, tmp_path: Path, program: Any
+    spec: PackSpec, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """To the bit: also through blocks that were compiled before."""
-    spec = replace(spec, step_program=program)
+    spec = replace(spec, **changes)
     trials = [*NEIGHBOURS, trial_config(steps=9, seed=3)]
     with_answers, events = train(spec, trials, tmp_path / "with")
     without, others = train(without_task(spec), trials, tmp_path / "without")
