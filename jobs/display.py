@@ -196,7 +196,7 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
     specs = {trial.number: trial for trial in trials}
     table = Table()
     scored = any(result.task_score is not None for result in results)
-    heads = ["trial", "bits", "rank", "eval loss", "gain", *(["right answers"] if scored else [])]
+    heads = ["trial", "bits", "rank", "eval loss", "gain", *(["right"] if scored else [])]
     for name in (*heads, "tokens/s", "adapter", "state"):
         table.add_column(name, justify="left" if name == "state" else "right")
     for result in sorted(results, key=lambda r: (r.eval_loss is None, r.eval_loss or 0.0)):
