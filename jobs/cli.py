@@ -186,6 +186,13 @@ def evaluate(
         bool, typer.Option(help="Generate each answer, and compare it with the example's.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="For --exact-match.")] = 64,
+    answer_pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="For --exact-match: compare its first match, or that one's group: '#### (.+)'.",
+        ),
+    ] = None,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", help="A task of the lm-eval package.")
     ] = None,
@@ -197,10 +204,10 @@ def evaluate(
     runs_dir: RunsDir = Path("runs"),
 ) -> int:
     """Measure an adapter on a file: loss, perplexity, exact match; or on tasks of lm-eval."""
-    from jobs.evaluate import evaluate_model
+    from jobs.evaluate import answers_wanted, evaluate_model
 
     uri = chosen_store(tracking_uri, runs_dir)
-    answers = max_new_tokens if exact_match else None
+    answers = answers_wanted(exact_match, max_new_tokens, answer_pattern)
     return evaluate_model(model, data, overrides or [], answers, tasks or [], limit, out, uri)
 
 

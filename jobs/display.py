@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from jobs.progress import (
+    ANSWERED,
     ENDS,
     EVALUATED,
     FAILED,
@@ -29,6 +30,7 @@ from jobs.progress import (
     sweep_table,
 )
 from orchestrator.records import (
+    Answered,
     Decision,
     Evaluated,
     Notice,
@@ -109,7 +111,7 @@ class SweepDisplay:
     def _update(self, row: Row, event: Notice) -> None:
         match event:
             case TrialOpened():
-                row.state, row.step = "training", event.step
+                row.state, row.step, row.questions = "training", event.step, 0
                 self._first.pop(row.number, None)
             case Progress():
                 row.state, row.step = "training", event.step
@@ -117,6 +119,8 @@ class SweepDisplay:
                 row.eta_s = self._eta_s(row, event)
             case Evaluated():
                 row.step, row.eval_loss = event.step, event.eval_loss
+            case Answered():
+                row.answered, row.questions = event.num_answered, event.num_questions
             case TrialDone():
                 row.state, row.step, row.eval_loss = "finished", event.steps, event.eval_loss
                 row.tokens_per_s = event.tokens_per_s
@@ -169,6 +173,8 @@ class SweepDisplay:
                 self.say(line(self._rows[event.trial], TRAINED))
             case Evaluated() if event.step:
                 self.say(line(self._rows[event.trial], EVALUATED))
+            case Answered() if self._is_due(event):
+                self.say(line(self._rows[event.trial], ANSWERED))
             case TrialDone():
                 self.say(line(self._rows[event.trial], FINISHED))
             case TrialPruned():
@@ -178,7 +184,7 @@ class SweepDisplay:
             case _:
                 pass
 
-    def _is_due(self, event: Progress) -> bool:
+    def _is_due(self, event: Progress | Answered) -> bool:
         if event.time - self._printed.get(event.trial, 0.0) < PLAIN_PROGRESS_EVERY_S:
             return False
         self._printed[event.trial] = event.time
@@ -189,7 +195,9 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
     """The end of a sweep, best trial first."""
     specs = {trial.number: trial for trial in trials}
     table = Table()
-    for name in ("trial", "bits", "rank", "eval loss", "gain", "tokens/s", "adapter", "state"):
+    scored = any(result.task_score is not None for result in results)
+    heads = ["trial", "bits", "rank", "eval loss", "gain", *(["right"] if scored else [])]
+    for name in (*heads, "tokens/s", "adapter", "state"):
         table.add_column(name, justify="left" if name == "state" else "right")
     for result in sorted(results, key=lambda r: (r.eval_loss is None, r.eval_loss or 0.0)):
         config = specs[result.number].config
@@ -201,6 +209,7 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
             str(config.adapter.rank),
             number(result.eval_loss, ".4f"),
             number(gain if finished else None, ".4f"),
+            *([number(result.task_score, ".1%")] if scored else []),
             number(result.tokens_per_s if finished else None, ",.0f"),
             f"{result.adapter_bytes / 2**20:.1f} MiB" if finished else "",
             _outcome(result),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.adapters import open_adapter
+from orchestrator.config import TaskConfig, check_answer_pattern
 from orchestrator.data.prepare import prepare_examples
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import BaseModelError, ConfigError
@@ -30,16 +31,16 @@ def evaluate_model(
     model: str,
     data: str | None,
     overrides: list[str],
-    answer_tokens: int | None,
+    answers: TaskConfig | None,
     tasks: list[str],
     limit: int | None,
     out: Path | None,
     uri: str,
 ) -> int:
-    """`answer_tokens`: length of generated answers; None: no exact match."""
+    """`answers`: how they are generated and compared; None: no exact match."""
     if not data and not tasks:
         raise ConfigError("evaluate needs --data, or --task, or both")
-    if answer_tokens and not data:
+    if answers and not data:
         raise ConfigError("--exact-match needs --data: a file with the answers")
     if tasks:
         from orchestrator.training.benchmark_tasks import check_installed
@@ -48,19 +49,34 @@ def evaluate_model(
     with tempfile.TemporaryDirectory() as temporary, quiet_libraries():
         folder = open_adapter(model, uri, Path(temporary))
         config = _data_config(folder, data, overrides) if data else None
-        if config and answer_tokens:
+        if config and answers:
             from orchestrator.training.exact_match import check_has_answers
 
             check_has_answers(config)
         report: Report = {"model": model, "data": data}
         if config:
             report |= _losses(folder, config)
-        if answer_tokens or tasks:
-            report |= _generated(folder, config, answer_tokens, tasks, limit)
+        if answers or tasks:
+            report |= _generated(folder, config, answers, tasks, limit)
     Console().print(_table(report))
     if out is not None:
         write_json(out, report)
     return 0
+
+
+def answers_wanted(
+    exact_match: bool, max_new_tokens: int, pattern: str | None
+) -> TaskConfig | None:
+    """As the command line says it; None: none."""
+    if not exact_match:
+        if pattern is not None:
+            raise ConfigError("--answer-pattern needs --exact-match, whose answers it is for")
+        return None
+    try:
+        check_answer_pattern(pattern or "")
+    except ValueError as error:
+        raise ConfigError(f"--answer-pattern: {error}") from error
+    return TaskConfig(max_new_tokens=max_new_tokens, answer_pattern=pattern)
 
 
 def _data_config(folder: Path, data: str, overrides: list[str]) -> DataConfig:
@@ -97,23 +113,23 @@ def _losses(folder: Path, config: DataConfig) -> Report:
 def _generated(
     folder: Path,
     config: DataConfig | None,
-    answer_tokens: int | None,
+    answers: TaskConfig | None,
     tasks: list[str],
     limit: int | None,
 ) -> Report:
     from orchestrator.tracking.adapter_model import load
     from orchestrator.training.benchmark_tasks import run_tasks
-    from orchestrator.training.exact_match import answers
+    from orchestrator.training.exact_match import answers_of_rows
 
     try:
         model, tokenizer = load(folder)
     except (OSError, ValueError) as error:
         raise BaseModelError(str(error)) from error
     report: Report = {}
-    if config and answer_tokens:
-        found = answers(model, tokenizer, config, answer_tokens)
+    if config and answers:
+        found = answers_of_rows(model, tokenizer, config, answers)
         report["exact_match"] = sum(answer.exact for answer in found) / len(found)
-        report["answers"] = [{**vars(answer), "exact": answer.exact} for answer in found]
+        report["answers"] = [vars(answer) for answer in found]
     if tasks:
         report["tasks"] = run_tasks(model, tokenizer, tasks, limit)
     return report

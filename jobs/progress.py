@@ -38,6 +38,9 @@ class Row:
     """Of a trial that failed: a word."""
     message: str = ""
     """Why it failed, or was pruned."""
+    answered: int = 0
+    questions: int = 0
+    """Of its task; 0 until it is trained to its end, or where it has none."""
 
     @property
     def title(self) -> str:
@@ -71,15 +74,24 @@ def sweep_table(title: str, rows: Iterable[Row], height: int) -> Table:
             number(row.train_loss, ".3f"),
             number(row.eval_loss, ".4f"),
             number(row.tokens_per_s, ",.0f"),
-            f"failed: {row.reason}" if row.state == "failed" else row.state,
+            _state(row),
             duration(row.eta_s) if row.state == "training" else "",
         )
     return table
 
 
+def _state(row: Row) -> str:
+    if row.state == "failed":
+        return f"failed: {row.reason}"
+    if row.state == "training" and row.questions and row.step == row.steps:
+        return f"answers {row.answered}/{row.questions}"
+    return row.state
+
+
 OPENED = "training from step {step}/{steps}"
 TRAINED = "step {step}/{steps}, loss {train_loss}, {tokens_per_s} tokens/s, ETA {eta_s}"
 EVALUATED = "step {step}/{steps}, held-out loss {eval_loss}"
+ANSWERED = "step {step}/{steps}, answered {answered}/{questions}"
 FINISHED = "finished at step {step}/{steps}, held-out loss {eval_loss}, {tokens_per_s} tokens/s"
 PRUNED = "pruned at step {step}/{steps}, held-out loss {eval_loss}: {message}"
 FAILED = "failed at step {step}/{steps}: {reason}: {message}"
@@ -88,6 +100,7 @@ FORMS: dict[str, State] = {
     OPENED: "training",
     TRAINED: "training",
     EVALUATED: "training",
+    ANSWERED: "training",
     FINISHED: "finished",
     PRUNED: "pruned",
     FAILED: "failed",
@@ -157,6 +170,8 @@ def _decimal(form: str) -> _Field:
 _FIELDS: dict[str, _Field] = {
     "step": _Field(r"\d+", str, int),
     "steps": _Field(r"\d+", str, int),
+    "answered": _Field(r"\d+", str, int),
+    "questions": _Field(r"\d+", str, int),
     "train_loss": _decimal(".3f"),
     "eval_loss": _decimal(".4f"),
     "tokens_per_s": _decimal(",.0f"),

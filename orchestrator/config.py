@@ -262,6 +262,31 @@ class TrialConfig(Strict):
     """Decides the adapter's first values, the order of the data and dropout."""
 
 
+class TaskConfig(Strict):
+    """Questions that a trial answers once it is trained to its end: the prompts of held-out
+    examples, each answered by the likeliest token every time. Its task_score is the part of the
+    answers that are the examples' own, as `orchestrator evaluate --exact-match` compares them."""
+
+    max_examples: PositiveInt = 64
+    """Ask at most so many held-out examples, the first ones by content hash. Answers are generated
+    one by one, while the other trials of the pack wait."""
+
+    max_new_tokens: PositiveInt = 64
+    """Tokens of an answer at most; one that is longer is cut there."""
+
+    answer_pattern: str | None = None
+    """A regular expression: what is compared is its first match in each answer, or that match's
+    group, if it has one; such as '#### (.+)' for GSM8K. Without a match an answer is wrong. null:
+    the whole answer. Space around what is compared does not count."""
+
+    @field_validator("answer_pattern")
+    @classmethod
+    def _pattern_has_one_part(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            check_answer_pattern(pattern)
+        return pattern
+
+
 class EvaluationConfig(Strict):
     every_steps: PositiveInt | None = None
     """Evaluate each time a trial has trained this many steps; null: only before and after."""
@@ -269,6 +294,9 @@ class EvaluationConfig(Strict):
     batch_size: PositiveInt = 8
     """Blocks that each slot evaluates in one forward pass. The pass holds this many times the slots
     that are evaluated together."""
+
+    task: TaskConfig | None = None
+    """Questions that each trial answers at its end, for the objective task_score; null: none."""
 
 
 class ResourcesConfig(Strict):
@@ -433,3 +461,19 @@ def check_pattern(field: str, expression: str) -> None:
             f"{field}: {expression!r} is no regular expression: {error}: name a layer, its ending "
             "or an expression that matches"
         ) from error
+
+
+def check_answer_pattern(expression: str) -> None:
+    """Raises ValueError for one that is no regular expression, or has several groups."""
+    try:
+        groups = re.compile(expression).groups
+    except re.error as error:
+        raise ValueError(
+            f"answer_pattern must be a regular expression, but got {expression!r} ({error}): "
+            "correct it, or leave it out to compare whole answers"
+        ) from error
+    if groups > 1:
+        raise ValueError(
+            f"answer_pattern must have at most one group, which is what is compared, but got "
+            f"{expression!r} with {groups}: write (?:...) for the others"
+        )

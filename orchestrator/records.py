@@ -226,6 +226,17 @@ class Checkpointed:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """A trial that was trained to its last step has answered so many of the task's questions."""
+
+    trial: int
+    attempt: int
+    time: float
+    num_answered: int
+    num_questions: int
+
+
+@dataclass(frozen=True)
 class TrialDone:
     """A trial was trained to its last step, evaluated, and its adapter saved."""
 
@@ -234,7 +245,8 @@ class TrialDone:
     time: float
     eval_loss: float
     baseline_eval_loss: float
-    train_loss: float
+    train_loss: float | None
+    """None where a resume found it trained to its end already."""
     steps: int
     tokens: int
     tokens_per_s: float
@@ -247,6 +259,8 @@ class TrialDone:
     adapter_bytes: int
     adapter_dir: str
     adapter_digest: str
+    task_score: float | None = None
+    """Part of the task's questions that it answered rightly; None where the sweep has no task."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +311,7 @@ Event = (
     | Progress
     | Evaluated
     | Checkpointed
+    | Answered
     | TrialDone
     | TrialStopped
     | TrialPruned
@@ -357,13 +372,14 @@ class TrialResult:
     adapter_dir: str = ""
     """Relative to the run folder."""
     adapter_digest: str = ""
+    task_score: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
-        return cls(**{field.name: record[field.name] for field in fields(cls)})
+        return cls(**{one.name: record[one.name] for one in fields(cls) if one.name in record})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,12 @@ Choice = Scalar | tuple[str, ...] | dict[str, int]
 SamplerKind = Literal["grid", "random", "tpe", "gp", "nsga2"]
 PrunerKind = Literal["none", "asha", "hyperband", "median"]
 ObjectiveName = Literal[
-    "eval_loss", "peak_memory_bytes", "model_memory_bytes", "adapter_bytes", "tokens_per_s"
+    "eval_loss",
+    "task_score",
+    "peak_memory_bytes",
+    "model_memory_bytes",
+    "adapter_bytes",
+    "tokens_per_s",
 ]
 
 
@@ -131,10 +136,11 @@ class SearchConfig(Strict):
     """A kind alone, such as asha, or a mapping."""
 
     objectives: tuple[ObjectiveName, ...] = ("eval_loss",)
-    """What is sought: the least of each, and the most of tokens_per_s. eval_loss is the mean loss
-    per token on the held-out examples. Among the trials that keep to all constraints the winner
-    is the best in the first one; ties go to the smaller bit-width, then the smaller adapter, then
-    the earlier trial. With several, the report shows the Pareto front. NaN never wins."""
+    """What is sought: the least of each, and the most of tokens_per_s and task_score. eval_loss is
+    the mean loss per token on the held-out examples, task_score the part of evaluation.task that is
+    answered rightly. Among the trials that keep to all constraints the winner is the best in the
+    first one; ties go to the smaller bit-width, then the smaller adapter, then the earlier trial.
+    With several, the report shows the Pareto front. NaN never wins."""
 
     constraints: ConstraintsConfig = ConstraintsConfig()
 

@@ -6,7 +6,7 @@ no torch.
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
@@ -75,7 +75,15 @@ class BlockReader:
     def examples_digest(self) -> str:
         """Names the documents as keys, tokens and labels, however they are packed and ordered: with
         equal digests, losses can be compared document by document. Reads all blocks once."""
-        documents = []
+        return record_digest(
+            sorted(
+                [key, hashlib.sha256(tokens.tobytes() + labels.tobytes()).hexdigest()]
+                for key, tokens, labels in self.documents()
+            )
+        )
+
+    def documents(self) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.int64]]]:
+        """Key, tokens and labels of each document, in the order of the blocks."""
         for number in range(self.num_blocks):
             block = self.blocks([number])
             (ids,) = block.document_ids
@@ -86,9 +94,7 @@ class BlockReader:
             )
             for document, (tokens, labels) in zip(ids[[0, *borders]], parts, strict=True):
                 if document != NO_DOCUMENT:
-                    content = hashlib.sha256(tokens.tobytes() + labels.tobytes()).hexdigest()
-                    documents.append([self.document_keys[document], content])
-        return record_digest(sorted(documents))
+                    yield self.document_keys[document], tokens, labels
 
     def blocks(self, indices: Sequence[int] | NDArray[np.int64]) -> Batch:
         """The blocks in the order asked for.

@@ -81,6 +81,8 @@ class PassMemory:
     """The whole of an evaluation pass."""
     evaluated_loss_bytes: int
     """Of an evaluation's loss alone."""
+    generation_bytes: int
+    """The whole of an answer's generation; 0 where none is generated."""
 
 
 def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
@@ -108,7 +110,19 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
         loss_bytes=LOSS_HIDDEN * tokens * hidden * value + _loss_logits_bytes(shape, load),
         evaluation_bytes=max(round(evaluated * passing * value + weight), evaluated_loss),
         evaluated_loss_bytes=evaluated_loss,
+        generation_bytes=round(_generation_bytes(shape, load, passing)),
     )
+
+
+def _generation_bytes(shape: BaseShape, load: PackLoad, passing: int) -> float:
+    """A pass over a prompt, beside the keys and values of it and of its answer (training/task.py).
+    The logits of its last token are less than a chunk of an evaluation's."""
+    if not load.generated_tokens:
+        return 0.0
+    length, value = load.block_length, load.dtype_bytes
+    kept = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+    cache = (length + load.generated_tokens) * kept * value
+    return cache + length * passing * value + _weight_bytes(shape, load)
 
 
 def _kept_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:

@@ -1,15 +1,18 @@
 """Combinations that cannot work, refused before any GPU is taken.
 
-In: a TrialConfig, and how many workers are to share a pack. Out: a list of messages, empty when the
-trial can run. Pure.
+In: a TrialConfig, and how many workers are to share a pack; or a SweepConfig, whose parts must suit
+each other. Out: a list of messages, empty when it can run. Pure.
 Each rule has its reason and its source; versions are those of constraints.txt. What is allowed has
 run: tests/unit/test_compatibility.py names the test of every cell.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from orchestrator.config import QuantConfig, TrialConfig
+from orchestrator.config import QuantConfig, SweepConfig, TrialConfig
+
+Config = TypeVar("Config", TrialConfig, SweepConfig)
 
 # All that the rules read. Combinations that are equal in these have the same problems.
 RULED_FIELDS = (
@@ -29,6 +32,11 @@ def problems(trial: TrialConfig, workers_per_pack: int | None = None) -> list[st
     """Each names the fields, their values and what to do."""
     found = [message for rule in RULES for message in rule.finds(trial)]
     return found or list(_workers_share_a_step(trial, workers_per_pack or 1))
+
+
+def sweep_problems(config: SweepConfig) -> list[str]:
+    """Of what holds for all trials."""
+    return [message for rule in SWEEP_RULES for message in rule.finds(config)]
 
 
 def _workers_share_a_step(trial: TrialConfig, workers_per_pack: int) -> Iterator[str]:
@@ -246,9 +254,46 @@ def _has(quant: QuantConfig, bits: int) -> bool:
     return quant.bit_width in (bits, "auto") or bits in quant.bit_width_pattern.values()
 
 
+def _a_task_score_has_a_task(config: SweepConfig) -> Iterator[str]:
+    if "task_score" in config.search.objectives and config.evaluation.task is None:
+        yield (
+            "search.objectives: task_score needs evaluation.task, but got evaluation.task=null: "
+            "write evaluation: {task: {max_examples: 64}}, or seek eval_loss"
+        )
+
+
+def _questions_have_answers(config: SweepConfig) -> Iterator[str]:
+    data = config.data
+    forms = {one.format or data.format for one in data.held_out_sources or data.train_sources}
+    if config.evaluation.task is not None and forms != {"prompt_completion"}:
+        yield (
+            "evaluation.task needs held-out examples of data.format: prompt_completion, where the "
+            f"completion is the answer, but got {', '.join(sorted(forms))}: give such ones as "
+            "data.held_out, or leave evaluation.task out"
+        )
+
+
+def _answers_are_whole(config: SweepConfig) -> Iterator[str]:
+    overlong = config.data.overlong
+    if config.evaluation.task is not None and overlong in ("truncate", "split"):
+        yield (
+            f"evaluation.task needs whole answers, but got data.overlong={overlong}: set "
+            "data.overlong: error or drop, or raise data.block_length"
+        )
+
+
+def _answers_are_generated_on_a_whole_base(config: SweepConfig) -> Iterator[str]:
+    kinds = config.search.space.get("strategy.kind", (config.trial.strategy.kind,))
+    if config.evaluation.task is not None and isinstance(kinds, tuple) and "zero" in kinds:
+        yield (
+            "evaluation.task needs strategy.kind: replicated, but got strategy.kind=zero: leave "
+            "evaluation.task out, and measure adapters with `orchestrator evaluate --exact-match`"
+        )
+
+
 @dataclass(frozen=True)
-class Rule:
-    finds: Callable[[TrialConfig], Iterator[str]]
+class Rule(Generic[Config]):
+    finds: Callable[[Config], Iterator[str]]
     reason: str
     source: str
 
@@ -257,7 +302,7 @@ class Rule:
         return self.finds.__name__.strip("_").replace("_", " ")
 
 
-RULES: tuple[Rule, ...] = (
+RULES: tuple[Rule[TrialConfig], ...] = (
     Rule(
         _micro_batch_divides_batch,
         "a step is a whole number of passes, so that each label weighs the same",
@@ -365,5 +410,30 @@ RULES: tuple[Rule, ...] = (
         "bitsandbytes keeps a second reference to int8 weights, so they stay on the GPU whatever "
         "DeepSpeed does: it would train, and save no memory",
         "bitsandbytes 0.50, nn.Linear8bitLt.state.CB",
+    ),
+)
+
+SWEEP_RULES: tuple[Rule[SweepConfig], ...] = (
+    Rule(
+        _a_task_score_has_a_task,
+        "nobody would measure it, and no trial could win",
+        "orchestrator/training/task.py",
+    ),
+    Rule(
+        _questions_have_answers,
+        "a score is the part of answers that are the example's own, and of other formats only "
+        "single turns have one answer: as `orchestrator evaluate --exact-match`",
+        "orchestrator/training/exact_match.py",
+    ),
+    Rule(
+        _answers_are_whole,
+        "the shards would hold answers that were cut, which no model could give",
+        "orchestrator/data/questions.py",
+    ),
+    Rule(
+        _answers_are_generated_on_a_whole_base,
+        "a pass of one token would gather the whole base at stage 3, or bring it from where it is "
+        "offloaded to, and all workers would have to make equally many passes",
+        "DeepSpeed 0.19, runtime/zero/partitioned_param_coordinator.py",
     ),
 )

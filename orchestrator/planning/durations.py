@@ -69,4 +69,5 @@ def plan_load(plan: PackPlan, premises: Premises) -> PackLoad:
         cuda=premises.device == "cuda",
         strategy=StrategyConfig.model_validate(dict(plan.key.strategy)),
         dora=plan.key.dora,
+        generated_tokens=premises.generated_tokens,
     )

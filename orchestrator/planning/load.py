@@ -32,6 +32,8 @@ class PackLoad:
     cuda: bool
     strategy: StrategyConfig = StrategyConfig()
     dora: bool = False
+    generated_tokens: int = 0
+    """Of an answer, after a prompt of at most a block; 0: none is generated."""
 
     @property
     def row_value_bytes(self) -> int:

@@ -86,7 +86,7 @@ class PackMemory:
     training_bytes: int
     """A training pass, beside the pool: activations, gradients, logits."""
     evaluation_bytes: int
-    """An evaluation pass, beside the pool; not held at the same time."""
+    """An evaluation pass, or an answer's generation, beside the pool; not held at the same time."""
     runtime_bytes: int
     """The process, or the CUDA context, and libraries' workspaces."""
     host_bytes: int = 0
@@ -121,6 +121,9 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
         lanes = gradients // shape.num_layers if load.gradient_checkpointing else gradients
         gradients = step = 0
     graph, training, evaluation = _passes(pass_, load, gradients, step, measured)
+    if load.generated_tokens:  # through a lane of its own
+        own_lane = row_length * load.lane_value_bytes
+        evaluation = max(evaluation, pass_.generation_bytes + own_lane)
     base = shape.num_plain_params * load.dtype_bytes
     base += 0 if load.resident else _linear_bytes(shape, load.quant, load.dtype_bytes)
     base_on_host = 0

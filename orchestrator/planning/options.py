@@ -58,6 +58,8 @@ class Premises:
     """That a pack may take of any worker, whatever it has."""
     max_slots_unknown: int = MAX_SLOTS_UNKNOWN
     """Less once a pack whose memory was not estimated has run out of it."""
+    generated_tokens: int = 0
+    """Of the longest answer that a trial generates; 0: it generates none."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
         cuda=premises.device == "cuda",
         strategy=wish.strategy,
         dora=wish.dora,
+        generated_tokens=premises.generated_tokens,
     )
     for num_slots in _slot_counts(premises, wish, micros[0]):
         for recomputes, micro in _passes(premises, wish, num_slots, micros):

@@ -22,6 +22,8 @@ class Objective:
     value: Callable[[TrialResult], float]
     """Finite for a trial that can win."""
     direction: Literal["minimize", "maximize"] = "minimize"
+    form: str = ",.0f"
+    """Of its values in text."""
 
     def cost(self, result: TrialResult) -> float:
         """Less is better."""
@@ -33,8 +35,13 @@ def _eval_loss(result: TrialResult) -> float:
     return math.nan if result.eval_loss is None else result.eval_loss
 
 
+def _task_score(result: TrialResult) -> float:
+    return math.nan if result.task_score is None else result.task_score
+
+
 OBJECTIVES: dict[ObjectiveName, Objective] = {
-    "eval_loss": Objective("held-out loss", _eval_loss),
+    "eval_loss": Objective("held-out loss", _eval_loss, form=".4f"),
+    "task_score": Objective("right answers", _task_score, "maximize", ".1%"),
     "peak_memory_bytes": Objective("peak memory", lambda result: result.peak_memory_bytes),
     "model_memory_bytes": Objective(
         "memory of base, adapter and optimizer states", lambda result: result.model_memory_bytes

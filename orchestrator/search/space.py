@@ -13,7 +13,7 @@ from typing import Any, Literal
 from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loading import trial_with
-from orchestrator.planning.compatibility import RULED_FIELDS, problems
+from orchestrator.planning.compatibility import RULED_FIELDS, problems, sweep_problems
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.samplers import STARTUP_TRIALS, Draw, draw, encoded
 from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
@@ -56,12 +56,14 @@ def first_batch(search: SearchConfig) -> int:
 
 
 def check_space(config: SweepConfig) -> None:
-    """Refuse a grid with combinations that cannot work, and a sampler that can only draw such; and
-    a pruner without a rung.
+    """Refuse a grid with combinations that cannot work, and a sampler that can only draw such; a
+    pruner without a rung; and what cannot work for any trial.
 
     Raises:
         ConfigError: lists the problems of every refused trial.
     """
+    if found := sweep_problems(config):
+        raise ConfigError("\n".join(found))
     _check_rungs(config)
     refused = _refused_of_grid if config.search.sampler == "grid" else _refused_of_sampler
     lines = (f"{name}: {problem}" for name, found in refused(config) for problem in found)

@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.config import SweepConfig
+from orchestrator.data.manifest import fetch_manifest
 from orchestrator.data.prepare import PreparedData, RunTasks, find_prepared, prepare
+from orchestrator.data.questions import held_out_questions
+from orchestrator.data.reader import BlockReader
+from orchestrator.data.tokenizing import load_tokenizer
 from orchestrator.errors import ConfigError, TrialFailed
 from orchestrator.files import cache_dir
 from orchestrator.planning.capacity import check_pack_fits
@@ -97,6 +101,7 @@ def run_sweep(store: RunStore, services: Services) -> Outcome:
     config = store.sweep.config
     base = _base_model(store, config, services.display)
     data = _data(store, config, base, services)
+    _check_task(config, base, data)
     finished = _train(store, config, base, data, services)
     if not finished:
         return Outcome(False, None)
@@ -136,6 +141,17 @@ def _data(
         data = prepare(config.data, folder, cache_dir(), run_tasks, services.display.say)
     store.write("data", data.to_json())
     return data
+
+
+def _check_task(config: SweepConfig, base: BaseModel, data: PreparedData) -> None:
+    """Raises DataError, before any worker is taken, for questions that nobody could answer."""
+    task = config.evaluation.task
+    if task is None or task.answer_pattern is None:
+        return
+    from orchestrator.training.model_source import local_folder
+
+    reader = BlockReader(fetch_manifest(data.place, "held_out"))
+    held_out_questions(reader, load_tokenizer(local_folder(base)), task)
 
 
 def _train(
@@ -246,6 +262,7 @@ def sweep_premises(
         block_length=config.data.block_length,
         evaluation_batch_size=config.evaluation.batch_size,
         resources=resources,
+        generated_tokens=config.evaluation.task.max_new_tokens if config.evaluation.task else 0,
     )
     return within(config.search.constraints, premises)
 

@@ -10,7 +10,8 @@
     system/NODE.jsonl          use of a node's CPUs, memory and GPUs while it trained
     trials/007/trial.json      the trial
     trials/007/progress.jsonl  its loss curve
-    trials/007/attempts/2/     what attempt 2 wrote: checkpoints, adapter, evaluation.json;
+    trials/007/attempts/2/     what attempt 2 wrote: checkpoints, adapter, evaluation.json,
+                               answers.json, which of the task's questions it answered rightly;
                                arithmetic.json, what its pack chose before it started;
                                and done.json, once it was trained to its end
     trials/007/result.json     final; when it is there, the trial is over

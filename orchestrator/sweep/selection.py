@@ -87,8 +87,7 @@ def _reason(
 
 
 def _value(objective: Objective, result: TrialResult) -> str:
-    value = objective.value(result)
-    return f"{value:.4f}" if objective is OBJECTIVES["eval_loss"] else f"{value:,.0f}"
+    return format(objective.value(result), objective.form)
 
 
 def _below(result: TrialResult, best: TrialResult) -> bool:

@@ -124,7 +124,7 @@ def generate(
     """
     # One at a time: padding a batch changes bfloat16's last bits, and so greedy texts.
     return [
-        _continue(
+        continued(
             model, tokenizer, _encode(tokenizer, prompt), max_new_tokens, temperature, top_p, stream
         )
         for prompt in prompts
@@ -143,7 +143,7 @@ def reply(
 ) -> str:
     """The assistant's next turn. The tokenizer must have a chat template."""
     ids = _encode_messages(tokenizer, messages)
-    return _continue(model, tokenizer, ids, max_new_tokens, temperature, top_p, stream)
+    return continued(model, tokenizer, ids, max_new_tokens, temperature, top_p, stream)
 
 
 def base_source(base: dict[str, Any]) -> str:
@@ -175,15 +175,16 @@ def base_digest(folder: Path) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _continue(
+def continued(
     model: Any,
     tokenizer: Any,
     ids: list[int],
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    stream: bool,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stream: bool = False,
 ) -> str:
+    """The text that follows these tokens."""
     import torch
     from transformers import TextStreamer
 
@@ -192,7 +193,8 @@ def _continue(
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     input_ids = torch.tensor([ids], device=model.device)
-    with torch.inference_mode():
+    # Not inference mode, whose tensors no gradient may come by later: the model may be in training.
+    with torch.no_grad():
         output = model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),

@@ -25,6 +25,10 @@ def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
 def _headline(store: RunStore, rows: list[SummaryRow]) -> str:
     config = store.sweep.config
     space = ", ".join(f"`{field}`" for field in config.search.space) or "nothing"
@@ -56,7 +60,9 @@ def _table(rows: list[SummaryRow]) -> str:
     if not rows:
         return ""
     fields = list(rows[0]["params"])
-    heads = ["trial", *fields, "eval loss", "gain", "model GiB", "adapter MiB", "state"]
+    scored = any(row["task_score"] is not None for row in rows)
+    heads = ["trial", *fields, "eval loss", "gain", *(["right answers"] if scored else [])]
+    heads += ["model GiB", "adapter MiB", "state"]
     lines = [heads, ["---"] * len(heads)]
     for row in rows[:MAX_ROWS]:
         params = [_cell(brief(row["params"].get(field))) for field in fields]
@@ -67,6 +73,7 @@ def _table(rows: list[SummaryRow]) -> str:
                 *params,
                 number(row["eval_loss"]),
                 number(row["eval_loss_gain"]),
+                *([_percent(row["task_score"])] if scored else []),
                 number(row["model_memory_gib"] if known else None, 2),
                 number(row["adapter_mib"] if known else None, 1),
                 _cell(row["state"]),

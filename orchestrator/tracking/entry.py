@@ -49,6 +49,7 @@ class Entry:
             "quant": json.dumps(self.record["quant"], sort_keys=True),
             "eval_loss": str(result.eval_loss),
             "baseline_eval_loss": str(result.baseline_eval_loss),
+            "task_score": "" if result.task_score is None else str(result.task_score),
             "train_digest": self.record["train_manifest"],
             "held_out_digest": self.record["held_out_manifest"],
             "base_model": base["source"],

@@ -93,8 +93,10 @@ def _cards(store: RunStore, rows: Sequence[SummaryRow]) -> list[str]:
 
 def _trials(rows: Sequence[SummaryRow]) -> str:
     fields = list(rows[0]["params"]) if rows else []
-    heads = ["trial", *fields, "state", "held-out loss", "vs. base", "memory GiB", "adapter MiB"]
-    heads += ["tokens/s", "train s", "steps"]
+    scored = any(row["task_score"] is not None for row in rows)
+    heads = ["trial", *fields, "state", "held-out loss", "vs. base"]
+    heads += ["right answers"] if scored else []
+    heads += ["memory GiB", "adapter MiB", "tokens/s", "train s", "steps"]
     num_texts = len(fields) + 2
     lines = []
     for row in rows:
@@ -103,6 +105,7 @@ def _trials(rows: Sequence[SummaryRow]) -> str:
         numbers = [
             _number(row["eval_loss"]),
             _number(row["eval_loss_gain"] and -row["eval_loss_gain"], "+.4f"),
+            *([_number(row["task_score"], ".1%")] if scored else []),
             _number(row["model_memory_gib"] if over else None, ".2f"),
             _number(row["adapter_mib"] if over else None, ".1f"),
             _number(row["tokens_per_s"] if over else None, ",.0f"),

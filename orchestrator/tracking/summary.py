@@ -37,6 +37,7 @@ class SummaryRow(TypedDict):
     eval_loss: float | None
     baseline_eval_loss: float | None
     eval_loss_gain: float | None
+    task_score: float | None
     model_memory_gib: float
     peak_memory_gib: float
     adapter_mib: float
@@ -76,6 +77,7 @@ def _row(
         eval_loss=finite(known.eval_loss),
         baseline_eval_loss=finite(known.baseline_eval_loss),
         eval_loss_gain=finite(eval_loss_gain(known)),
+        task_score=known.task_score,
         model_memory_gib=known.model_memory_bytes / GIB,
         peak_memory_gib=known.peak_memory_bytes / GIB,
         adapter_mib=known.adapter_bytes / MIB,

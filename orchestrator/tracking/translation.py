@@ -142,6 +142,7 @@ def result_metrics(result: TrialResult) -> dict[str, float]:
         "train_s": result.train_s,
         "baseline_eval_loss": result.baseline_eval_loss,
         "eval_loss_gain": eval_loss_gain(result),
+        "task_score": result.task_score,
     }
     known = {name: value for name, value in metrics.items() if value is not None}
     return finite_or_nan(known) if result.state == "finished" else {}

@@ -66,6 +66,8 @@ class LoadedBase:
     """In what it computes."""
     why_not_by_document: str
     """Why its attention needs transformers' masks; empty where it goes by documents' extents."""
+    own_attention: str = ""
+    """The one that it came with, where it goes by documents' extents."""
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -270,7 +272,7 @@ def _with_fastest_attention(base: LoadedBase, strategy: StrategyConfig) -> Loade
     if why_not:
         set_attention(base.model, own)
         return replace(base, why_not_by_document=why_not)
-    return faster
+    return replace(faster, own_attention=own)
 
 
 def probe(base: LoadedBase) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.config import TaskConfig
 from orchestrator.data.fields import text_field
+from orchestrator.data.questions import compared, expected_answer
 from orchestrator.data.slices import RowProblem, read_options
 from orchestrator.data.sources import PlanTask, no_rows, place, plan_file, read_slice, source_files
 from orchestrator.data_config import DataConfig
@@ -19,11 +21,8 @@ class Answer:
     prompt: str
     expected: str
     generated: str
-
-    @property
-    def exact(self) -> bool:
-        """But for space around it."""
-        return self.generated.strip() == self.expected.strip()
+    exact: bool
+    """What is compared of both is equal."""
 
 
 def check_has_answers(config: DataConfig) -> None:
@@ -34,18 +33,25 @@ def check_has_answers(config: DataConfig) -> None:
         )
 
 
-def answers(model: Any, tokenizer: Any, config: DataConfig, max_new_tokens: int) -> list[Answer]:
+def answers_of_rows(
+    model: Any, tokenizer: Any, config: DataConfig, task: TaskConfig
+) -> list[Answer]:
     """Of all rows of `config.train`, by the likeliest token each time."""
     from orchestrator.tracking.adapter_model import generate
 
-    pairs = list(_pairs(config))
+    pattern = task.answer_pattern
+    rows = list(_rows(config, pattern))
     texts = generate(
-        model, tokenizer, [prompt for prompt, _ in pairs], max_new_tokens=max_new_tokens
+        model, tokenizer, [prompt for prompt, _, _ in rows], max_new_tokens=task.max_new_tokens
     )
-    return [Answer(*pair, text) for pair, text in zip(pairs, texts, strict=True)]
+    return [
+        Answer(prompt, answer, text, compared(text, pattern) == expected)
+        for (prompt, answer, expected), text in zip(rows, texts, strict=True)
+    ]
 
 
-def _pairs(config: DataConfig) -> Iterator[tuple[str, str]]:
+def _rows(config: DataConfig, pattern: str | None) -> Iterator[tuple[str, str, str]]:
+    """Prompt, answer, and what is compared of it."""
     fields = config.fields
     files = [file for source in config.train_sources for file in source_files(source)]
     parts = [part for file in files for part in plan_file(PlanTask(file, config.slice_bytes))]
@@ -57,6 +63,7 @@ def _pairs(config: DataConfig) -> Iterator[tuple[str, str]]:
                 if isinstance(row, RowProblem):
                     raise row
                 prompt = text_field(row, "prompt", fields.prompt)
-                yield prompt, text_field(row, "completion", fields.completion)
+                answer = text_field(row, "completion", fields.completion)
+                yield prompt, answer, expected_answer(answer, pattern)
             except RowProblem as problem:
                 raise DataError(f"{place(part, number)}: {problem}") from problem

@@ -59,6 +59,7 @@ class Lanes:
         sizes = (len(slots.layers), num_lanes, 1, 1)
         self.scaling = torch.zeros(sizes, device=rows.device, dtype=rows.dtype)
         """[layers, n, 1, 1]; each layer reads its own part."""
+        self._scaling_of = [self.scaling[number] for number in range(len(slots.layers))]
         self.dropout = Dropout(num_lanes, masked_blocks, rows.device, rows.dtype)
         self.parameters = [nn.Parameter(part) for part in slots.parts(self.weights)]
         self._serving: tuple[int | None, ...] = ()
@@ -117,7 +118,8 @@ class Lanes:
         self.scaling.copy_(by_layer, non_blocking=True)
 
     def attach(self, model: nn.Module) -> None:
-        """Let the model's layers read these lanes; wraps them the first time."""
+        """Let the model's layers read these lanes; wraps them the first time. Back from others, a
+        layer has the very tensors that it had: a compiled program goes on with them."""
         parameters = iter(self.parameters)
         for number, layer in enumerate(self._slots.layers):
             module = model.get_submodule(layer.name)
@@ -132,7 +134,7 @@ class Lanes:
             if isinstance(module, DoraLinear):
                 module.magnitudes = next(parameters)
             module.lanes = self
-            module.scaling = self.scaling[number]
+            module.scaling = self._scaling_of[number]
 
 
 class AdaptedLinear(nn.Module):

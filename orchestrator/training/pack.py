@@ -20,6 +20,7 @@ from orchestrator.errors import BaseModelError, TrialFailed
 from orchestrator.files import write_json
 from orchestrator.records import (
     ALONE,
+    Answered,
     Assign,
     Checkpointed,
     Directive,
@@ -44,12 +45,14 @@ from orchestrator.training.feed import Feed
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.loftq import Corrections
 from orchestrator.training.memory import cap_memory, peak_memory_bytes
+from orchestrator.training.model_source import local_folder
 from orchestrator.training.program import EagerProgram, check_lanes
 from orchestrator.training.program_builder import ProgramBuilder
 from orchestrator.training.replicas import Replicas, join
 from orchestrator.training.slot import Slot
 from orchestrator.training.slots import Slots
 from orchestrator.training.step import StepRunner
+from orchestrator.training.task import Answers, Task
 
 REPORT_EVERY_S = 1.0
 
@@ -62,6 +65,7 @@ class PackWorker:
         self._writes = place.world_rank == 0
         self.slots: dict[int, Slot] = {}  # occupied ones, by slot number
         self._meters: dict[int, _Meter] = {}
+        self._answers: dict[int, Answers] = {}  # of slots that are trained to their end
         self._reported = 0.0
         self._round_s = 0.0
 
@@ -101,6 +105,7 @@ class PackWorker:
         self.programs = ProgramBuilder(spec, self.base, self.rows, readers)
         self.engine = self._build_engine(strategy)
         self._runner = StepRunner(self.base, self.engine, self.replicas)
+        self.task = self._load_task()
         (baseline,) = self._evaluate([BASE_ALONE])
         if not math.isfinite(baseline.loss):
             raise BaseModelError(
@@ -181,6 +186,18 @@ class PackWorker:
             self.replicas,
         )
 
+    def _load_task(self) -> Task | None:
+        if self.spec.evaluation.task is None:
+            return None
+        return Task(
+            self.spec.evaluation.task,
+            self.held_out_reader,
+            local_folder(self.spec.base_model),
+            self.base,
+            self.rows,
+            self.replicas,
+        )
+
     def _open(self, directive: Assign) -> list[Event]:
         number = next(n for n in range(self.spec.num_slots) if n not in self.slots)
         slot = Slot(number, directive.task, self.rows, self.engine, self.feed, self._program)
@@ -191,6 +208,8 @@ class PackWorker:
         refused = tuple(slot.refused_checkpoints)
         node = platform.node()
         opened = TrialOpened(trial, attempt, slot.step, refused, slot.note, number, node)
+        if slot.done:  # its worker was lost while it answered questions
+            return [opened, *self._after_steps(list(self.slots.values()), [slot], False)]
         if slot.step:
             return [opened]
         # An adapter that was not trained yet changes nothing: its loss is the base's.
@@ -235,7 +254,9 @@ class PackWorker:
         return [*events, PackLeft(self.spec.pack)]
 
     def _round(self) -> list[Event]:
-        """One micro-batch for every occupied slot."""
+        """One micro-batch for every occupied slot. While one has questions to answer, these."""
+        if self._answers:
+            return self._answer()
         started = time.monotonic()
         members = list(self.slots.values())
         outcome = self._runner.run(members, started - self._reported >= REPORT_EVERY_S)
@@ -276,15 +297,37 @@ class PackWorker:
                 events.append(self._stop(slot, error))
         going_on = [slot for slot in stepped if slot.number in self.slots]
         for slot in going_on:
-            if not slot.done and slot.step % self.spec.checkpoint_every_steps == 0:
+            answers = slot.done and self.task is not None  # which takes long: it may be cut short
+            if answers or (not slot.done and slot.step % self.spec.checkpoint_every_steps == 0):
                 events.append(self._save(slot))
         for slot in going_on:
-            if slot.done:
+            if slot.done and self.task is not None:
+                self._answers[slot.number] = Answers(evaluations[slot.number], self.task)
+            elif slot.done:
                 events.append(self._finish(slot, evaluations[slot.number]))
         if due:  # an evaluation's time is not training time
-            for meter in self._meters.values():
-                meter.started = time.monotonic()
+            self._restart_meters()
         return events
+
+    def _answer(self) -> list[Event]:
+        """The next questions for the slot that came first."""
+        assert self.task is not None
+        number, answers = next(iter(self._answers.items()))
+        slot = self.slots[number]
+        self.task.go_on(answers, slot.evaluated, self.engine.program)
+        trial, attempt = slot.task.trial, slot.task.attempt
+        done, total = answers.num_answered, len(self.task.questions)
+        events: list[Event] = [Answered(trial, attempt, time.time(), done, total)]
+        if answers.complete:
+            if self._writes:
+                write_json(Path(slot.task.attempt_dir) / "answers.json", answers.to_json())
+            events.append(self._finish(slot, answers.evaluation, answers.score))
+        self._restart_meters()
+        return events
+
+    def _restart_meters(self) -> None:
+        for meter in self._meters.values():
+            meter.started = time.monotonic()
 
     def _is_due(self, slot: Slot) -> bool:
         """For an evaluation."""
@@ -354,7 +397,9 @@ class PackWorker:
             if slot.task.trial == trial:
                 self._close(slot)
 
-    def _finish(self, slot: Slot, evaluation: Evaluation) -> TrialDone:
+    def _finish(
+        self, slot: Slot, evaluation: Evaluation, task_score: float | None = None
+    ) -> TrialDone:
         folder = Path(slot.task.attempt_dir) / "adapter"
         tensors = slot.adapter_tensors()
         num_params = sum(tensor.numel() for tensor in tensors.values())
@@ -388,12 +433,14 @@ class PackWorker:
             adapter_bytes=adapter_bytes,
             adapter_dir=str(folder),
             adapter_digest=digest,
+            task_score=task_score,
         )
 
     def _close(self, slot: Slot) -> None:
         slot.close()
         del self.slots[slot.number]
         del self._meters[slot.number]
+        self._answers.pop(slot.number, None)
 
 
 def _compute_alike() -> None:
@@ -410,7 +457,7 @@ class _Meter:
     """Mean loss and tokens per second since the last report of one slot."""
 
     def __init__(self, tokens: int) -> None:
-        self.last = float("nan")
+        self.last: float | None = None
         self.started = time.monotonic()
         self._losses: list[float] = []
         self._tokens = tokens
@@ -423,7 +470,7 @@ class _Meter:
         self._losses.append(loss)
 
     def take(self, tokens: int) -> tuple[float, float]:
-        self.last = sum(self._losses) / len(self._losses)
+        self.last = loss = sum(self._losses) / len(self._losses)
         rate = (tokens - self._tokens) / max(1e-9, time.monotonic() - self.started)
         self._losses, self._tokens, self.started = [], tokens, time.monotonic()
-        return self.last, rate
+        return loss, rate

@@ -137,6 +137,54 @@ def test_a_pruned_sweep_is_extended_where_it_ended(
     assert version.tags["trial"] == str(winner["trial"])
 
 
+@pytest.mark.slow
+def test_a_sweep_for_right_answers_registers_the_trial_that_gives_most(
+    tmp_path: Path, tiny_base: Path, orchestrator: Command
+) -> None:
+    from mlflow import MlflowClient
+
+    # What a tiny model learns first is how answers begin, and then that many sums begin with a 1.
+    search = {
+        "space": {"optimizer.learning_rate": [1e-2, 1e-5]},
+        "objectives": ["task_score", "eval_loss"],
+    }
+    config = write_config(tmp_path, tiny_base, search=search)
+    task = r"evaluation.task={max_new_tokens: 10, answer_pattern: 'It is (\d)'}"
+    changes = ["--set", task, "--set", "trial.steps=60", "--set", "trial.batch_size=8"]
+    changes += ["--set", "data.held_out_fraction=0.3"]
+    done = orchestrator("sweep", str(config), "--run-dir", "runs/one", *changes, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    store = store_of(tmp_path)
+    scores = {result.number: result.task_score for result in store.results}
+    assert scores[1] == 0  # it has learnt nothing
+    assert scores[0] is not None
+    assert scores[0] > 0
+    winner, registration = store.read("winner"), store.read("registration")
+    assert winner is not None
+    assert registration is not None
+    assert winner["trial"] == 0
+    assert "the most right answers" in winner["reason"]
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    version = client.get_model_version("sums", str(registration["version"]))
+    assert float(version.tags["task_score"]) == scores[0]
+    experiment = client.get_experiment_by_name("sums")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], "metrics.task_score >= 0")
+    assert {run.data.metrics["task_score"] for run in runs} == set(scores.values())
+
+
+@pytest.mark.slow
+def test_answers_without_what_is_compared_are_refused_before_a_worker_is_started(
+    tmp_path: Path, tiny_base: Path, orchestrator: Command
+) -> None:
+    config = write_config(tmp_path, tiny_base)
+    task = "evaluation.task={answer_pattern: '#### (.+)'}"
+    done = orchestrator("train", str(config), "--set", task, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "must have a match of answer_pattern '#### (.+)'" in done.stderr
+    assert "base loaded" not in done.stdout
+
+
 def test_resuming_a_complete_sweep_does_nothing(
     finished: tuple[Path, str], orchestrator: Command
 ) -> None:

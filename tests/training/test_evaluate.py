@@ -96,17 +96,18 @@ def test_an_evaluation_tells_loss_perplexity_and_exact_matches(
 
 def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> None:
     """The file's answers are what the adapter says."""
-    from orchestrator.config import DataConfig
+    from orchestrator.config import DataConfig, TaskConfig
     from orchestrator.tracking.adapter_model import load
-    from orchestrator.training.exact_match import answers
+    from orchestrator.training.exact_match import answers_of_rows
 
     model, tokenizer = load(trained)
-    config = DataConfig(train=str(rows))
-    said = answers(model, tokenizer, config, 3)
+    config, task = DataConfig(train=str(rows)), TaskConfig(max_new_tokens=3)
+    said = answers_of_rows(model, tokenizer, config, task)
     lines = [{"prompt": a.prompt, "completion": f" {a.generated}\n"} for a in said]
     lines[0]["completion"] = "something else"
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [a.exact for a in answers(model, tokenizer, config, 3)] == [False] + [True] * 4
+    found = answers_of_rows(model, tokenizer, config, task)
+    assert [answer.exact for answer in found] == [False] + [True] * 4
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,15 @@ def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> N
     [
         ([], "evaluate needs --data, or --task, or both"),
         (["--exact-match", "--task", "arc_easy"], "--exact-match needs --data"),
+        (["--data", "ROWS", "--answer-pattern", "x"], "--answer-pattern needs --exact-match"),
+        (
+            ["--data", "ROWS", "--exact-match", "--answer-pattern", "(a)(b)"],
+            "--answer-pattern: answer_pattern must have at most one group",
+        ),
+        (
+            ["--data", "ROWS", "--exact-match", "--answer-pattern", "#### (.+)"],
+            "rows.jsonl:1: its answer must have a match of answer_pattern '#### (.+)'",
+        ),
         (["--data", "ROWS", "--set", "format=text", "--exact-match"], "format: prompt_completion"),
         (["--data", "ROWS", "--set", "formt=text"], "unknown field; did you mean 'format'?"),
         (["--data", "nothing.jsonl"], "nothing.jsonl: file not found"),

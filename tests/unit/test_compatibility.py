@@ -6,12 +6,15 @@ tests/gpu run on GPUs alone. A combination that is neither refused nor named fai
 
 import ast
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.planning.compatibility import RULES, problems
+from orchestrator.errors import ConfigError
+from orchestrator.planning.compatibility import RULES, SWEEP_RULES, problems, sweep_problems
+from orchestrator.search.space import check_space
 from tests.sweeps import sweep_config
 
 ROOT = Path(__file__).parents[2]
@@ -115,8 +118,9 @@ def test_every_combination_is_refused_or_has_a_test_that_trains_it(
 
 
 def test_every_rule_has_a_reason_and_a_source() -> None:
-    assert len({rule.name for rule in RULES}) == len(RULES)
-    for rule in RULES:
+    rules = [*RULES, *SWEEP_RULES]
+    assert len({rule.name for rule in rules}) == len(rules)
+    for rule in rules:
         assert len(rule.reason.split()) >= 6, rule.name
         assert rule.source, rule.name
 
@@ -202,3 +206,58 @@ def test_what_the_rules_refuse_together_is_found_in_a_grid() -> None:
         )
     ]
     assert len(allowed) == 10 + 6 * 4 + 4
+
+
+TASK: dict[str, Any] = {"evaluation__task": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"search__objectives": ["eval_loss", "task_score"]},
+            "task_score needs evaluation.task, but got evaluation.task=null: write",
+        ),
+        (
+            TASK | {"data__format": "instruction"},
+            "data.format: prompt_completion, where the completion is the answer, but got instr",
+        ),
+        (
+            TASK | {"data__held_out": [{"path": "a.jsonl", "format": "text"}, "b.jsonl"]},
+            "but got prompt_completion, text: give such ones as data.held_out",
+        ),
+        (TASK | {"data__overlong": "split"}, "but got data.overlong=split: set data.overlong: err"),
+        (TASK | {"data__overlong": "truncate"}, "but got data.overlong=truncate"),
+        (
+            TASK | {"trial__strategy": {"kind": "zero", "stage": 2}},
+            "needs strategy.kind: replicated, but got strategy.kind=zero: leave evaluation.task",
+        ),
+        (
+            TASK | {"search__space": {"strategy.kind": ["replicated", "zero"]}},
+            "but got strategy.kind=zero",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_scored_is_refused_with_the_remedy(
+    changes: dict[str, Any], words: str
+) -> None:
+    config = sweep_config(**changes)
+    (problem,) = sweep_problems(config)
+    assert words in problem
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check_space(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        TASK,
+        TASK | {"search__objectives": ["task_score", "adapter_bytes"]},
+        TASK
+        | {"data__format": "chat", "data__held_out": {"path": "a", "format": "prompt_completion"}},
+        TASK | {"resources__workers_per_pack": 2, "data__overlong": "drop"},
+    ],
+)
+def test_a_task_that_can_be_scored_is_not_refused(changes: dict[str, Any]) -> None:
+    assert sweep_problems(sweep_config(**changes)) == []

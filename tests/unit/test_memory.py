@@ -287,6 +287,20 @@ def test_training_and_evaluation_are_not_held_at_the_same_time() -> None:
     assert memory.total_bytes == parts - less
 
 
+@pytest.mark.parametrize("program", ["eager", "graph"])
+def test_generation_keeps_keys_and_values_of_prompt_and_answer(program: Any) -> None:
+    load = replace(LOAD, step_program=program, generated_tokens=100_000)
+    longer = replace(load, generated_tokens=100_001)
+    found, more = (estimate_memory(LLAMA_8B, one).evaluation_bytes for one in (load, longer))
+    assert more - found == 2 * 32 * 8 * 128 * 2  # keys and values, layers, heads, width, bytes
+    cache = (LOAD.block_length + 100_000) * 131_072
+    assert found > cache + 41_943_040 * 2  # and the lane that it reads the adapter from
+    none = estimate_memory(LLAMA_8B, replace(load, generated_tokens=0))
+    short = estimate_memory(LLAMA_8B, replace(EAGER, generated_tokens=64))
+    assert none.evaluation_bytes < found
+    assert short.evaluation_bytes == estimate_memory(LLAMA_8B, EAGER).evaluation_bytes
+
+
 def test_a_recorded_step_keeps_its_pool_while_the_loss_is_computed() -> None:
     recorded = estimate_memory(LLAMA_8B, LOAD)
     compiled = estimate_memory(LLAMA_8B, replace(LOAD, step_program="compiled"))
@@ -410,12 +424,20 @@ LOADS = st.builds(
     dropout=st.booleans(),
     dora=st.booleans(),
     step_program=st.sampled_from(["eager", "compiled", "graph"]),
+    generated_tokens=st.sampled_from([0, 64, 4096]),
 )
 
 
 @pytest.mark.parametrize(
     "field",
-    ["num_slots", "max_rank", "micro_batch_size", "evaluation_batch_size", "block_length"],
+    [
+        "num_slots",
+        "max_rank",
+        "micro_batch_size",
+        "evaluation_batch_size",
+        "block_length",
+        "generated_tokens",
+    ],
 )
 @settings(deadline=None)
 @given(load=LOADS)

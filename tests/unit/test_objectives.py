@@ -7,6 +7,7 @@ import pytest
 from orchestrator.planning.memory import GIB
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import OBJECTIVES, overshoots, pareto_front, violations
+from orchestrator.search.space import ask
 from orchestrator.search_config import SearchConfig
 from orchestrator.sweep.expectations import refusal, within
 from orchestrator.sweep.selection import select_winner
@@ -15,8 +16,9 @@ from tests.sweeps import LLAMA_8B, NO_BASE, premises, sweep_config
 
 def result(number: int, loss: float, size: int = 10**6, **changes: Any) -> TrialResult:
     finished = TrialResult(
-        number, "finished", 1, 0.0, eval_loss=loss, baseline_eval_loss=4.0, adapter_bytes=size
-    )
+        number, "finished", 1, 0.0, eval_loss=loss, baseline_eval_loss=4.0, adapter_bytes=size,
+        task_score=0.5,
+    )  # fmt: skip
     return replace(finished, **changes)
 
 
@@ -53,6 +55,44 @@ def test_more_tokens_per_second_are_better() -> None:
         "trial 1 has the most tokens per second, 20 (held-out loss 1.1000), of 2 finished trials; "
         "next is trial 0 with 10; no trial beats trials 0, 1 in all of tokens_per_s, eval_loss"
     )
+
+
+def test_the_most_right_answers_win_whatever_the_loss() -> None:
+    results = [
+        result(0, 1.0, task_score=0.5),
+        result(1, 1.4, task_score=0.8125),
+        result(2, 0.9, task_score=None),  # nobody asked it
+        result(3, 1.2, task_score=0.5),
+    ]
+    score = search(objectives=["task_score", "eval_loss"])
+    winner = select_winner(trials(4), results, score)
+    assert winner is not None
+    assert winner.reason == (
+        "trial 1 has the most right answers, 81.2% (held-out loss 1.4000), of 4 finished trials, 3 "
+        "of which keep to the constraints; next is trial 0 with 50.0%; no trial beats trials 0, 1 "
+        "in all of task_score, eval_loss"
+    )
+
+
+def test_a_sampler_seeks_the_most_right_answers() -> None:
+    """After forty trials, in which smaller learning rates answer better and lose more."""
+    config = sweep_config(
+        search={
+            "sampler": "tpe",
+            "num_trials": 60,
+            "objectives": ["task_score"],
+            "space": {"optimizer.learning_rate": {"low": 1e-5, "high": 1e-1, "log": True}},
+        },
+        evaluation__task={},
+    )
+    known: list[TrialSpec] = []
+    results: list[TrialResult] = []
+    for _ in range(50):
+        known.append(ask(config, known, results))
+        badness = 5 + math.log10(known[-1].config.optimizer.learning_rate)  # 0 to 4
+        results.append(result(known[-1].number, -badness, task_score=1 - badness / 4))
+    drawn = [trial.config.optimizer.learning_rate for trial in known[40:]]
+    assert sum(rate < 1e-4 for rate in drawn) >= 8
 
 
 def test_the_winner_keeps_to_the_constraints() -> None:

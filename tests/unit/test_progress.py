@@ -1,6 +1,7 @@
 """What a driver prints of its trials is read back into the same table elsewhere."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from jobs.display import SweepDisplay
+from jobs.display import SweepDisplay, results_table
 from jobs.followed import FollowedSweep
 from jobs.progress import FORMS, TRAINED, Row, line, read_line, sweep_table
-from orchestrator.records import Decision, PackQueued, PackStanding, Standing, TrialResult
+from orchestrator.records import (
+    Answered,
+    Decision,
+    Evaluated,
+    PackQueued,
+    PackStanding,
+    Standing,
+    TrialResult,
+)
 from orchestrator.search.space import ask
 from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.simulated import SimulatedWorker
@@ -125,6 +134,33 @@ def test_a_trial_that_starts_again_trains_again() -> None:
     console.print(sweep_table("t", known.values(), 25))
     assert "2/6" in shown(console)
     assert "training" in shown(console)
+
+
+def test_a_trial_that_answers_its_questions_says_how_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    trial = ask(store.sweep.config, [], [])
+    store.add_trial(trial)
+    display = SweepDisplay(store)
+    display.observe(Evaluated(0, 1, 100.0, 6, 60, 2.5))
+    display.observe(Answered(0, 1, 116.0, 3, 16))
+    followed = FollowedSweep("sums", screen())
+    followed.take(capsys.readouterr().out)
+    assert "answers 3/16" in cells(followed)
+    followed.take("trial 0 (4-bit, rank 4): training from step 4/6")
+    assert "answers" not in cells(followed)
+
+
+def test_the_last_table_has_right_answers_where_trials_gave_some() -> None:
+    trial = ask(sweep_config(), [], [])
+    result = TrialResult(0, "finished", 1, 0.0, eval_loss=1.0, baseline_eval_loss=2.0)
+    console = screen()
+    console.print(results_table([trial], [result]))
+    assert "right" not in shown(console)
+    console.print(results_table([trial], [replace(result, task_score=0.25)]))
+    assert "right" in shown(console)
+    assert "25.0%" in shown(console)
 
 
 def test_a_small_screen_has_the_trials_that_train_and_counts_the_others() -> None:

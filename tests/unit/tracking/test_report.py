@@ -3,6 +3,7 @@
 import ast
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,14 @@ def test_a_sweep_of_several_objectives_shows_its_pareto_front(tmp_path: Path) ->
     names = [one.name for one in report_figures(store, summary_rows(store), [])]
     assert "pareto-front" in names
     assert "Pareto front" not in write_report(make_run(tmp_path / "other")).read_text()
+
+
+def test_right_answers_are_shown_where_trials_gave_some(tmp_path: Path) -> None:
+    store = make_run(tmp_path / "run", config=make_config(evaluation={"task": {}}), unfinished=(3,))
+    for text in (write_report(store).read_text(), describe_sweep(store, "run-id")):
+        assert "right answers" not in text
+    scored = replace(store.results[0], number=3, task_score=0.8125)
+    store.finish_trial(scored)
+    for text in (write_report(store).read_text(), describe_sweep(store, "run-id")):
+        assert "right answers" in text
+        assert "81.2%" in text

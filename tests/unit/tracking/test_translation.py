@@ -1,6 +1,7 @@
 """Names, params and metrics as MLflow shows them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,12 @@ def test_the_final_evaluation_is_a_point_of_the_curve() -> None:
     assert row is not None
     assert (row["kind"], row["step"], row["tokens"], row["eval_loss"]) == ("evaluated", 10, 70, 2.0)
     assert final_evaluation(TrialResult(0, "failed", 1, 9.0)) is None
+
+
+def test_a_task_score_is_a_metric_where_there_is_one() -> None:
+    result = TrialResult(0, "finished", 1, 9.0, eval_loss=2.0, task_score=0.25)
+    assert result_metrics(result)["task_score"] == 0.25
+    assert "task_score" not in result_metrics(replace(result, task_score=None))
 
 
 def test_a_failed_trial_has_no_final_metrics() -> None:
