@@ -164,9 +164,11 @@ def _tuned(options: argparse.Namespace, grid: Row, seed: int, factor: int, budge
         reduction_factor=factor,
     )
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_replay, curves=curves), {"cpu": 1}),
+        tune.with_resources(tune.with_parameters(_recorded_trial, curves=curves), {"cpu": 1}),
         param_space={"point": tune.grid_search([point for point in order if point in curves])},
-        tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=options.slots),
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler, max_concurrent_trials=options.slots, reuse_actors=True
+        ),
         run_config=tune.RunConfig(
             name=f"seed-{seed}-{factor}",
             storage_path=str((options.folder / "tune").absolute()),
@@ -200,7 +202,9 @@ def _tuned(options: argparse.Namespace, grid: Row, seed: int, factor: int, budge
     }
 
 
-def _replay(config: dict[str, str], curves: dict[str, list[tuple[int, int, float]]]) -> None:
+def _recorded_trial(
+    config: dict[str, str], curves: dict[str, list[tuple[int, int, float]]]
+) -> None:
     """A Tune trial that takes its losses from the grid's record."""
     from ray import tune
 

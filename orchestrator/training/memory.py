@@ -24,8 +24,8 @@ def cap_memory(fraction: float) -> None:
     plan, where it would else take what other processes on the GPU need. Comes before all that
     allocates there."""
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):  # the user's own settings stay
-        # torch 2.11 reads the variables before anything of ours runs, so that setting one here does
-        # nothing; there is no public call.
+        # By a call, though there is no public one: a variable that is set here comes too late where
+        # torch has read it already.
         torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTINGS)
     torch.cuda.set_per_process_memory_fraction(fraction)
 
