@@ -169,7 +169,8 @@ class Controller:
         workers_per_pack = self._premises.resources.workers_per_pack
         misfits = []
         for trial in list(self._view().waiting):
-            if found := problems(trial.config):  # its sweep was killed before it could say so
+            # Where its sweep was killed before it could say so.
+            if found := problems(trial.config, shape=self._premises.shape):
                 self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
                 continue
             if refused := self._refusal(trial):
@@ -186,7 +187,8 @@ class Controller:
             self._store.add_trial(trial)
             self._trials[trial.number] = trial
             self._pruning.add(trial)
-            if found := problems(trial.config, self._premises.resources.workers_per_pack):
+            given = self._premises
+            if found := problems(trial.config, given.resources.workers_per_pack, given.shape):
                 self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
             elif refused := self._refusal(trial):
                 self._end(refused)
