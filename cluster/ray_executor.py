@@ -5,6 +5,7 @@ once and answers `advance` calls until it is told to leave. Restarting is the co
 never Ray's, so that an attempt is counted and its checkpoints are chosen.
 """
 
+import math
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,15 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.files import cache_dir
-from orchestrator.records import Directive, Event, GroupPlace, PackLost, PackQueued, PackSpec
+from orchestrator.records import (
+    Directive,
+    Event,
+    GroupPlace,
+    PackLost,
+    PackPlaced,
+    PackQueued,
+    PackSpec,
+)
 from orchestrator.sweep.executor import Worker, WorkerFactory, answer, pack_worker
 
 # A node has 1 of its accelerator's type, whatever the number of GPUs: ray.util.accelerators.
@@ -80,9 +89,10 @@ class _Pack:
     """Of the answers that have come."""
     needs: str
     """In words."""
-    started: float
-    told: bool = False
-    """Whether it was said that it waits, or it does not."""
+    look_at: float
+    """When to see whether it waits in Ray's queue; monotonic seconds."""
+    queued: bool = False
+    """When that was last looked at."""
 
 
 class RayExecutor:
@@ -119,7 +129,8 @@ class RayExecutor:
         init_method = actors[0].meeting_point.remote() if spec.world_size > 1 else ""
         pending = [actor.load.remote(init_method) for actor in actors]
         needs = f"{spec.world_size} x {_words(bundle)}"
-        self._packs[spec.pack] = _Pack(actors, group, pending, [], needs, time.monotonic())
+        look_at = time.monotonic() + self._queued_after_s
+        self._packs[spec.pack] = _Pack(actors, group, pending, [], needs, look_at)
 
     def advance(self, pack: int, directives: Sequence[Directive]) -> None:
         advanced = self._packs[pack]
@@ -137,8 +148,8 @@ class RayExecutor:
             # take all that are there
             ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
             if answers := self._take(ready):
-                return answers
-        return self._newly_queued()
+                return answers + self._queue_news()
+        return self._queue_news()
 
     def stop_pack(self, pack: int) -> None:
         stopped = self._packs.pop(pack, None)
@@ -151,21 +162,27 @@ class RayExecutor:
         for pack in list(self._packs):
             self.stop_pack(pack)
 
-    def _newly_queued(self) -> list[tuple[int, list[Event]]]:
-        """Of packs that have waited long enough: asked of Ray once each."""
-        queued: list[tuple[int, list[Event]]] = []
+    def _queue_news(self) -> list[tuple[int, list[Event]]]:
+        """Of packs that begin to wait, or wait no longer. Ray is asked once of a pack that does not
+        wait, and again and again of one that does."""
+        news: list[tuple[int, list[Event]]] = []
+        now = time.monotonic()
         for number, pack in self._packs.items():
-            if pack.told or time.monotonic() - pack.started < self._queued_after_s:
+            if now < pack.look_at:
                 continue
-            pack.told = True
             # Not its `wait(0)`: that gives up before it has looked.
-            if placement_group_table(pack.placement_group)["state"] == "PENDING":
+            waits = placement_group_table(pack.placement_group)["state"] == "PENDING"
+            pack.look_at = now + self._queued_after_s if waits else math.inf
+            if pack.queued and not waits:
+                news.append((number, [PackPlaced(number)]))
+            if waits and not pack.queued:
                 reason = (
                     f"waits in Ray's queue until {pack.needs} are free: others on this cluster, "
                     "such as another sweep, hold what it has"
                 )
-                queued.append((number, [PackQueued(number, reason)]))
-        return queued
+                news.append((number, [PackQueued(number, reason)]))
+            pack.queued = waits
+        return news
 
     def _take(self, ready: Sequence[Any]) -> list[tuple[int, list[Event]]]:
         """What the packs say to which this was the last answer, or the first to tell of a loss."""
@@ -178,6 +195,7 @@ class RayExecutor:
                 pack.pending = []  # the other workers may wait for the lost one
                 pack.events = lost[:1]
             if came and not pack.pending:
+                pack.look_at = math.inf  # it has its place
                 answers.append((number, pack.events))
         return answers
 

@@ -92,8 +92,10 @@ class SweepDisplay:
             self._queued &= {pack.pack for pack in event.packs}
         if trial is not None:
             self._update(self._rows[trial], event)
-        if self._live is None or isinstance(
-            event, PackQueued | PackReady | PackLost | TrialStopped
+        if (
+            self._live is None
+            or isinstance(event, PackQueued | PackReady | PackLost | TrialStopped)
+            or (isinstance(event, Decision) and event.action == "give_up_pack")
         ):
             self._print(event)
 
@@ -159,7 +161,7 @@ class SweepDisplay:
                     f"{event.baseline_eval_loss:.4f}; step program {event.step_program}"
                     + (f" ({event.note})" if event.note else "")
                 )
-            case Decision() if event.action == "learn_speed":
+            case Decision() if event.action in ("learn_speed", "give_up_pack"):
                 self.say(f"{event.subject}: {event.reason}")
             case Standing() if event.left_s is not None:
                 if time.monotonic() - self._left_printed >= PLAIN_LEFT_EVERY_S:

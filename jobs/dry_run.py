@@ -65,8 +65,9 @@ def show_plan(
     trials = first_trials(config)
     console = Console(soft_wrap=True)
     console.print(trials_table(config, trials))
+    shape = _shape(base_model)
     for trial in trials:
-        for problem in problems(trial.config, config.resources.workers_per_pack):
+        for problem in problems(trial.config, config.resources.workers_per_pack, shape):
             console.print(f"trial {trial.number} will not be trained: {problem}", markup=False)
     _print_bits(console, config, placement, base_model)
     _print_packs(console, config, trials, placement, base_model)
@@ -154,14 +155,15 @@ def _print_packs(
     if placement.num_workers is None:
         return
     workers_per_pack = config.resources.workers_per_pack
-    valid = [trial for trial in trials if not problems(trial.config, workers_per_pack)]
+    shape = _shape(base_model)
+    valid = [trial for trial in trials if not problems(trial.config, workers_per_pack, shape)]
     # A cluster that is not asked is taken to have GPUs.
     device: Device = "cpu" if placement.device == "cpu" else "cuda"
     premises = sweep_premises(
         config,
         device,
         auto_compute_dtype(device),
-        _shape(base_model),
+        shape,
         placement.worker_memory_bytes,
     )
     refused = {}

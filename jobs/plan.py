@@ -150,8 +150,9 @@ class _Shown:
         return not found
 
     def _why_not(self, trial: TrialSpec) -> list[str]:
-        if found := problems(trial.config, self._config.resources.workers_per_pack):
-            return list(found)
+        workers_per_pack = self._config.resources.workers_per_pack
+        if found := problems(trial.config, workers_per_pack, self._shape):
+            return found
         refused = refusal(trial, self._config.search.constraints, self._premises, now=0.0)
         return [refused.message] if refused else []
 

@@ -325,6 +325,11 @@ class ResourcesConfig(Strict):
     on a machine, and read back bit for bit; the ones used longest ago make room. 0: none is kept.
     Not for LLM.int8 nor ZeRO, whose layers are bitsandbytes' own."""
 
+    hang_after_s: Annotated[float, Field(gt=0)] | None = 1800.0
+    """Seconds after which a pack that reports nothing is taken for hung: its workers are ended and
+    its trials go on elsewhere. Training packs report every second; one is given longer while it
+    loads, 8 times this, and where its evaluations take long. null: never."""
+
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of a GPU's memory that a worker plans with and may take, where others use it too."""
 

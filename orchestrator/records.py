@@ -155,6 +155,13 @@ class PackQueued:
 
 
 @dataclass(frozen=True)
+class PackPlaced:
+    """A pack that was queued has its place, and its workers start. From the executor; no answer."""
+
+    pack: int
+
+
+@dataclass(frozen=True)
 class PackReady:
     """The base is loaded. Comes once per start of a worker, before anything else."""
 
@@ -170,6 +177,8 @@ class PackReady:
     """The one that it runs."""
     note: str = ""
     """Why that is not the one it was told to run."""
+    evaluation_s: float = 0.0
+    """Of `load_s`, what the evaluation of the base alone took."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +302,8 @@ class PackLost:
 
     pack: int
     reason: str
-    """worker_lost, or what the worker raised: out_of_memory | disk_full | raised."""
+    """worker_lost, also of one that hangs; or what it raised: out_of_memory | disk_full |
+    raised."""
     message: str
 
 
@@ -306,6 +316,7 @@ class PackLeft:
 
 Event = (
     PackQueued
+    | PackPlaced
     | PackReady
     | TrialOpened
     | Progress
@@ -388,9 +399,9 @@ class Decision:
 
     time: float
     action: str
-    """start | start_pack | pack_queued | pack_ready | release_pack | assign | resume_trial |
-    retry_trial | plan_less_memory | learn_speed | keep_trial | stop_trial | end_trial |
-    select_winner | extend."""
+    """start | start_pack | pack_queued | pack_ready | release_pack | give_up_pack | assign |
+    resume_trial | retry_trial | plan_less_memory | learn_speed | keep_trial | stop_trial |
+    end_trial | select_winner | extend."""
     subject: str
     reason: str
     facts: dict[str, Any] = field(default_factory=dict)

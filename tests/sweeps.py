@@ -14,7 +14,7 @@ from orchestrator.planning.shape import BaseShape, Linear, UnknownShape
 from orchestrator.planning.waiting import pack_key
 from orchestrator.records import BaseModel, Device, Notice, PackSpec, TrialResult, TrialSpec
 from orchestrator.search.space import next_trial
-from orchestrator.sweep.controller import Controller
+from orchestrator.sweep.controller import LEAVE_TIMEOUT_S, Controller
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.flow import sweep_premises
 from orchestrator.sweep.pace import Pace
@@ -60,6 +60,7 @@ def make_controller(
     workers_per_pack: int = 1,
     given: Premises | None = None,
     pace: Pace | None = None,
+    leave_timeout_s: float = LEAVE_TIMEOUT_S,
 ) -> Controller:
     """Of workers of one process, which cannot train a pack together."""
     config = store.sweep.config
@@ -73,7 +74,17 @@ def make_controller(
     slots_per_pack = config.resources.slots_per_pack
     resources = ResourcesConfig(slots_per_pack=slots_per_pack, workers_per_pack=workers_per_pack)
     given = given or replace(premises(config), resources=resources)
-    return Controller(store, executor, ask, build_pack, num_workers, given, observe, pace=pace)
+    return Controller(
+        store,
+        executor,
+        ask,
+        build_pack,
+        num_workers,
+        given,
+        observe,
+        pace=pace,
+        leave_timeout_s=leave_timeout_s,
+    )
 
 
 def premises(

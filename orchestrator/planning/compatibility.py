@@ -1,7 +1,7 @@
 """Combinations that cannot work, refused before any GPU is taken.
 
-In: a TrialConfig, and how many workers are to share a pack; or a SweepConfig, whose parts must suit
-each other. Out: a list of messages, empty when it can run. Pure.
+In: a TrialConfig, how many workers are to share a pack, and what is known of the base's shape; or a
+SweepConfig, whose parts must suit each other. Out: a list of messages, empty when it can run. Pure.
 Each rule has its reason and its source; versions are those of constraints.txt. What is allowed has
 run: tests/unit/test_compatibility.py names the test of every cell.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from orchestrator.config import QuantConfig, SweepConfig, TrialConfig
+from orchestrator.planning.shape import BaseShape, UnknownShape
 
 Config = TypeVar("Config", TrialConfig, SweepConfig)
 
@@ -28,9 +29,16 @@ RULED_FIELDS = (
 )
 
 
-def problems(trial: TrialConfig, workers_per_pack: int | None = None) -> list[str]:
+def problems(
+    trial: TrialConfig,
+    workers_per_pack: int | None = None,
+    shape: BaseShape | UnknownShape | None = None,
+) -> list[str]:
     """Each names the fields, their values and what to do."""
-    found = [message for rule in RULES for message in rule.finds(trial)]
+    rules = RULES
+    if isinstance(shape, UnknownShape) and shape.conv1d:
+        rules += CONV1D_RULES
+    found = [message for rule in rules for message in rule.finds(trial)]
     return found or list(_workers_share_a_step(trial, workers_per_pack or 1))
 
 
@@ -249,6 +257,21 @@ def _int8_weights_cannot_be_offloaded(trial: TrialConfig) -> Iterator[str]:
         )
 
 
+def _conv1d_needs_layers_of_bitsandbytes(trial: TrialConfig) -> Iterator[str]:
+    quant, strategy = trial.quant, trial.strategy
+    if not quant.llm_int8 and not (quant.packed and strategy.kind == "zero"):
+        yield conv1d_refusal(quant, strategy.kind)
+
+
+def conv1d_refusal(quant: QuantConfig, strategy: str) -> str:
+    return (
+        "a base model of GPT-2's kind (transformers' Conv1D in place of linear layers) needs "
+        "LLM.int8, or 4 or 8 bits under strategy.kind: zero, but got quant.bit_width="
+        f"{quant.bit_width}, quant.int8_type={quant.int8_type}, strategy.kind={strategy}: set "
+        "quant.bit_width: 8 and quant.int8_type: llm_int8, or choose another base model"
+    )
+
+
 def _has(quant: QuantConfig, bits: int) -> bool:
     """Whether some layers may have so many bits."""
     return quant.bit_width in (bits, "auto") or bits in quant.bit_width_pattern.values()
@@ -435,5 +458,16 @@ SWEEP_RULES: tuple[Rule[SweepConfig], ...] = (
         "a pass of one token would gather the whole base at stage 3, or bring it from where it is "
         "offloaded to, and all workers would have to make equally many passes",
         "DeepSpeed 0.19, runtime/zero/partitioned_param_coordinator.py",
+    ),
+)
+
+# For bases of GPT-2's kind alone.
+CONV1D_RULES: tuple[Rule[TrialConfig], ...] = (
+    Rule(
+        _conv1d_needs_layers_of_bitsandbytes,
+        "adapters go onto linear layers, and bitsandbytes' take the place of Conv1D; ours cannot, "
+        "for the family draws first values for weights that are codes by then",
+        "transformers 5.23, integrations/bitsandbytes.py; models/gpt2/modeling_gpt2.py, "
+        "_init_weights",
     ),
 )

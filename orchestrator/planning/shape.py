@@ -26,6 +26,8 @@ NEEDED_FIELDS = (
     "vocab_size",
 )
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Language models whose layers are transformers' Conv1D, not torch's Linear (transformers 5.23).
+CONV1D_FAMILIES = ("gpt2", "openai-gpt")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class BaseShape:
 @dataclass(frozen=True)
 class UnknownShape:
     reason: str
+    conv1d: bool = False
+    """Whether its layers are transformers' Conv1D: GPT-2's kind."""
 
 
 def matching(names: Iterable[str], targets: Targets) -> list[str]:
@@ -93,7 +97,7 @@ def read_shape(folder: Path) -> BaseShape | UnknownShape:
     try:
         config = json.loads((folder / "config.json").read_text())
         if reason := _why_unknown(config):
-            return UnknownShape(reason)
+            return UnknownShape(reason, config.get("model_type") in CONV1D_FAMILIES)
         tensors = _tensor_shapes(folder)
     except (OSError, ValueError, LookupError, struct.error) as error:
         return UnknownShape(f"{folder} cannot be read: {error}")

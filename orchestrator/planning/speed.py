@@ -3,11 +3,12 @@
 In: the base's shape, a PackLoad and the GPU's rates. Out: seconds. Pure, no torch.
 
 A pass is bound by the GPU, by the launching CPU, or both in turn. The GPU's part: products at a
-part of its rate; the elementwise steps, which move each kept activation some times; the weights,
-read once forward and once backward however few tokens there are; the optimizer's rows. The
-constants were fitted to the nine packs of benchmarks/results/packs_gpu.json that ran in graphs (an
-H200, 0.5B and 8B, 256 to 16,384 tokens, 4 bits dequantised once), which they give within 7 %. Other
-GPUs are taken to reach the same parts of their data sheets' rates: not measured.
+part of its rate, and attention's at a smaller one; the elementwise steps, which move each kept
+activation some times; the weights, read once forward and once backward however few tokens there
+are; the optimizer's rows. The constants were fitted to the 14 packs of
+benchmarks/results/packs_gpu.json that ran in graphs (H200s, 0.5B and 8B, 256 to 65,536 tokens, 4
+bits dequantised once), which they give within 6 %. Other GPUs are taken to reach the same parts of
+their data sheets' rates: not measured.
 """
 
 from dataclasses import dataclass, replace
@@ -18,12 +19,14 @@ from orchestrator.planning.load import PackLoad
 from orchestrator.planning.shape import BaseShape
 from orchestrator.records import StepProgram
 
-# Of the data sheet's 989 TFLOP/s a square product reached 789, and those of a pass 96.5 % of it.
-PRODUCT_FRACTION = 0.77
+# Of the data sheet's 989 TFLOP/s, of which a square product reached 789.
+PRODUCT_FRACTION = 0.79
+ATTENTION_FRACTION = 0.174
 # Times that the bytes of kept activations are moved, by all the elementwise steps of a pass.
-ACTIVATION_MOVES = 16.0
-# What a step takes however few tokens: launches between its graphs, small kernels in them.
-GAP_S = 0.006
+ACTIVATION_MOVES = 9.4
+# What a step takes however few tokens: launches between its graphs, small kernels in them; and for
+# each slot, whose optimizer steps by itself.
+GAP_S, SLOT_GAP_S = 0.0065, 0.0006
 # A step's work on the CPU: replaying graphs, or launching each layer's kernels one by one. The
 # latter was twice as much on another machine with such a card.
 GRAPH_CPU_S = 0.013
@@ -59,7 +62,7 @@ def step_time(shape: BaseShape, load: PackLoad, gpu: Gpu) -> StepTime:
     products = 4 * shape.num_linear_params * once * (INT8_FACTOR if _int8(load) else 1)
     products += 4 * shape.hidden_size * shape.vocab_size
     width = shape.num_heads * shape.head_dim
-    products += 6 * shape.num_layers * width * load.block_length * once
+    attention = 6 * shape.num_layers * width * load.block_length * once
     passes = 2 * once  # forward and backward
     lengths = 0.0
     if load.dora:  # not measured: A's rows in each forward pass, and what is dropped in both
@@ -67,11 +70,13 @@ def step_time(shape: BaseShape, load: PackLoad, gpu: Gpu) -> StepTime:
         lengths = 2 * shape.num_linear_params * load.num_slots * load.max_rank * forwards
         products += 4 * shape.num_linear_params * once if load.dropout else 0
         passes += forwards + (2 * once if load.dropout else 0)
-    compute_s = (tokens * products + lengths) / (PRODUCT_FRACTION * gpu.tflops * 1e12)
+    rate = gpu.tflops * 1e12
+    compute_s = (tokens * products + lengths) / (PRODUCT_FRACTION * rate)
+    compute_s += tokens * attention / (ATTENTION_FRACTION * rate)
     kept = pass_memory(shape, _keeping(load)).kept_bytes
     moves_s = kept * ACTIVATION_MOVES * once / bandwidth
     weights_s = passes * shape.num_linear_params * _bytes_per_weight(load) / bandwidth
-    gpu_s = compute_s + moves_s + weights_s + GAP_S
+    gpu_s = compute_s + moves_s + weights_s + GAP_S + SLOT_GAP_S * load.num_slots
     adapter = load.max_rank * sum(
         target.in_features + target.out_features for target in shape.targets(load.target_modules)
     )

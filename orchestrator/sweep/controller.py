@@ -28,6 +28,7 @@ from orchestrator.records import (
     PackEvent,
     PackLeft,
     PackLost,
+    PackPlaced,
     PackQueued,
     PackReady,
     PackSpec,
@@ -59,6 +60,7 @@ from orchestrator.sweep.policy import (
 )
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
 from orchestrator.sweep.running import RunningPack, standing
+from orchestrator.sweep.silence import Silences
 from orchestrator.sweep.verdicts import pruned_result, recall_pruning, verdict_facts
 
 POLL_S = 0.5
@@ -85,6 +87,7 @@ class Controller:
         observe: Observer = lambda notice: None,
         kinds: tuple[WorkerKind, ...] = (),
         pace: Pace | None = None,
+        leave_timeout_s: float = LEAVE_TIMEOUT_S,
     ) -> None:
         """`kinds` of the workers, the fastest first; empty where all are alike. `pace`: what is
         known of their speed; it learns."""
@@ -100,7 +103,9 @@ class Controller:
         self._kinds = self._pace.speeds(kinds)
         self._waiting = Waiting()
         self._observe = observe
+        self._leave_timeout_s = leave_timeout_s
         config = store.sweep.config
+        self._silences = Silences(config.resources.hang_after_s, time.monotonic())
         self._max_restarts = config.max_restarts
         self._constraints = config.search.constraints
         self._num_trials = num_trials(config.search)
@@ -128,7 +133,7 @@ class Controller:
 
     def request_stop(self) -> None:
         """Save all slots at their next report and end; callable from a signal handler."""
-        self._stop_at = time.monotonic() + LEAVE_TIMEOUT_S
+        self._stop_at = time.monotonic() + self._leave_timeout_s
 
     def run(self) -> bool:
         """Train until every trial is over; False if it was asked to stop before that.
@@ -151,8 +156,11 @@ class Controller:
             self._tell_standing()
             if not self._packs:
                 break
-            for pack, events in self._executor.poll(POLL_S):
+            answers = self._executor.poll(POLL_S)
+            self._silences.pass_time(time.monotonic())
+            for pack, events in answers:
                 self._take(pack, events)
+            self._give_up_hung()
             self._give_up_leaving()
         return self._stop_at is None
 
@@ -161,7 +169,8 @@ class Controller:
         workers_per_pack = self._premises.resources.workers_per_pack
         misfits = []
         for trial in list(self._view().waiting):
-            if found := problems(trial.config):  # its sweep was killed before it could say so
+            # Where its sweep was killed before it could say so.
+            if found := problems(trial.config, shape=self._premises.shape):
                 self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
                 continue
             if refused := self._refusal(trial):
@@ -178,7 +187,8 @@ class Controller:
             self._store.add_trial(trial)
             self._trials[trial.number] = trial
             self._pruning.add(trial)
-            if found := problems(trial.config, self._premises.resources.workers_per_pack):
+            given = self._premises
+            if found := problems(trial.config, given.resources.workers_per_pack, given.shape):
                 self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
             elif refused := self._refusal(trial):
                 self._end(refused)
@@ -256,6 +266,7 @@ class Controller:
                 pack = self._packs[number] = RunningPack(plan)
                 self._happened(number, "start", **pack.as_planned)
                 self._pace.start(number, plan)
+                self._silences.start(number, plan.num_slots)
                 self._executor.start_pack(self._build_pack(number, plan))
             case AssignTrial(pack, trial):
                 self._decided("assign", f"trial {trial}", action.reason)
@@ -315,7 +326,8 @@ class Controller:
         if number not in self._packs:
             return  # an answer that was under way when the pack was given up
         pack = self._packs[number]
-        pack.idle = not any(isinstance(event, PackQueued) for event in events)
+        pack.idle = not any(isinstance(event, PackQueued | PackPlaced) for event in events)
+        self._silences.hear(number, events)
         for event in events:
             if getattr(event, "trial", None) in self._results:
                 continue  # it was stopped while this was under way
@@ -383,6 +395,7 @@ class Controller:
     def _end_pack(self, number: int) -> None:
         self._executor.stop_pack(number)
         del self._packs[number]
+        self._silences.end(number)
         self._happened(number, "ended")
 
     def _lost(self, pack: RunningPack, event: PackLost) -> None:
@@ -446,12 +459,20 @@ class Controller:
         reason = result.message or f"held-out loss {result.eval_loss:.4f}"
         self._decided("end_trial", f"trial {result.number}", f"{result.state}: {reason}")
 
+    def _give_up_hung(self) -> None:
+        for number, reason in self._silences.hung():
+            pack = self._packs[number]
+            self._decided("give_up_pack", f"pack {number}", reason)
+            self._end_pack(number)
+            self._lost(pack, PackLost(number, "worker_lost", reason))
+
     def _give_up_leaving(self) -> None:
         if self._stop_at is None or time.monotonic() < self._stop_at:
             return
         for number, pack in list(self._packs.items()):
             if not pack.idle:  # one that has answered is about to be told to save and leave
-                log.warning("pack %s did not answer within %s s", number, LEAVE_TIMEOUT_S)
+                reason = f"it did not save within {self._leave_timeout_s:.0f} s of being asked to"
+                self._decided("give_up_pack", f"pack {number}", reason)
                 self._end_pack(number)
 
     def _happened(self, pack: int, what: str, **facts: Any) -> None:

@@ -35,11 +35,13 @@ class Executor(Protocol):
 
     def start_pack(self, spec: PackSpec) -> None:
         """Begin loading; its first answer is PackReady or PackLost. Before it a PackQueued may come
-        from poll, alone: where others hold what the pack needs, it waits for its turn."""
+        from poll, alone: where others hold what the pack needs, it waits for its turn; and then a
+        PackPlaced, alone, when that has come, unless the answer is there by then."""
         ...
 
     def advance(self, pack: int, directives: Sequence[Directive]) -> None:
-        """Let a pack that has answered go on. Returns at once."""
+        """Let a pack that has answered go on. Returns at once. The answer may be empty: all it then
+        says is that the pack gets on."""
         ...
 
     def poll(self, timeout_s: float) -> list[tuple[int, list[Event]]]:
@@ -47,7 +49,8 @@ class Executor(Protocol):
         ...
 
     def stop_pack(self, pack: int) -> None:
-        """End the pack's workers at once, wherever they are. Safe for a pack that is gone."""
+        """End the pack's workers at once, wherever they are and though they hang. Safe for a pack
+        that is gone."""
         ...
 
     def close(self) -> None:

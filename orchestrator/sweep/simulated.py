@@ -4,6 +4,7 @@ Its loss is a closed form of the trial's rank, learning rate and step, so that w
 writes the files that a real worker writes, in the same order, and can be told to fail.
 """
 
+import ctypes
 import errno
 import math
 import os
@@ -46,7 +47,7 @@ def simulated_loss(trial: TrialConfig, step: int) -> float:
 
 
 class SimulatedWorker:
-    """`faults` maps a trial number to what befalls it at its second step: raise, die, nan or
+    """`faults` maps a trial number to what befalls it at its second step: raise, die, hang, nan or
     disk_full. A fault of -1 befalls the loading. Of several workers the last one meets it; the
     others then wait for that one without end, as they would in a sum of gradients."""
 
@@ -128,6 +129,9 @@ class SimulatedWorker:
                 raise ValueError("a simulated error")
             case "die":
                 os._exit(1)
+            case "hang":  # within a call that lets no other thread of this process run Python
+                while True:
+                    ctypes.PyDLL(None).pause()
             case "nan":
                 raise TrialFailed("loss_not_finite", "step 2: loss nan")
             case "disk_full":

@@ -249,15 +249,14 @@ def _has_own_layers(quant: dict[str, Any]) -> bool:
 def _round_as_trained(model: Any, quant: dict[str, Any]) -> None:
     """Weights become the values that their codes stand for: the same numbers, in 16 bits."""
     import torch
-    from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     with torch.no_grad():
         for name, module in model.named_modules():
-            if type(module) in (torch.nn.Linear, Conv1D) and should_convert_module(name, kept):
-                weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+            if type(module) is torch.nn.Linear and should_convert_module(name, kept):
+                weight = module.weight
                 weight.copy_(_rounded(weight.data.contiguous(), _bits_of(quant, name), quant))
 
 

@@ -106,7 +106,9 @@ class PackWorker:
         self.engine = self._build_engine(strategy)
         self._runner = StepRunner(self.base, self.engine, self.replicas)
         self.task = self._load_task()
+        began = time.monotonic()
         (baseline,) = self._evaluate([BASE_ALONE])
+        evaluation_s = time.monotonic() - began
         if not math.isfinite(baseline.loss):
             raise BaseModelError(
                 f"{spec.base_model.source}: its held-out loss is {baseline.loss}: use another "
@@ -121,10 +123,12 @@ class PackWorker:
             time.monotonic() - started,
             self.programs.kind,
             self.programs.note,
+            evaluation_s,
         )
 
     def advance(self, directives: Sequence[Directive]) -> list[Event]:
-        """Carry out the directives, then train until something is to be reported."""
+        """Carry out the directives, then train until something is to be reported, or for a second:
+        a step of many micro-batches may take an hour, and silence is taken for a hang."""
         opened: list[Event] = []
         for directive in directives:
             match directive:
@@ -136,8 +140,9 @@ class PackWorker:
                     opened += self._open(directive)
         self._fit_lanes()
         reports: list[Event] = []
-        while self.slots and not reports:
-            reports = self._round()
+        due = False
+        while self.slots and not reports and not due:
+            reports, due = self._round()
         return opened + reports
 
     @property
@@ -253,10 +258,11 @@ class PackWorker:
         self.replicas.close()
         return [*events, PackLeft(self.spec.pack)]
 
-    def _round(self) -> list[Event]:
-        """One micro-batch for every occupied slot. While one has questions to answer, these."""
+    def _round(self) -> tuple[list[Event], bool]:
+        """One micro-batch for every occupied slot, or questions for one that has some to answer;
+        and whether to report in any case, on which all workers agree."""
         if self._answers:
-            return self._answer()
+            return self._answer(), True
         started = time.monotonic()
         members = list(self.slots.values())
         outcome = self._runner.run(members, started - self._reported >= REPORT_EVERY_S)
@@ -276,7 +282,8 @@ class PackWorker:
             slot.train_s += elapsed
         for slot in stepped:
             self._meters[slot.number].add(slot.step_loss)
-        return failed + self._after_steps(list(self.slots.values()), stepped, outcome.flag)
+        events = self._after_steps(list(self.slots.values()), stepped, outcome.flag)
+        return failed + events, outcome.flag
 
     def _after_steps(
         self, members: Sequence[Slot], stepped: Sequence[Slot], report: bool

@@ -18,8 +18,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from orchestrator.config import QuantConfig
-from orchestrator.errors import ConfigError
+from orchestrator.errors import BaseModelError, ConfigError
 from orchestrator.planning.bits import bits_of, stored_bits
+from orchestrator.planning.compatibility import conv1d_refusal
 from orchestrator.planning.patterns import unmatched
 from orchestrator.training.codes import Codes, quantise
 from orchestrator.training.frozen import PackedLinear
@@ -63,11 +64,13 @@ class LayerQuantiser(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         quant = self.quantization_config.quant
+        if any(isinstance(module, Conv1D) for module in model.modules()):
+            raise BaseModelError(conv1d_refusal(quant, "replicated"))
         kept = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         names = [
             name
             for name, module in model.named_modules()
-            if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, kept)
+            if type(module) is nn.Linear and should_convert_module(name, kept)
         ]
         if idle := unmatched(quant.bit_width_pattern, names):
             endings = sorted({name.rpartition(".")[2] for name in names})
@@ -130,9 +133,6 @@ class LayerQuantiser(HfQuantizer):  # type: ignore[misc]
             self.quantization_config.cache.abandon("the files fuse layers of 16 bits with others")
 
     def replace(self, model: nn.Module, name: str, weight: Tensor) -> None:
-        module: Any = model.get_submodule(name)
-        if isinstance(module, Conv1D):
-            weight = weight.T
         config = self.quantization_config
         codes = quantise(weight, self.widths[name], config.quant)
         packed = self._put(model, name, codes)

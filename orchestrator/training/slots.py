@@ -215,7 +215,7 @@ def target_names(model: nn.Module, targets: Targets) -> list[str]:
 
     Raises:
         ConfigError: a name in `targets` matches no linear layer.
-        BaseModelError: the model has none at all; GPT-2's are of a class of its own.
+        BaseModelError: the model has none at all, as GPT-2 in 16 bits.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [

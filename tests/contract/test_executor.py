@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +17,8 @@ from orchestrator.records import (
     Leave,
     PackLeft,
     PackLost,
+    PackPlaced,
+    PackQueued,
     PackReady,
     PackSpec,
     Progress,
@@ -227,6 +231,56 @@ def test_a_killed_worker_process_is_reported_as_lost_and_the_pack_can_start_agai
     executor.start_pack(spec(0, world_size))
     _, (ready,) = next_answer(executor)
     assert isinstance(ready, PackReady)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_pack_that_hangs_says_nothing_and_gives_its_place_back_when_it_is_stopped(
+    make_ray_executor: Callable[[WorkerFactory], Executor], tmp_path: object, world_size: int
+) -> None:
+    import ray
+
+    executor = make_ray_executor(partial(SimulatedWorker, faults={0: "hang"}))
+    cores = int(ray.cluster_resources()["CPU"]) // world_size
+    needs_all = replace(spec(0, world_size), cpus=cores)
+    executor.start_pack(needs_all)
+    next_answer(executor)
+    executor.advance(0, [task(0, tmp_path)])
+    next_answer(executor)
+    executor.advance(0, [])
+    assert executor.poll(1.0) == []
+    executor.stop_pack(0)
+    assert executor.poll(0.1) == []
+    executor.start_pack(needs_all)
+    _, (ready,) = next_answer(executor)
+    assert isinstance(ready, PackReady)
+
+
+class SlowLoader(SimulatedWorker):
+    def load(self) -> PackReady:
+        time.sleep(2.0)
+        return super().load()
+
+
+def test_a_pack_that_waits_for_room_says_so_once_and_again_when_it_has_it(
+    local_ray: None,
+) -> None:
+    import ray
+
+    from cluster.ray_executor import RayExecutor
+
+    cores = int(ray.cluster_resources()["CPU"])
+    needs_all = replace(spec(), cpus=cores)
+    holder = RayExecutor(SimulatedWorker, queued_after_s=ANSWER_TIMEOUT_S)
+    executor = RayExecutor(SlowLoader, queued_after_s=0.2)
+    with closing(holder), closing(executor):
+        holder.start_pack(needs_all)
+        assert isinstance(next_answer(holder)[1][0], PackReady)
+        executor.start_pack(needs_all)
+        assert isinstance(next_answer(executor)[1][0], PackQueued)
+        assert executor.poll(1.0) == []
+        holder.stop_pack(0)
+        assert next_answer(executor) == (0, [PackPlaced(0)])
+        assert isinstance(next_answer(executor)[1][0], PackReady)
 
 
 class SummingWorker:

@@ -8,7 +8,7 @@ import torch
 
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.errors import BaseModelError
-from orchestrator.records import BaseModel
+from orchestrator.records import BaseModel, TrialDone
 from orchestrator.training.attention import why_not_by_document
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from tests.training.conftest import MakeSpec, trial_config
@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
     },
     "gemma2": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
     "gpt_neox": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
@@ -98,6 +99,28 @@ def test_a_family_that_lets_documents_of_a_block_touch_is_refused(
 def test_a_family_that_wants_weights_where_codes_are_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="transformers cannot load it"):
         load(make_family("mamba", tmp_path), 4, "bfloat16")
+
+
+def test_a_base_of_gpt_2s_kind_is_refused_by_the_rule_where_its_layers_would_be_codes(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(BaseModelError, match="but got quant.bit_width=4.*or choose another base"):
+        load(make_family("gpt2", tmp_path), 4)
+
+
+@pytest.mark.parametrize(
+    ("bit_width", "strategy"),
+    [(8, {}), (8, {"kind": "zero", "stage": 2}), (4, {"kind": "zero", "stage": 3})],
+)
+def test_a_base_of_gpt_2s_kind_trains_in_layers_of_bitsandbytes(
+    make_spec: MakeSpec, tmp_path: Path, bit_width: int, strategy: dict[str, Any]
+) -> None:
+    base = BaseModel("gpt2", None, str(make_family("gpt2", tmp_path / "base")), "digest")
+    whole = StrategyConfig.model_validate(strategy).model_dump()
+    spec = make_spec(bit_width, base_model=base, num_slots=1, strategy=whole)
+    _, events = train(spec, [trial_config()], tmp_path / "trials")
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    assert done.eval_loss < done.baseline_eval_loss
 
 
 @pytest.mark.parametrize("bit_width", [4, 8, 16])

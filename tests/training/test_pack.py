@@ -28,6 +28,7 @@ from orchestrator.records import (
     Prune,
     SlotTask,
     TrialDone,
+    TrialOpened,
     TrialStopped,
 )
 from orchestrator.tracking.adapter_model import load_base
@@ -284,6 +285,28 @@ def test_a_pack_that_leaves_saves_every_slot_first(make_spec: MakeSpec, tmp_path
     events = worker.advance([Leave(save=True)])
     kinds = [type(event) for event in events if not isinstance(event, Progress)]
     assert kinds == [Checkpointed, Checkpointed, PackLeft]
+
+
+def test_a_pack_answers_in_the_midst_of_a_long_step_and_may_leave_there(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec, config = make_spec(micro_batch_size=1), trial_config(batch_size=4)
+    undisturbed, _ = train(spec, [config], tmp_path / "undisturbed")
+    worker = PackWorker(spec)
+    worker.load()
+    begun = worker.advance([task(0, config, tmp_path)])
+    assert [type(event) for event in begun] == [TrialOpened, Evaluated]  # and no step's Progress
+    saved, left = worker.advance([Leave(save=True)])
+    assert (type(saved), type(left)) == (Checkpointed, PackLeft)
+
+    worker = PackWorker(spec)
+    worker.load()
+    events = worker.advance([task(0, config, tmp_path, attempt=2)])
+    while not isinstance(events[-1:] and events[-1], TrialDone):
+        events += worker.advance([])
+    path = Path(events[-1].adapter_dir) / "adapter_model.safetensors"
+    for name, tensor in load_file(path).items():
+        assert torch.equal(tensor, undisturbed[0][name]), name
 
 
 def test_a_saved_adapter_loads_with_plain_peft_and_has_the_reported_loss(

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import ConfigError
-from orchestrator.planning.compatibility import RULES, SWEEP_RULES, problems, sweep_problems
+from orchestrator.planning.compatibility import (
+    CONV1D_RULES,
+    RULES,
+    SWEEP_RULES,
+    problems,
+    sweep_problems,
+)
+from orchestrator.planning.shape import UnknownShape, read_shape
 from orchestrator.search.space import check_space
 from tests.sweeps import sweep_config
 
@@ -118,7 +125,7 @@ def test_every_combination_is_refused_or_has_a_test_that_trains_it(
 
 
 def test_every_rule_has_a_reason_and_a_source() -> None:
-    rules = [*RULES, *SWEEP_RULES]
+    rules = [*RULES, *CONV1D_RULES, *SWEEP_RULES]
     assert len({rule.name for rule in rules}) == len(rules)
     for rule in rules:
         assert len(rule.reason.split()) >= 6, rule.name
@@ -194,6 +201,35 @@ def test_every_rule_has_a_reason_and_a_source() -> None:
 def test_what_cannot_work_is_refused_with_the_remedy(changes: dict[str, Any], words: str) -> None:
     (problem,) = problems(sweep_config(**changes).trial)
     assert words in problem
+
+
+GPT2 = UnknownShape("its config.json has no num_hidden_layers", conv1d=True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_base_of_gpt_2s_kind_is_for_layers_of_bitsandbytes_alone(
+    quant: str, strategy: str
+) -> None:
+    trial = sweep_config(trial__quant=QUANTS[quant], trial__strategy=STRATEGIES[strategy]).trial
+    if problems(trial):
+        return
+    refused = problems(trial, shape=GPT2)
+    if quant == "LLM.int8" or (quant != "16 bits" and strategy != "replicated"):
+        assert not refused
+    else:
+        assert f"but got quant.bit_width={trial.quant.bit_width}" in refused[0]
+        assert "set quant.bit_width: 8 and quant.int8_type: llm_int8, or choose" in refused[0]
+
+
+@pytest.mark.parametrize(("family", "conv1d"), [("gpt2", True), ("bloom", False)])
+def test_a_base_of_gpt_2s_kind_is_known_by_its_config(
+    tmp_path: Path, family: str, conv1d: bool
+) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{family}", "n_embd": 64}}')
+    shape = read_shape(tmp_path)
+    assert isinstance(shape, UnknownShape)
+    assert shape.conv1d == conv1d
 
 
 def test_what_the_rules_refuse_together_is_found_in_a_grid() -> None:

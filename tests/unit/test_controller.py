@@ -14,6 +14,7 @@ from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import learn_from, preview_packs
+from orchestrator.planning.shape import UnknownShape
 from orchestrator.planning.waiting import pack_key
 from orchestrator.records import (
     Arithmetic,
@@ -224,6 +225,19 @@ def test_a_point_that_cannot_work_is_a_failed_trial_and_ends_nothing(tmp_path: P
         ("failed", "not_valid"),
     ]
     assert "warmup_steps" in store.results[1].message
+
+
+def test_bits_that_a_base_of_gpt_2s_kind_cannot_have_take_no_worker(tmp_path: Path) -> None:
+    config = sweep_config(search__space={"quant.bit_width": [4, 8]})
+    store = make_store(tmp_path / "run", config)
+    given = premises(config, shape=UnknownShape("it has no hidden_size", conv1d=True))
+    executor = InProcessExecutor(SimulatedWorker)
+    assert make_controller(store, executor, given=given).run()
+    refused, finished = store.results
+    assert (refused.state, refused.reason, finished.state) == ("failed", "not_valid", "finished")
+    assert refused.message.startswith("a base model of GPT-2's kind")
+    started = [event["base"] for event in store.pack_events if event["what"] == "start"]
+    assert started == ["8-bit"]
 
 
 class OutOfMemoryError(Exception):

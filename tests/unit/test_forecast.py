@@ -110,4 +110,4 @@ def test_the_speed_model_gives_the_rates_of_an_h200(row: dict[str, Any]) -> None
         cuda=True,
     )
     rate = tokens_per_s(base_shape(SHAPES[row["shape"]]), load, GPUS["H200"])
-    assert rate == pytest.approx(row["tokens_per_s"], rel=0.075)
+    assert rate == pytest.approx(row["tokens_per_s"], rel=0.06)

@@ -345,7 +345,7 @@ def test_the_model_says_what_an_h200_used(row: dict[str, Any]) -> None:
         peak = max(while_recording(memory), while_evaluating(memory))
     else:
         peak = memory.total_bytes - HOPPER.context_bytes
-    assert peak == pytest.approx(row["peak_memory_bytes"], rel=0.007)
+    assert peak == pytest.approx(row["peak_memory_bytes"], rel=0.008)
 
 
 def held(memory: PackMemory) -> int:

@@ -186,7 +186,7 @@ def test_failed_trials_of_the_run_folder_keep_their_reason(
     assert "failed at step 2/6: loss_not_finite: at step 2" in printed
 
 
-def test_the_display_says_what_was_learnt_and_how_long_the_rest_takes(
+def test_the_display_says_what_was_learnt_or_given_up_and_how_long_the_rest_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     display = SweepDisplay(make_store(tmp_path / "run", sweep_config()))
@@ -195,9 +195,11 @@ def test_the_display_says_what_was_learnt_and_how_long_the_rest_takes(
     display.observe(Standing(3, 0, 0, 0, (), left_s=7800.0))
     display.observe(Standing(2, 0, 0, 0, (), left_s=7790.0))
     display.observe(Decision(0.0, "learn_speed", "16-bit on H200", "durations x 1.13"))
+    display.observe(Decision(0.0, "give_up_pack", "pack 3", "it hangs"))
     assert capsys.readouterr().out.splitlines() == [
         "about 2:10:00 left",
         "16-bit on H200: durations x 1.13",
+        "pack 3: it hangs",
     ]
 
 
