@@ -186,6 +186,9 @@ def evaluate(
         bool, typer.Option(help="Generate each answer, and compare it with the example's.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="For --exact-match.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="For --exact-match: so many answers are generated together.")
+    ] = 16,
     answer_pattern: Annotated[
         str | None,
         typer.Option(
@@ -207,7 +210,7 @@ def evaluate(
     from jobs.evaluate import answers_wanted, evaluate_model
 
     uri = chosen_store(tracking_uri, runs_dir)
-    answers = answers_wanted(exact_match, max_new_tokens, answer_pattern)
+    answers = answers_wanted(exact_match, max_new_tokens, batch_size, answer_pattern)
     return evaluate_model(model, data, overrides or [], answers, tasks or [], limit, out, uri)
 
 

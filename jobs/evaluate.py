@@ -65,7 +65,7 @@ def evaluate_model(
 
 
 def answers_wanted(
-    exact_match: bool, max_new_tokens: int, pattern: str | None
+    exact_match: bool, max_new_tokens: int, batch_size: int, pattern: str | None
 ) -> TaskConfig | None:
     """As the command line says it; None: none."""
     if not exact_match:
@@ -76,7 +76,7 @@ def answers_wanted(
         check_answer_pattern(pattern or "")
     except ValueError as error:
         raise ConfigError(f"--answer-pattern: {error}") from error
-    return TaskConfig(max_new_tokens=max_new_tokens, answer_pattern=pattern)
+    return TaskConfig(max_new_tokens=max_new_tokens, batch_size=batch_size, answer_pattern=pattern)
 
 
 def _data_config(folder: Path, data: str, overrides: list[str]) -> DataConfig:

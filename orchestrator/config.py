@@ -268,11 +268,14 @@ class TaskConfig(Strict):
     answers that are the examples' own, as `orchestrator evaluate --exact-match` compares them."""
 
     max_examples: PositiveInt = 64
-    """Ask at most so many held-out examples, the first ones by content hash. Answers are generated
-    one by one, while the other trials of the pack wait."""
+    """Ask at most so many held-out examples, the first ones by content hash."""
 
     max_new_tokens: PositiveInt = 64
     """Tokens of an answer at most; one that is longer is cut there."""
+
+    batch_size: PositiveInt = 16
+    """Questions that a worker answers together, while the other trials of the pack wait: each token
+    of all of them is one pass. Fewer take less memory."""
 
     answer_pattern: str | None = None
     """A regular expression: what is compared is its first match in each answer, or that match's

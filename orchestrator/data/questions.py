@@ -1,11 +1,13 @@
 """Questions of the held-out examples, and which part of an answer is compared.
 
 In: a reader of the held-out shards, their tokenizer, a TaskConfig. Out: prompts as the model had
-them in training, each with what its answer must be. Imports no torch.
+them in training, each with what its answer must be, and which are answered together. Imports no
+torch.
 """
 
 import heapq
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config import TaskConfig
@@ -45,6 +47,13 @@ def held_out_questions(
             raise DataError(f"held-out example {key[:12]}: {problem}") from problem
         questions.append(Question(key, tokens[:prompt_length].tolist(), expected))
     return questions
+
+
+def answered_together(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
+    """Numbers of the prompts of each batch, by the prompts' tokens alone: some of about the same
+    length, for little padding. The longest come first: where memory lacks, it does at once."""
+    order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), prompts[number]))
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def compared(answer: str, pattern: str | None) -> str | None:

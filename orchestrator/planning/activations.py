@@ -26,6 +26,10 @@ BACKWARD_HIDDEN = 3
 COMPILED_BACKWARD_INTERMEDIATE, EAGER_BACKWARD_INTERMEDIATE = 3, 2
 # A pass that keeps nothing: residual, norm and output; base product and update of gate and of up.
 PASSING_HIDDEN, PASSING_INTERMEDIATE = 3, 4
+# The same in attention under a mask: residual and norm (2 H); queries, keys and values repeated for
+# all query heads, and the result (4 Q), beside keys and values as they were. torch's kernel makes
+# values of the mask's bools, and again in rows whose length is a multiple of 16.
+ATTENDING_HIDDEN, ATTENDING_QUERY, MASK_COPIES = 2, 4, 2
 # While the loss is computed: the last norm's fp32 input (2 H), the hidden states, those with a
 # label, and their gradient. While a loss is only evaluated: the second and the third.
 LOSS_HIDDEN, EVALUATED_HIDDEN = 5, 2
@@ -82,7 +86,7 @@ class PassMemory:
     evaluated_loss_bytes: int
     """Of an evaluation's loss alone."""
     generation_bytes: int
-    """The whole of an answer's generation; 0 where none is generated."""
+    """The whole of a batch of answers' generation; 0 where none is generated."""
 
 
 def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
@@ -115,14 +119,20 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
 
 
 def _generation_bytes(shape: BaseShape, load: PackLoad, passing: int) -> float:
-    """A pass over a prompt, beside the keys and values of it and of its answer (training/task.py).
-    The logits of its last token are less than a chunk of an evaluation's."""
+    """A pass over a batch's prompts, beside the keys and values of these and of their answers
+    (training/task.py). The logits of the last tokens are less than a chunk of an evaluation's."""
     if not load.generated_tokens:
         return 0.0
-    length, value = load.block_length, load.dtype_bytes
-    kept = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
-    cache = (length + load.generated_tokens) * kept * value
-    return cache + length * passing * value + _weight_bytes(shape, load)
+    length, value, batch = load.block_length, load.dtype_bytes, load.generation_batch_size
+    width = shape.num_kv_heads * shape.head_dim
+    # One layer's are there twice while those of a token are put at their end.
+    cache = (length + load.generated_tokens) * 2 * (shape.num_layers + 1) * width * value
+    token: float = passing * value
+    if batch > 1:  # padded, and so masked: transformers repeats keys and values for all heads
+        query = shape.num_heads * shape.head_dim
+        attending = ATTENDING_HIDDEN * shape.hidden_size + ATTENDING_QUERY * query + 2 * width
+        token = max(token, (attending + MASK_COPIES * length) * value) + MASK_BYTES * length
+    return batch * (cache + length * token) + _weight_bytes(shape, load)
 
 
 def _kept_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:

@@ -70,4 +70,5 @@ def plan_load(plan: PackPlan, premises: Premises) -> PackLoad:
         strategy=StrategyConfig.model_validate(dict(plan.key.strategy)),
         dora=plan.key.dora,
         generated_tokens=premises.generated_tokens,
+        generation_batch_size=premises.generation_batch_size,
     )

@@ -76,7 +76,7 @@ def fit(premises: Premises, wish: PackWish) -> Fit:
             *why.residency(),
             why.recomputation(),
             why.program(),
-            *why.evaluation(memory),
+            *why.evaluation(shape, memory),
             f"{verdict} {_gib(memory.total_bytes)} of {_gib(budget_bytes)}",
         ),
     )
@@ -215,17 +215,21 @@ class _Reasons:
         needed = self.rejected[(*_choices(self.chosen)[:4], False)]
         return f"step program in_place: {self.wanted.step_program} needs {_gib(needed)}"
 
-    def evaluation(self, memory: PackMemory) -> list[str]:
+    def evaluation(self, shape: BaseShape, memory: PackMemory) -> list[str]:
         """Where less was chosen for the sake of evaluation, which the user can change alone."""
-        if (
-            not self.chosen.eager
-            or self.chosen == self.wanted
-            or memory.evaluation_bytes <= memory.training_bytes
-        ):
+        chosen = self.chosen
+        if chosen == self.wanted or memory.evaluation_bytes <= memory.training_bytes:
+            return []
+        without = estimate_memory(shape, replace(chosen, generated_tokens=0))
+        if memory.evaluation_bytes > without.evaluation_bytes:
+            words = f"evaluation.task.batch_size={chosen.generation_batch_size}"
+        elif chosen.eager:
+            words = f"evaluation.batch_size={chosen.evaluation_batch_size}"
+        else:
             return []
         return [
-            f"evaluation.batch_size={self.chosen.evaluation_batch_size} takes "
-            f"{_gib(memory.evaluation_bytes)}, a training pass {_gib(memory.training_bytes)}"
+            f"{words} takes {_gib(memory.evaluation_bytes)}, a training pass "
+            f"{_gib(memory.training_bytes)}"
         ]
 
     def _next_more(self, *given: int) -> str:

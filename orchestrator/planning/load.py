@@ -34,6 +34,8 @@ class PackLoad:
     dora: bool = False
     generated_tokens: int = 0
     """Of an answer, after a prompt of at most a block; 0: none is generated."""
+    generation_batch_size: int = 1
+    """Answers that are generated together."""
 
     @property
     def row_value_bytes(self) -> int:

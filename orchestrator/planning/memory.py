@@ -86,7 +86,7 @@ class PackMemory:
     training_bytes: int
     """A training pass, beside the pool: activations, gradients, logits."""
     evaluation_bytes: int
-    """An evaluation pass, or an answer's generation, beside the pool; not held at the same time."""
+    """An evaluation pass, or a batch of answers, beside the pool; not held at the same time."""
     runtime_bytes: int
     """The process, or the CUDA context, and libraries' workspaces."""
     host_bytes: int = 0

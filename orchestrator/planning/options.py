@@ -60,6 +60,8 @@ class Premises:
     """Less once a pack whose memory was not estimated has run out of it."""
     generated_tokens: int = 0
     """Of the longest answer that a trial generates; 0: it generates none."""
+    generation_batch_size: int = 1
+    """Answers that it generates together."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
         strategy=wish.strategy,
         dora=wish.dora,
         generated_tokens=premises.generated_tokens,
+        generation_batch_size=premises.generation_batch_size,
     )
     for num_slots in _slot_counts(premises, wish, micros[0]):
         for recomputes, micro in _passes(premises, wish, num_slots, micros):

@@ -249,6 +249,7 @@ def sweep_premises(
         )
     room = bounds(config.trial, config.search)
     usable = resources.memory_fraction if device == "cuda" else 1.0
+    task = config.evaluation.task
     premises = Premises(
         device=device,
         compute_dtype=compute_dtype,
@@ -262,7 +263,8 @@ def sweep_premises(
         block_length=config.data.block_length,
         evaluation_batch_size=config.evaluation.batch_size,
         resources=resources,
-        generated_tokens=config.evaluation.task.max_new_tokens if config.evaluation.task else 0,
+        generated_tokens=task.max_new_tokens if task else 0,
+        generation_batch_size=min(task.batch_size, task.max_examples) if task else 1,
     )
     return within(config.search.constraints, premises)
 

@@ -123,10 +123,9 @@ def generate(
     `stream` writes the text to standard output as it comes.
     """
     # One at a time: padding a batch changes bfloat16's last bits, and so greedy texts.
+    sampling = temperature, top_p, stream
     return [
-        continued(
-            model, tokenizer, _encode(tokenizer, prompt), max_new_tokens, temperature, top_p, stream
-        )
+        continued(model, tokenizer, [encode(tokenizer, prompt)], max_new_tokens, *sampling)[0]
         for prompt in prompts
     ]
 
@@ -143,7 +142,7 @@ def reply(
 ) -> str:
     """The assistant's next turn. The tokenizer must have a chat template."""
     ids = _encode_messages(tokenizer, messages)
-    return continued(model, tokenizer, ids, max_new_tokens, temperature, top_p, stream)
+    return continued(model, tokenizer, [ids], max_new_tokens, temperature, top_p, stream)[0]
 
 
 def base_source(base: dict[str, Any]) -> str:
@@ -178,32 +177,39 @@ def base_digest(folder: Path) -> str:
 def continued(
     model: Any,
     tokenizer: Any,
-    ids: list[int],
+    prompts: Sequence[list[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
     stream: bool = False,
-) -> str:
-    """The text that follows these tokens."""
+) -> list[str]:
+    """The text that follows each prompt's tokens, of all prompts in the same passes. Only one alone
+    can be streamed."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
     from transformers import TextStreamer
 
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    input_ids = torch.tensor([ids], device=model.device)
+    rows = [torch.tensor(ids, device=model.device) for ids in prompts]
+    # On the left, with any token, which is masked: transformers counts positions from the first
+    # token that is not.
+    input_ids = pad_sequence(rows, batch_first=True, padding_side="left")
+    masks = [torch.ones_like(row) for row in rows]
     # Not inference mode, whose tensors no gradient may come by later: the model may be in training.
     with torch.no_grad():
         output = model.generate(
             input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
+            attention_mask=pad_sequence(masks, batch_first=True, padding_side="left"),
             max_new_tokens=int(max_new_tokens),
             pad_token_id=tokenizer.eos_token_id,
             streamer=streamer if stream else None,
             **sampling,
         )
-    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+    texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+    return [str(text) for text in texts]
 
 
 def _recorded_folder(base: dict[str, Any]) -> str:
@@ -302,7 +308,7 @@ def _rounded_by_hqq(weight: Any, bits: int, block: int) -> Any:
     return ((codes.float() - zero) * scale).to(weight.dtype).view_as(weight)
 
 
-def _encode(tokenizer: Any, prompt: str) -> list[int]:
+def encode(tokenizer: Any, prompt: str) -> list[int]:
     """The tokens that a prompt had in training: no end token, the tokenizer's own beginning."""
     beginning: list[int] = []
     if tokenizer.chat_template:

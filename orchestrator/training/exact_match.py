@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.config import TaskConfig
 from orchestrator.data.fields import text_field
-from orchestrator.data.questions import compared, expected_answer
+from orchestrator.data.questions import answered_together, compared, expected_answer
 from orchestrator.data.slices import RowProblem, read_options
 from orchestrator.data.sources import PlanTask, no_rows, place, plan_file, read_slice, source_files
 from orchestrator.data_config import DataConfig
@@ -37,16 +37,19 @@ def answers_of_rows(
     model: Any, tokenizer: Any, config: DataConfig, task: TaskConfig
 ) -> list[Answer]:
     """Of all rows of `config.train`, by the likeliest token each time."""
-    from orchestrator.tracking.adapter_model import generate
+    from orchestrator.tracking.adapter_model import continued, encode
 
     pattern = task.answer_pattern
     rows = list(_rows(config, pattern))
-    texts = generate(
-        model, tokenizer, [prompt for prompt, _, _ in rows], max_new_tokens=task.max_new_tokens
-    )
+    prompts = [encode(tokenizer, prompt) for prompt, _, _ in rows]
+    texts: dict[int, str] = {}
+    for batch in answered_together(prompts, task.batch_size):
+        asked = [prompts[number] for number in batch]
+        generated = continued(model, tokenizer, asked, task.max_new_tokens)
+        texts |= dict(zip(batch, generated, strict=True))
     return [
-        Answer(prompt, answer, text, compared(text, pattern) == expected)
-        for (prompt, answer, expected), text in zip(rows, texts, strict=True)
+        Answer(prompt, answer, texts[number], compared(texts[number], pattern) == expected)
+        for number, (prompt, answer, expected) in enumerate(rows)
     ]
 
 

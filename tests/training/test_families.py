@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_n_groups": 1,
         "mamba_d_state": 16,
     },
-    "gemma2": {},
+    "gemma2": {"sliding_window": 8},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
     "gpt_neox": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -43,8 +43,14 @@ from tests.training.test_pack import train
 # What a tiny model learns soon is that sums begin with "It is 1": right for some of them.
 PATTERN = r"It is (\d)"
 MAX_NEW_TOKENS = 10
-TASK: dict[str, Any] = {"answer_pattern": PATTERN, "max_new_tokens": MAX_NEW_TOKENS}
+BATCH_SIZE = 4
+TASK: dict[str, Any] = {
+    "answer_pattern": PATTERN,
+    "max_new_tokens": MAX_NEW_TOKENS,
+    "batch_size": BATCH_SIZE,
+}
 QUESTIONS = 16
+QUESTION_TEXTS = ["What is 3 plus 3?", "3", "What then is 300 less 7 times 300?", "And 4 plus 4?"]
 LEARNT = trial_config(steps=120, batch_size=8, adapter__rank=8)
 NEIGHBOURS = [
     trial_config(steps=3, seed=1, adapter__rank=2, adapter__dropout=0.1),
@@ -89,6 +95,7 @@ def evaluate_arguments(done: TrialDone, questions: Path, out: Path) -> list[str]
     """The same questions, asked of the saved adapter."""
     where = ["--model", done.adapter_dir, "--data", str(questions), "--out", str(out)]
     where += ["--set", "block_length=64", "--max-new-tokens", str(MAX_NEW_TOKENS)]
+    where += ["--batch-size", str(BATCH_SIZE)]
     return ["evaluate", *where, "--exact-match", "--answer-pattern", PATTERN]
 
 
@@ -129,26 +136,69 @@ def test_the_score_is_what_evaluate_says_of_the_saved_adapter(
 def test_what_is_generated_is_what_trainings_own_passes_find_likeliest(
     tmp_path: Path, family: str, bit_width: int
 ) -> None:
-    """With keys and values kept, by one slot of several."""
+    """With keys and values kept, prompts of several lengths together, by one slot of several."""
     base = load(make_tokenizer(make_family(family, tmp_path)), bit_width)
     rows = Slots(base.model, "all-linear", 3, 4, base.device, base.wide_dtype)
     program = EagerProgram(base, rows)
     rows.rows.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     served = Served(1, 2.0)
     tokenizer = load_tokenizer(str(tmp_path))
-    prompt: list[int] = tokenizer("What is 3 plus 3?")["input_ids"]
+    prompts: list[list[int]] = [tokenizer(text)["input_ids"] for text in QUESTION_TEXTS]
     program.serve([served])
-    before = base.hidden(torch.tensor([prompt]), torch.arange(len(prompt))[None])
-    ids = list(prompt)
-    while len(ids) < len(prompt) + 12 and ids[-1] != tokenizer.eos_token_id:
-        hidden = base.hidden(torch.tensor([ids]), torch.arange(len(ids))[None])
-        ids.append(int(base.head(hidden[0, -1:]).argmax()))
+    block, positions = torch.tensor(prompts[:1]), torch.arange(len(prompts[0]))[None]
+    before = base.hidden(block, positions)
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12 and ids[-1] != tokenizer.eos_token_id:
+            hidden = base.hidden(torch.tensor([ids]), torch.arange(len(ids))[None])
+            ids.append(int(base.head(hidden[0, -1:]).argmax()))
+        expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
     with generating(base, rows, served, program):
-        text = continued(base.model, tokenizer, prompt, 12)
-    assert text == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
-    after = base.hidden(torch.tensor([prompt]), torch.arange(len(prompt))[None])
-    assert torch.equal(after, before)
+        assert continued(base.model, tokenizer, prompts, 12) == expected
+        assert [continued(base.model, tokenizer, [one], 12)[0] for one in prompts] == expected
+    assert torch.equal(base.hidden(block, positions), before)
     assert all(module.training for module in base.model.modules())
+
+
+def test_each_answer_of_a_batch_ends_at_its_own_end_token(tmp_path: Path) -> None:
+    model: Any = load(make_tokenizer(make_family("llama", tmp_path))).model.eval()
+    tokenizer = load_tokenizer(str(tmp_path))
+    prompts = [tokenizer(text)["input_ids"] for text in QUESTION_TEXTS]
+
+    def one_by_one() -> list[str]:
+        return [continued(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+
+    whole = one_by_one()
+    generated = model.generate(torch.tensor(prompts[:1]), max_new_tokens=12, do_sample=False)
+    model.generation_config.eos_token_id = int(generated[0, -7])
+    shorter = one_by_one()
+    assert shorter[0] != whole[0]
+    assert len({len(text) for text in shorter}) > 1
+    assert continued(model, tokenizer, prompts, 12) == shorter
+
+
+def passes_and_answers(spec: PackSpec, folder: Path) -> tuple[int, dict[str, int]]:
+    """Passes of the whole model, of which training has none: it takes hidden states alone."""
+    worker = PackWorker(spec)
+    worker.load()
+    passes = []
+    worker.base.model.register_forward_hook(lambda *_: passes.append(1))
+    (done,) = done_of(to_the_end(worker, LEARNT, folder, attempt=1)).values()
+    return len(passes), answers_of(done)
+
+
+def test_a_batch_takes_the_passes_of_one_answer(spec: PackSpec, tmp_path: Path) -> None:
+    def asked(batch_size: int) -> PackSpec:
+        task = TASK | {"batch_size": batch_size}
+        return replace(spec, evaluation=EvaluationConfig.model_validate({"task": task}))
+
+    one_by_one, answers = passes_and_answers(asked(1), tmp_path / "1")
+    together, same_answers = passes_and_answers(asked(QUESTIONS), tmp_path / "16")
+    assert together == MAX_NEW_TOKENS
+    assert one_by_one > (QUESTIONS - 1) * MAX_NEW_TOKENS
+    assert same_answers == answers
+    assert 0 < sum(answers.values()) < QUESTIONS
 
 
 def test_a_score_does_not_depend_on_who_else_is_in_the_pack(spec: PackSpec, tmp_path: Path) -> None:
@@ -244,12 +294,12 @@ def test_a_trial_whose_worker_ends_while_it_answers_trains_no_step_again(
 
 
 def test_two_workers_share_the_questions(spec: PackSpec, tmp_path: Path) -> None:
-    """An odd number of them: one worker has none in the last round."""
-    odd = EvaluationConfig.model_validate({"task": TASK | {"max_examples": 5}})
+    """An odd number of batches: one worker has none in the last round."""
+    odd = EvaluationConfig.model_validate({"task": TASK | {"max_examples": 5, "batch_size": 2}})
     spec = replace(spec, micro_batch_size=1, evaluation=odd)
     alone = done_of(train(spec, [LEARNT], tmp_path / "alone")[1])[0]
     (_, events), (_, other_events) = train_together(spec, [LEARNT], tmp_path / "pair")
     assert answers_of(done_of(events)[0]) == answers_of(alone)
     assert done_of(other_events)[0].task_score == alone.task_score
     counts = [event.num_answered for event in events if isinstance(event, Answered)]
-    assert counts == [2, 4, 5]
+    assert counts == [4, 5]

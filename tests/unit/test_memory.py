@@ -292,13 +292,30 @@ def test_generation_keeps_keys_and_values_of_prompt_and_answer(program: Any) -> 
     load = replace(LOAD, step_program=program, generated_tokens=100_000)
     longer = replace(load, generated_tokens=100_001)
     found, more = (estimate_memory(LLAMA_8B, one).evaluation_bytes for one in (load, longer))
-    assert more - found == 2 * 32 * 8 * 128 * 2  # keys and values, layers, heads, width, bytes
+    # Keys and values, layers and once more one layer's, heads, width, bytes.
+    assert more - found == 2 * (32 + 1) * 8 * 128 * 2
     cache = (LOAD.block_length + 100_000) * 131_072
     assert found > cache + 41_943_040 * 2  # and the lane that it reads the adapter from
     none = estimate_memory(LLAMA_8B, replace(load, generated_tokens=0))
     short = estimate_memory(LLAMA_8B, replace(EAGER, generated_tokens=64))
     assert none.evaluation_bytes < found
     assert short.evaluation_bytes == estimate_memory(LLAMA_8B, EAGER).evaluation_bytes
+
+
+def test_prompts_of_one_batch_are_masked_to_the_longest() -> None:
+    def bytes_of(batch_size: int, length: int) -> int:
+        load = replace(EAGER, generated_tokens=100_000, block_length=length)
+        load = replace(load, generation_batch_size=batch_size)
+        return estimate_memory(LLAMA_8B, load).evaluation_bytes
+
+    one, two, three = (bytes_of(batch_size, 1024) for batch_size in (1, 2, 3))
+    cache = (1024 + 100_000) * 33 * 4096  # of one question
+    assert three - two == cache + 1024 * (2 * (3 * 4096 + 4 * 14_336) + 1024)
+    assert two - one == three - two + 1024 * 1024  # alone it has no mask
+    # For long prompts attention takes most: queries, keys, values, and the mask as values, twice.
+    attending = 2 * (2 * 4096 + 4 * 4096 + 2 * 1024 + 2 * 32_768) + 32_768
+    cache = (32_768 + 100_000) * 33 * 4096
+    assert bytes_of(3, 32_768) - bytes_of(2, 32_768) == cache + 32_768 * attending
 
 
 def test_a_recorded_step_keeps_its_pool_while_the_loss_is_computed() -> None:
@@ -425,6 +442,7 @@ LOADS = st.builds(
     dora=st.booleans(),
     step_program=st.sampled_from(["eager", "compiled", "graph"]),
     generated_tokens=st.sampled_from([0, 64, 4096]),
+    generation_batch_size=st.integers(1, 16),
 )
 
 
@@ -437,6 +455,7 @@ LOADS = st.builds(
         "evaluation_batch_size",
         "block_length",
         "generated_tokens",
+        "generation_batch_size",
     ],
 )
 @settings(deadline=None)

@@ -169,6 +169,16 @@ def test_an_evaluation_that_costs_more_than_training_is_named() -> None:
     assert any(reason.startswith("evaluation.batch_size=64 takes") for reason in reasons)
 
 
+@pytest.mark.parametrize(("device", "memory_gib"), [("cpu", 8), ("cuda", 20)])
+def test_answers_that_cost_more_than_training_are_named(device: Device, memory_gib: int) -> None:
+    def reasons(task: dict[str, Any]) -> str:
+        return " ".join(fitted(memory_gib, LLAMA_8B, device, evaluation__task=task).reasons)
+
+    assert "evaluation.task.batch_size=64 takes" in reasons({"batch_size": 64})
+    assert "evaluation.task.batch_size" not in reasons({"batch_size": 1})
+    assert "evaluation.task.batch_size" not in reasons({"batch_size": 64, "max_examples": 1})
+
+
 def test_each_choice_is_shown_with_what_the_other_would_need() -> None:
     slots, micro, residency, recomputation, program, expected = fitted(24, batch_size=1).reasons
     assert slots == "4 slots for 4 (at most 8)"

@@ -9,7 +9,12 @@ import pytest
 from orchestrator.config import DataConfig, TaskConfig
 from orchestrator.data.formats import Tokenizer
 from orchestrator.data.prepare import prepare
-from orchestrator.data.questions import Question, compared, held_out_questions
+from orchestrator.data.questions import (
+    Question,
+    answered_together,
+    compared,
+    held_out_questions,
+)
 from orchestrator.data.reader import BlockReader
 from orchestrator.errors import DataError
 
@@ -81,3 +86,19 @@ def test_the_first_match_counts_or_its_group(
     answer: str, pattern: str | None, part: str | None
 ) -> None:
     assert compared(answer, pattern) == part
+
+
+def test_questions_of_about_one_length_are_answered_together_the_longest_first() -> None:
+    prompts = [[7] * length for length in (3, 9, 1, 8, 2)]
+    assert answered_together(prompts, 2) == [[1, 3], [0, 4], [2]]
+    assert answered_together(prompts, 16) == [[1, 3, 0, 4, 2]]
+    assert answered_together([], 2) == []
+
+
+def test_who_is_answered_together_depends_on_the_prompts_alone() -> None:
+    prompts = [[number % 3, *[5] * (number % 4), number] for number in range(20)]
+    backward = prompts[::-1]
+    for there, here in zip(
+        answered_together(prompts, 6), answered_together(backward, 6), strict=True
+    ):
+        assert [prompts[number] for number in there] == [backward[number] for number in here]
