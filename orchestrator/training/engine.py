@@ -17,9 +17,12 @@ from orchestrator.training.optimizers import (
     RowOptimizers,
     States,
     clip_and_step,
+    clipping,
+    clips_itself,
     num_state_bytes,
     optimizer_states,
     page_out_states,
+    queue_step,
     restore_optimizer,
 )
 from orchestrator.training.program import Program
@@ -113,16 +116,34 @@ class RowEngine:
         else:
             for slot in rates:
                 self._replicas.sum(self._slots.gradients[slot])
+        steppers = [self._steppers[slot] for slot in rates]
         gradients = [self._slots.gradients[slot] for slot in rates]
-        # The one place in a step where the CPU waits for the GPU.
-        norms: list[float] = torch.stack([*map(torch.linalg.vector_norm, gradients)]).tolist()
+        norms = torch.stack([*map(torch.linalg.vector_norm, gradients)])
         frugal = self.program.frugal and gradients[0].is_cuda
+        if not frugal:
+            self._queue(steppers, norms, list(rates.values()))
+        found: list[float] = norms.tolist()  # the one place where the CPU waits for the GPU
         if frugal:  # paged states come to where the activations were, and go again
             torch.cuda.empty_cache()
-        for slot, norm in zip(rates, norms, strict=True):
-            if math.isfinite(norm):
-                self._steppers[slot].apply(norm, rates[slot], frugal)
-        return norms
+        for stepper, norm, rate in zip(steppers, found, rates.values(), strict=True):
+            if math.isfinite(norm) and (frugal or not stepper.clips_itself):
+                stepper.apply(norm, rate, frugal)
+        return found
+
+    def _queue(
+        self, steppers: Sequence["RowStepper"], norms: Tensor, rates: Sequence[float]
+    ) -> None:
+        """The steps that need not know their gradient's norm."""
+        if not any(stepper.clips_itself for stepper in steppers):
+            return
+        limits = torch.tensor([stepper.max_norm for stepper in steppers], dtype=norms.dtype)
+        if norms.is_cuda:
+            limits = limits.pin_memory().to(norms.device, non_blocking=True)
+        divisors, lost = clipping(norms, limits)
+        numbers = zip(steppers, rates, divisors.unbind(), lost.unbind(), strict=True)
+        for stepper, rate, divisor, is_lost in numbers:
+            if stepper.clips_itself:
+                stepper.queue(rate, divisor, is_lost)
 
     def close(self) -> None:
         pass
@@ -138,10 +159,14 @@ class RowStepper:
         self._row = optimizers.row
         self._row.grad = self._gradient = gradient
         self._optimizer = optimizers.begin(config)
-        self._max_norm = config.max_grad_norm
+        self.max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        self.clips_itself = clips_itself(self._optimizer, self._row)
+
+    def queue(self, rate: float, divisor: Tensor, is_lost: Tensor) -> None:
+        queue_step(self._optimizer, divisor, is_lost, rate)
 
     def apply(self, norm: float, rate: float, page_out: bool) -> None:
-        clip_and_step(self._optimizer, self._gradient, norm, self._max_norm, rate)
+        clip_and_step(self._optimizer, self._gradient, norm, self.max_norm, rate)
         if page_out:
             page_out_states(self._optimizer)
 

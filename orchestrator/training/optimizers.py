@@ -80,6 +80,29 @@ def clip_and_step(
     optimizer.step()
 
 
+def clips_itself(optimizer: torch.optim.Optimizer, row: Tensor) -> bool:
+    """Whether `queue_step` is for it: torch's fused kernels scale a gradient in fp32."""
+    return isinstance(optimizer, torch.optim.AdamW) and row.dtype == torch.float32
+
+
+def clipping(norms: Tensor, max_norms: Tensor) -> tuple[Tensor, Tensor]:
+    """By what gradients with these norms are divided, so that they are at most `max_norms` long,
+    and 1 where a gradient is not finite, else 0: [k] each, from [k] and [k]."""
+    divisors = ((norms + 1e-6) / max_norms).clamp_min(1.0)  # as torch's clip_grad_norm_
+    return divisors, (~norms.isfinite()).to(norms.dtype)
+
+
+def queue_step(
+    optimizer: torch.optim.Optimizer, divisor: Tensor, is_lost: Tensor, rate: float
+) -> None:
+    """`clip_and_step` by numbers that only the GPU knows yet. A gradient that is lost is not
+    applied."""
+    optimizer.param_groups[0]["lr"] = rate
+    # What torch.amp.GradScaler hands to fused optimizers.
+    optimizer.grad_scale, optimizer.found_inf = divisor, is_lost  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def page_out_states(optimizer: torch.optim.Optimizer) -> None:
     """Have paged states leave the GPU now, not when it is full; the next step brings them back.
     Waits until they are gone: the allocator takes memory when it is asked, ahead of the GPU's work.

@@ -1,7 +1,8 @@
 """One micro-batch of every member of a pack: forward, losses, backward, and the steps it completes.
 
-Everything up to the gradients' norms is queued on the GPU without waiting for it; meanwhile the CPU
-gathers the next blocks. Then the losses and norms are read once, and optimizers are stepped.
+Everything up to the gradients' norms is queued on the GPU without waiting for it, and torch's AdamW
+steps as well; meanwhile the CPU gathers the next blocks. Then the losses and norms are read once,
+and the other optimizers are stepped.
 """
 
 import time

@@ -1,5 +1,6 @@
 """Loss, optimizers, slots, checkpoints: each against a plain reference."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,11 @@ from orchestrator.training.optimizers import (
     OPTIMIZERS,
     RowOptimizers,
     clip_and_step,
+    clipping,
+    clips_itself,
     learning_rate,
     optimizer_states,
+    queue_step,
     restore_optimizer,
 )
 from orchestrator.training.program import check_lanes
@@ -134,6 +138,42 @@ def test_clipping_keeps_a_small_gradient_and_shortens_a_large_one(
     plain = torch.optim.SGD([row])
     clip_and_step(plain, gradient, norm=2 * value, max_norm=1.0, rate=1.0)
     assert torch.allclose(row, torch.full((4,), -applied))
+
+
+@pytest.mark.parametrize("max_norm", [1.0, math.inf])
+def test_a_step_that_knows_its_norm_on_the_device_alone_is_the_step_that_was_told(
+    max_norm: float,
+) -> None:
+    config = OptimizerConfig(name="adamw")
+    rows = [nn.Parameter(torch.ones(5000)) for _ in range(2)]
+    told, queued = (RowOptimizers(row).begin(config) for row in rows)
+    assert clips_itself(queued, rows[1])
+    for seed in range(4):
+        gradient = torch.randn(5000, generator=torch.Generator().manual_seed(seed)) * 0.1**seed
+        norms = torch.linalg.vector_norm(gradient)[None]
+        rows[0].grad, rows[1].grad = gradient.clone(), gradient.clone()
+        clip_and_step(told, rows[0].grad, float(norms), max_norm, 1e-2)
+        divisors, lost = clipping(norms, torch.tensor([max_norm]))
+        queue_step(queued, divisors[0], lost[0], 1e-2)
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_not_applied_by_a_step_that_is_queued(
+    value: float,
+) -> None:
+    row = nn.Parameter(torch.ones(100))
+    optimizer = RowOptimizers(row).begin(OptimizerConfig(name="adamw"))
+    for gradient in (torch.ones(100), torch.full((100,), value)):
+        row.grad = gradient
+        before = row.detach().clone()
+        norms = torch.linalg.vector_norm(gradient)[None]
+        divisors, lost = clipping(norms, torch.tensor([1.0]))
+        queue_step(optimizer, divisors[0], lost[0], 1e-2)
+        assert torch.equal(row, before) == bool(lost)
+    tensors, _ = optimizer_states(optimizer)
+    assert float(tensors["step"]) == 1
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def small_model() -> nn.Module:
