@@ -138,9 +138,8 @@ def _find_model(api: "MlflowClient", name: str) -> "RegisteredModel":
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         known = sorted(str(model.name) for model in api.search_registered_models())
-        raise RegistryError(
-            f"there is no registered model {name}: choose one of {', '.join(known) or 'none yet'}"
-        ) from error
+        remedy = f"choose one of {', '.join(known)}" if known else "a sweep registers its winner"
+        raise RegistryError(f"there is no registered model {name}: {remedy}") from error
 
 
 def _versions(api: "MlflowClient", name: str) -> list["ModelVersion"]:
