@@ -25,7 +25,9 @@ from orchestrator.data.sources import estimate_slices
 from orchestrator.data.streams import is_remote
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import (
+    BaseModelError,
     ConfigError,
+    DataError,
     RegistryError,
     RunFolderError,
     TrackingError,
@@ -207,12 +209,24 @@ def _absolute_source(written: Any) -> Any:
 
 
 def check_inputs(config: SweepConfig) -> None:
-    """Find what is wrong before anything is written, started or downloaded."""
+    """Find all that is wrong before anything is written, started or downloaded."""
     check_space(config)
     check_hqq(config)
-    find_source(config.base_model)
-    check_sources(config.data)
+    check_files(config)
     check_tracking(config)
+
+
+def check_files(config: SweepConfig) -> None:
+    """Raises BaseModelError or DataError for what is not there, ConfigError if both are not."""
+    try:
+        find_source(config.base_model)
+    except BaseModelError as mistake:
+        try:
+            check_sources(config.data)
+        except DataError as second:
+            raise ConfigError(f"{mistake}\n{second}") from mistake
+        raise
+    check_sources(config.data)
 
 
 def check_tracking(config: SweepConfig) -> None:
