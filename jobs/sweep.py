@@ -117,7 +117,8 @@ def start_sweep(path: Path, overrides: list[str], start: Start) -> int:
 
 
 def _go_on(store: RunStore, config: SweepConfig, start: Start) -> int:
-    store.change_config(config)
+    with store.locked(PREDECESSOR_S):
+        store.change_config(config)
     if store.read("done"):
         print(f"{store.folder} is complete: nothing is left to do")
         return 0
@@ -130,8 +131,10 @@ def resume_sweep(
     run_dir: Path, ray_address: str | None, overrides: list[str], add_trials: int | None = None
 ) -> int:
     store = RunStore.open(run_dir)
-    if overrides or add_trials is not None:
-        change_sweep(store, overrides, add_trials)
+    # A sweep that runs stays as it is, and who resumes it learns that before Ray starts.
+    with store.locked():
+        if overrides or add_trials is not None:
+            change_sweep(store, overrides, add_trials)
     if store.read("done"):
         print(f"{run_dir} is complete: nothing is left to do")
         return 0
