@@ -46,7 +46,7 @@ from orchestrator.records import (
     TrialSpec,
     TrialStopped,
 )
-from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.run_store import RunStore, checkpoint_step
 
 PLAIN_PROGRESS_EVERY_S = 15.0
 PLAIN_LEFT_EVERY_S = 60.0
@@ -75,7 +75,7 @@ class SweepDisplay:
             yield
             return
         with Live(
-            get_renderable=self._table, console=self._console, refresh_per_second=2
+            get_renderable=self.table, console=self._console, refresh_per_second=2
         ) as self._live:
             yield
         self._live = None
@@ -99,14 +99,21 @@ class SweepDisplay:
 
     def _refresh_rows(self) -> None:
         for trial in self._store.trials:
-            config = trial.config
-            row = Row(trial.number, config.quant.mean_bits, config.adapter.rank, config.steps)
-            self._rows.setdefault(trial.number, row)
+            if trial.number not in self._rows:
+                self._rows[trial.number] = self._row(trial)
         for result in self._store.results:
             row = self._rows[result.number]
             row.state, row.step, row.eval_loss = result.state, result.steps, result.eval_loss
             row.tokens_per_s = result.tokens_per_s or None
             row.reason, row.message = result.reason, result.message
+
+    def _row(self, trial: TrialSpec) -> Row:
+        """Of a trial that waits: at the step that a resume goes on from."""
+        config = trial.config
+        row = Row(trial.number, config.quant.mean_bits, config.adapter.rank, config.steps)
+        for furthest in self._store.checkpoints(trial.number)[:1]:
+            row.step = checkpoint_step(furthest)
+        return row
 
     def _update(self, row: Row, event: Notice) -> None:
         match event:
@@ -138,7 +145,7 @@ class SweepDisplay:
             return None
         return (event.time - first.time) / (event.step - first.step) * (row.steps - event.step)
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
         title = self._store.folder.name
         if self._left_s is not None:
             title += f", about {duration(self._left_s)} left"

@@ -12,8 +12,10 @@ from rich.console import Console
 from jobs.display import SweepDisplay, results_table
 from jobs.followed import FollowedSweep
 from jobs.progress import FORMS, TRAINED, Row, line, read_line, sweep_table
+from orchestrator.files import write_json
 from orchestrator.records import (
     Answered,
+    Arithmetic,
     Decision,
     Evaluated,
     PackQueued,
@@ -115,6 +117,22 @@ def test_a_driver_that_is_started_again_says_what_is_over(
         followed = FollowedSweep("sums", screen())
         followed.take(capsys.readouterr().out)
     assert cells(followed).count("finished") == 4
+
+
+def test_a_trial_that_waits_to_be_resumed_is_shown_at_the_step_it_goes_on_from(
+    tmp_path: Path,
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    for number in range(2):
+        store.add_trial(ask(store.sweep.config, store.trials, []))
+        _, attempt = store.start_attempt(number, Arithmetic(1, 8, False))
+        if number == 1:
+            write_json(attempt / "checkpoint-00000004" / "checkpoint.json", {})
+    console = screen()
+    console.print(SweepDisplay(store).table())
+    assert "0/6" in shown(console)
+    assert "4/6" in shown(console)
+    assert shown(console).count("waiting") == 2
 
 
 def test_a_trial_that_failed_is_in_the_table_and_said_above_it() -> None:
