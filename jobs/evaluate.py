@@ -4,7 +4,10 @@ In: the adapter and what to measure it on. Out: a table on stdout, and a JSON fi
 """
 
 import math
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from orchestrator.training.quiet import quiet_libraries
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+PROGRESS_EVERY_S = 15.0
 Report = dict[str, Any]
 
 
@@ -127,12 +131,25 @@ def _generated(
         raise BaseModelError(str(error)) from error
     report: Report = {}
     if config and answers:
-        found = answers_of_rows(model, tokenizer, config, answers)
+        found = answers_of_rows(model, tokenizer, config, answers, _progress())
         report["exact_match"] = sum(answer.exact for answer in found) / len(found)
         report["answers"] = [vars(answer) for answer in found]
     if tasks:
         report["tasks"] = run_tasks(model, tokenizer, tasks, limit)
     return report
+
+
+def _progress() -> Callable[[int, int], None]:
+    """Answers take seconds each on a CPU; standard output is for the result."""
+    said = time.monotonic()
+
+    def observe(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= PROGRESS_EVERY_S:
+            said = time.monotonic()
+            print(f"answered {done} of {total}", file=sys.stderr)
+
+    return observe
 
 
 def _table(report: Report) -> Table:

@@ -3,7 +3,7 @@
 In: prompts and answers, a loaded model. Out: each generated text, and whether it is right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,20 +34,26 @@ def check_has_answers(config: DataConfig) -> None:
 
 
 def answers_of_rows(
-    model: Any, tokenizer: Any, config: DataConfig, task: TaskConfig
+    model: Any,
+    tokenizer: Any,
+    config: DataConfig,
+    task: TaskConfig,
+    observe: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
-    """Of all rows of `config.train`, by the likeliest token each time."""
+    """Of all rows of `config.train`, by the likeliest token each time.
+
+    `observe` is told how many are answered, and of how many, after each.
+    """
     from orchestrator.tracking.adapter_model import generate
 
     pattern = task.answer_pattern
     rows = list(_rows(config, pattern))
-    texts = generate(
-        model, tokenizer, [prompt for prompt, _, _ in rows], max_new_tokens=task.max_new_tokens
-    )
-    return [
-        Answer(prompt, answer, text, compared(text, pattern) == expected)
-        for (prompt, answer, expected), text in zip(rows, texts, strict=True)
-    ]
+    answers: list[Answer] = []
+    for prompt, answer, expected in rows:
+        (text,) = generate(model, tokenizer, [prompt], max_new_tokens=task.max_new_tokens)
+        answers.append(Answer(prompt, answer, text, compared(text, pattern) == expected))
+        observe(len(answers), len(rows))
+    return answers
 
 
 def _rows(config: DataConfig, pattern: str | None) -> Iterator[tuple[str, str, str]]:

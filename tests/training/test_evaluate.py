@@ -106,7 +106,9 @@ def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> N
     lines = [{"prompt": a.prompt, "completion": f" {a.generated}\n"} for a in said]
     lines[0]["completion"] = "something else"
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = answers_of_rows(model, tokenizer, config, task)
+    told: list[tuple[int, int]] = []
+    found = answers_of_rows(model, tokenizer, config, task, lambda *counts: told.append(counts))
+    assert told == [(number, 5) for number in range(1, 6)]
     assert [answer.exact for answer in found] == [False] + [True] * 4
 
 
