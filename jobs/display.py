@@ -46,7 +46,9 @@ from orchestrator.records import (
     TrialSpec,
     TrialStopped,
 )
+from orchestrator.search_config import SearchConfig
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
+from orchestrator.sweep.selection import ranking
 
 PLAIN_PROGRESS_EVERY_S = 15.0
 PLAIN_LEFT_EVERY_S = 60.0
@@ -198,15 +200,21 @@ class SweepDisplay:
         return True
 
 
-def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
-    """The end of a sweep, best trial first."""
+def results_table(
+    trials: list[TrialSpec], results: list[TrialResult], search: SearchConfig
+) -> Table:
+    """The end of a sweep: the winner first, those that cannot win last."""
     specs = {trial.number: trial for trial in trials}
+    best = ranking(trials, results, search)
+    may_win = {result.number for result in best}
+    rest = [result for result in results if result.number not in may_win]
+    rest.sort(key=lambda result: (result.eval_loss is None, result.eval_loss or 0.0))
     table = Table()
     scored = any(result.task_score is not None for result in results)
-    heads = ["trial", "bits", "rank", "eval loss", "gain", *(["right"] if scored else [])]
-    for name in (*heads, "tokens/s", "adapter", "state"):
+    heads = ["trial", "bits", "rank", "eval\nloss", "gain", *(["right"] if scored else [])]
+    for name in (*heads, "tokens/s", "MiB", "state"):
         table.add_column(name, justify="left" if name == "state" else "right")
-    for result in sorted(results, key=lambda r: (r.eval_loss is None, r.eval_loss or 0.0)):
+    for result in [*best, *rest]:
         config = specs[result.number].config
         gain = (result.baseline_eval_loss or 0.0) - (result.eval_loss or 0.0)
         finished = result.state == "finished"
@@ -218,7 +226,7 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
             number(gain if finished else None, ".4f"),
             *([number(result.task_score, ".1%")] if scored else []),
             number(result.tokens_per_s if finished else None, ",.0f"),
-            f"{result.adapter_bytes / 2**20:.1f} MiB" if finished else "",
+            f"{result.adapter_bytes / 2**20:.1f}" if finished else "",
             _outcome(result),
         )
     return table

@@ -439,7 +439,7 @@ def _say_summary(store: RunStore, display: SweepDisplay, registration: Registrat
     winner = store.read("winner")
     assert winner is not None
     display.say("")
-    display.say(results_table(store.trials, store.results))
+    display.say(results_table(store.trials, store.results, store.sweep.config.search))
     display.say(f"winner: {winner['reason']}")
     folder = shown_path(store.folder)
     command = command_name()

@@ -24,6 +24,7 @@ from orchestrator.records import (
     TrialResult,
 )
 from orchestrator.search.space import ask
+from orchestrator.search_config import SearchConfig
 from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.simulated import SimulatedWorker
 from tests.sweeps import make_controller, make_store, sweep_config
@@ -72,8 +73,8 @@ def test_a_line_that_tells_of_no_trial_is_left_alone(text: str) -> None:
     assert known == {}
 
 
-def screen() -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
+def screen(width: int = 110) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
 
 
 def shown(console: Console) -> str:
@@ -173,12 +174,30 @@ def test_a_trial_that_answers_its_questions_says_how_many(
 def test_the_last_table_has_right_answers_where_trials_gave_some() -> None:
     trial = ask(sweep_config(), [], [])
     result = TrialResult(0, "finished", 1, 0.0, eval_loss=1.0, baseline_eval_loss=2.0)
-    console = screen()
-    console.print(results_table([trial], [result]))
+    console = screen(80)
+    console.print(results_table([trial], [result], SearchConfig()))
     assert "right" not in shown(console)
-    console.print(results_table([trial], [replace(result, task_score=0.25)]))
+    scored = replace(result, task_score=0.25, adapter_bytes=10**9, tokens_per_s=99_999.0)
+    console.print(results_table([trial], [scored], SearchConfig()))
     assert "right" in shown(console)
     assert "25.0%" in shown(console)
+    assert "…" not in shown(console), "on a screen of 80 columns"
+
+
+def test_the_last_table_begins_with_the_winner_and_ends_with_what_cannot_win() -> None:
+    spec = ask(sweep_config(), [], [])
+    trials = [replace(spec, number=number) for number in range(3)]
+    finished = TrialResult(0, "finished", 1, 0.0, eval_loss=1.0, baseline_eval_loss=2.0)
+    results = [
+        replace(finished, task_score=0.25),
+        replace(finished, number=1, eval_loss=1.5, task_score=0.75),
+        replace(finished, number=2, state="pruned", eval_loss=0.5),
+    ]
+    console = screen()
+    search = SearchConfig(objectives=("task_score",))
+    console.print(results_table(trials, results, search))
+    order = [line.split()[1] for line in shown(console).splitlines() if line.startswith("│")]
+    assert order == ["1", "0", "2"]
 
 
 def test_a_small_screen_has_the_trials_that_train_and_counts_the_others() -> None:
