@@ -46,6 +46,8 @@ def evaluate_model(
         raise ConfigError("evaluate needs --data, or --task, or both")
     if answers and not data:
         raise ConfigError("--exact-match needs --data: a file with the answers")
+    if limit is not None and not tasks:
+        raise ConfigError("--limit needs --task, whose examples it limits: of --data all are used")
     if tasks:
         from orchestrator.training.benchmark_tasks import check_installed
 

@@ -117,6 +117,7 @@ def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> N
     [
         ([], "evaluate needs --data, or --task, or both"),
         (["--exact-match", "--task", "arc_easy"], "--exact-match needs --data"),
+        (["--data", "ROWS", "--limit", "3"], "--limit needs --task"),
         (["--data", "ROWS", "--answer-pattern", "x"], "--answer-pattern needs --exact-match"),
         (
             ["--data", "ROWS", "--exact-match", "--answer-pattern", "(a)(b)"],
