@@ -96,7 +96,7 @@ def _tie_break(best: TrialResult, second: TrialResult, search: SearchConfig) -> 
         if objective.value(best) != objective.value(second):
             ours, theirs = _value(objective, best), _value(objective, second)
             return f"it has the better {objective.title}, {ours} to {theirs}"
-    return "it is the smaller one"
+    return "it is the smaller or the earlier one"
 
 
 def _value(objective: Objective, result: TrialResult) -> str:

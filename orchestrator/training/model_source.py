@@ -147,7 +147,8 @@ def _download(repo_id: str, revision: str | None, patterns: Sequence[str] = HUB_
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
             f"base_model.source: {repo_id} is no local folder, and the model hub did not give it: "
-            f"{_first_line(error)}"
+            f"{_first_line(error)}: correct the id, set HF_TOKEN if it asks for a login, or give "
+            "the path of a folder if this machine does not reach the hub"
         ) from error
 
 
