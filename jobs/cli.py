@@ -8,9 +8,10 @@ well under half a second.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from jobs.cluster_cli import jobs_app, submit
@@ -38,8 +39,19 @@ EXIT_CODES: dict[type[OrchestratorError], int] = {
     ContactLost: 5,
 }
 
+
+class Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer ends without a word
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="orchestrator",
+    cls=Commands,
     help="QLoRA sweeps: one YAML file in, a registered champion adapter out.",
     no_args_is_help=True,
     add_completion=False,
@@ -374,8 +386,6 @@ def run(arguments: list[str]) -> int:
         return int(app(arguments, prog_name="orchestrator", standalone_mode=False) or 0)
     except typer.Exit as error:
         return error.exit_code
-    except typer.Abort:
-        return 130
     except TyperException as error:
         print(_usage_error(error), file=sys.stderr)
         return 2
@@ -387,8 +397,7 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"error: the disk is full: {error}: free space and run again", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except typer.Abort:
         return 130
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -52,6 +52,7 @@ def evaluate_model(
         from orchestrator.training.benchmark_tasks import check_installed
 
         check_installed()
+    progress = _progress(sys.stderr)  # the libraries' silence is of standard error
     with tempfile.TemporaryDirectory() as temporary, quiet_libraries():
         folder = open_adapter(model, uri, Path(temporary))
         config = _data_config(folder, data, overrides) if data else None
@@ -63,7 +64,7 @@ def evaluate_model(
         if config:
             report |= _losses(folder, config)
         if answers or tasks:
-            report |= _generated(folder, config, answers, tasks, limit)
+            report |= _generated(folder, config, answers, tasks, limit, progress)
     Console().print(_table(report))
     if out is not None:
         write_json(out, report)
@@ -122,6 +123,7 @@ def _generated(
     answers: TaskConfig | None,
     tasks: list[str],
     limit: int | None,
+    progress: Callable[[int, int], None],
 ) -> Report:
     from orchestrator.tracking.adapter_model import load
     from orchestrator.training.benchmark_tasks import run_tasks
@@ -133,7 +135,7 @@ def _generated(
         raise BaseModelError(str(error)) from error
     report: Report = {}
     if config and answers:
-        found = answers_of_rows(model, tokenizer, config, answers, _progress())
+        found = answers_of_rows(model, tokenizer, config, answers, progress)
         report["exact_match"] = sum(answer.exact for answer in found) / len(found)
         report["answers"] = [vars(answer) for answer in found]
     if tasks:
@@ -141,15 +143,15 @@ def _generated(
     return report
 
 
-def _progress() -> Callable[[int, int], None]:
+def _progress(out: TextIO) -> Callable[[int, int], None]:
     """Answers take seconds each on a CPU; standard output is for the result."""
-    said = time.monotonic()
+    said = -math.inf
 
     def observe(done: int, total: int) -> None:
         nonlocal said
         if time.monotonic() - said >= PROGRESS_EVERY_S:
             said = time.monotonic()
-            print(f"answered {done} of {total}", file=sys.stderr)
+            print(f"answered {done} of {total}", file=out)
 
     return observe
 

@@ -42,13 +42,14 @@ def answers_of_rows(
 ) -> list[Answer]:
     """Of all rows of `config.train`, by the likeliest token each time.
 
-    `observe` is told how many are answered, and of how many, after each.
+    `observe` is told how many are answered, and of how many, before the first and after each.
     """
     from orchestrator.tracking.adapter_model import generate
 
     pattern = task.answer_pattern
     rows = list(_rows(config, pattern))
     answers: list[Answer] = []
+    observe(0, len(rows))
     for prompt, answer, expected in rows:
         (text,) = generate(model, tokenizer, [prompt], max_new_tokens=task.max_new_tokens)
         answers.append(Answer(prompt, answer, text, compared(text, pattern) == expected))

@@ -1,5 +1,6 @@
 """The command line's own behaviour, without training anything."""
 
+import io
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_the_help_names_running_a_sweep_first_and_every_verb_in_one_whole_line(
     verbs = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
     assert verbs[0].split()[0] == "sweep"
     assert [line for line in verbs if line.endswith("...")] == []
+
+
+class Interrupted(io.StringIO):
+    def read(self, size: int | None = -1) -> str:
+        raise KeyboardInterrupt
+
+
+def test_a_command_that_is_interrupted_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", Interrupted())
+    assert run(["sweep", "-"]) == 130
+    assert capsys.readouterr().err.split() == ["interrupted"]
 
 
 def test_a_settled_config_means_the_same_from_every_folder(
