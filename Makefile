@@ -39,7 +39,9 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed: install one, or name it with make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" -c constraints.txt || { \
+	@echo "installing $(TORCH) and the rest: three to four minutes"
+	@# Not shown, for it names the error's remedy before there is an error.
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" -c constraints.txt || { \
 		echo "The package index offers no $(TORCH). On a machine without a GPU, add PyTorch's index of"; \
 		echo "CPU builds (its install page names it) with PIP_EXTRA_INDEX_URL, or run"; \
 		echo "make TORCH=torch==$(TORCH_VERSION) to take the build that your index has."; exit 1; }

@@ -8,9 +8,10 @@ well under half a second.
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from jobs.cluster_cli import jobs_app, submit
@@ -38,24 +39,36 @@ EXIT_CODES: dict[type[OrchestratorError], int] = {
     ContactLost: 5,
 }
 
+
+class Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer ends without a word
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="orchestrator",
+    cls=Commands,
     help="QLoRA sweeps: one YAML file in, a registered champion adapter out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Datasets.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-app.command()(submit)
-app.add_typer(jobs_app, name="jobs")
-app.add_typer(registry_app, name="registry")
+data_app = typer.Typer(help="Shards of a dataset: make them, look at them.", no_args_is_help=True)
 
-ConfigPath = Annotated[Path, typer.Argument(help="The sweep's YAML file; - is standard input.")]
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="The sweep's YAML file; - is standard input.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as trial.steps=50."),
+]
+NewestRun = Annotated[
+    Path | None, typer.Argument(metavar="RUN_DIR", help="Default: the newest run.")
 ]
 RunDirOption = Annotated[
     Path | None, typer.Option(help="The run folder to make; default: runs/NAME-DATE.")
@@ -106,7 +119,7 @@ def plan(
         typer.Option(help="Such as 8xH100-80GB or 4xH200,8xL40S; default: those here."),
     ] = None,
 ) -> int:
-    """Show packs, memory, a schedule, hours and price of a sweep; start nothing."""
+    """Show a sweep's packs, memory, schedule, hours and price. Starts nothing."""
     from jobs.plan import show
     from orchestrator.planning.machine import this_machine
 
@@ -115,7 +128,7 @@ def plan(
 
 @app.command()
 def resume(
-    run_dir: Annotated[Path, typer.Argument(help="The run folder of an unfinished sweep.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run folder of a sweep.")],
     ray_address: RayAddress = None,
     overrides: Annotated[
         list[str] | None,
@@ -130,7 +143,7 @@ def resume(
         typer.Option(min=1, help="Train so many more, also of a sweep that is complete."),
     ] = None,
 ) -> int:
-    """Go on with a sweep after a crash or Ctrl-C, or extend it; nothing is trained again."""
+    """Go on with a sweep after a crash or Ctrl-C, or extend it. Nothing is trained again."""
     from jobs.sweep import resume_sweep
 
     return resume_sweep(run_dir, ray_address, overrides or [], add_trials)
@@ -143,7 +156,7 @@ def train(
     run_dir: RunDirOption = None,
     register: Annotated[bool, typer.Option(help="Register the adapter.")] = False,
 ) -> int:
-    """Train the file's one concrete trial in this process; its search space is not used."""
+    """Train the file's one concrete trial in this process. Its search space is not used."""
     from jobs.sweep import train_one
 
     return train_one(config, overrides or [], run_dir, register)
@@ -159,7 +172,7 @@ def generate(
     tracking_uri: TrackingUri = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> int:
-    """Generate with an adapter on its base model: one prompt, or a conversation."""
+    """Answer a prompt with an adapter on its base, or talk with it."""
     from jobs import generate as job
 
     if chat == (prompt is not None):
@@ -197,7 +210,8 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option("--task", help="A task of the lm-eval package.")
+        list[str] | None,
+        typer.Option("--task", metavar="TASK", help="A task of the lm-eval package."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Use at most so many examples of a task.")
@@ -206,7 +220,7 @@ def evaluate(
     tracking_uri: TrackingUri = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> int:
-    """Measure an adapter on a file: loss, perplexity, exact match; or on tasks of lm-eval."""
+    """Measure loss, perplexity and right answers of an adapter. Or its score in lm-eval."""
     from jobs.evaluate import answers_wanted, evaluate_model
 
     uri = chosen_store(tracking_uri, runs_dir)
@@ -235,7 +249,7 @@ def export(
     tracking_uri: TrackingUri = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> int:
-    """Merge an adapter into its base model for transformers or vLLM, if that loses little."""
+    """Merge an adapter into its base, for transformers or vLLM. Refused if that loses much."""
     from jobs.export import export_model
 
     uri = chosen_store(tracking_uri, runs_dir)
@@ -244,7 +258,7 @@ def export(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path | None, typer.Argument(help="Default: the newest run.")] = None,
+    run_dir: NewestRun = None,
     runs_dir: RunsDir = Path("runs"),
     png: Annotated[bool, typer.Option(help="Write its plots as PNG files too.")] = False,
     cost_per_hour: Annotated[
@@ -260,13 +274,13 @@ def report(
 
 @app.command()
 def sync(
-    run_dir: Annotated[Path | None, typer.Argument(help="Default: the newest run.")] = None,
+    run_dir: NewestRun = None,
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: Annotated[
         str | None, typer.Option(help="Any MLflow server; default: the one of the run.")
     ] = None,
 ) -> int:
-    """Bring MLflow up to date with a run folder; a server that knows nothing of it gets all."""
+    """Bring MLflow up to date with a run folder. A server that knows nothing of it gets all."""
     from jobs.views import sync_run
 
     return sync_run(run_dir, runs_dir, tracking_uri)
@@ -274,7 +288,7 @@ def sync(
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option()] = 5000,
+    port: Annotated[int, typer.Option(help="Of this machine.")] = 5000,
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: TrackingUri = None,
 ) -> int:
@@ -327,7 +341,7 @@ def data_inspect(
     block: Annotated[int, typer.Option(min=0, help="The first block to show.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="How many blocks.")] = 1,
 ) -> int:
-    """Show blocks as text: where documents begin, and what the model learns to write."""
+    """Show blocks as text. Where documents begin, and what the model learns to write."""
     from jobs.data import inspect_data
 
     return inspect_data(config, overrides or [], ray_address, held_out, block, count)
@@ -340,7 +354,7 @@ def data_stats(
     ray_address: RayAddress = None,
     plot: Annotated[Path | None, typer.Option(help="An HTML file to write a plot to.")] = None,
 ) -> int:
-    """Count tokens and documents: their lengths, how full the blocks are, what was cut."""
+    """Count tokens and documents. Their lengths, how full the blocks are, what was cut."""
     from jobs.data import show_stats
 
     return show_stats(config, overrides or [], ray_address, plot)
@@ -350,11 +364,18 @@ def data_stats(
 def stdlib_docs(
     out: Annotated[Path, typer.Option(help="The JSONL file to write.")] = Path("stdlib-docs.jsonl"),
 ) -> int:
-    """Make question and answer pairs from the installed Python's docstrings."""
+    """Make questions and answers from the installed Python's docstrings."""
     from orchestrator.data.stdlib_docs import write_stdlib_docs
 
     print(f"{write_stdlib_docs(out)} examples in {out}")
     return 0
+
+
+# In the order of the help.
+app.command()(submit)
+app.add_typer(data_app, name="data")
+app.add_typer(registry_app, name="registry")
+app.add_typer(jobs_app, name="jobs")
 
 
 def main() -> None:
@@ -365,14 +386,11 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        return int(app(arguments, prog_name="orchestrator", standalone_mode=False) or 0)
     except typer.Exit as error:
         return error.exit_code
-    except typer.Abort:
-        return 130
     except TyperException as error:
-        words = error.format_message().replace("Value error, ", "").rstrip(".")
-        print(f"error: {words}: see `orchestrator --help`", file=sys.stderr)
+        print(_usage_error(error), file=sys.stderr)
         return 2
     except OrchestratorError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -382,6 +400,15 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"error: the disk is full: {error}: free space and run again", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except typer.Abort:
         return 130
+
+
+def _usage_error(error: TyperException) -> str:
+    words = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":  # typer exports no name for it
+        return words
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "orchestrator"
+    words = words.replace("Value error, ", "").rstrip(".")
+    return f"error: {words}: see `{command} --help`"

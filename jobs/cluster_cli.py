@@ -34,12 +34,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of the sweep."),
 ]
-JobName = Annotated[str, typer.Argument(help="The sweep's name, or its job's.")]
+JobName = Annotated[str, typer.Argument(metavar="NAME", help="The sweep's name, or its job's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For a program to read.")]
 
 
 def submit(
-    config: Annotated[Path, typer.Argument(help="The sweep's YAML file.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The sweep's YAML file.")],
     target: TargetOption = "kubernetes",
     overrides: Overrides = None,
     name: Annotated[str | None, typer.Option(help="The job's name; default: the sweep's.")] = None,
@@ -83,7 +83,7 @@ def submit(
     render_to: Annotated[Path | None, typer.Option(help="Write it there; send nothing.")] = None,
     detach: Annotated[bool, typer.Option(help="Send it and end; do not follow it.")] = False,
 ) -> int:
-    """Send a sweep to a cluster, follow it to its end, and end as it did."""
+    """Send a sweep to a cluster and follow it to its end. Ends as it did."""
     from cluster.kubernetes.options import KubernetesOptions
     from jobs.submit import Sending, connect, planner, submit_sweep
     from jobs.terminal import terminal
@@ -141,7 +141,7 @@ def status(
     namespace: Namespace = None,
     context: Context = None,
 ) -> int:
-    """What has happened to a sweep so far, and why it does not start, if it does not."""
+    """What has happened to a sweep so far. And why it does not start, if it does not."""
     from jobs.submit import connect
     from jobs.submitted import show_status
     from jobs.terminal import terminal
@@ -197,7 +197,7 @@ def resume(
     namespace: Namespace = None,
     context: Context = None,
 ) -> int:
-    """Go on with a sweep that failed or was stopped, from its run folder."""
+    """Go on with a sweep that failed or was stopped."""
     from jobs.submit import connect
     from jobs.submitted import resume_job
     from jobs.terminal import terminal

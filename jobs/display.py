@@ -46,7 +46,9 @@ from orchestrator.records import (
     TrialSpec,
     TrialStopped,
 )
-from orchestrator.sweep.run_store import RunStore
+from orchestrator.search_config import SearchConfig
+from orchestrator.sweep.run_store import RunStore, checkpoint_step
+from orchestrator.sweep.selection import ranking
 
 PLAIN_PROGRESS_EVERY_S = 15.0
 PLAIN_LEFT_EVERY_S = 60.0
@@ -75,7 +77,7 @@ class SweepDisplay:
             yield
             return
         with Live(
-            get_renderable=self._table, console=self._console, refresh_per_second=2
+            get_renderable=self.table, console=self._console, refresh_per_second=2
         ) as self._live:
             yield
         self._live = None
@@ -101,14 +103,21 @@ class SweepDisplay:
 
     def _refresh_rows(self) -> None:
         for trial in self._store.trials:
-            config = trial.config
-            row = Row(trial.number, config.quant.mean_bits, config.adapter.rank, config.steps)
-            self._rows.setdefault(trial.number, row)
+            if trial.number not in self._rows:
+                self._rows[trial.number] = self._row(trial)
         for result in self._store.results:
             row = self._rows[result.number]
             row.state, row.step, row.eval_loss = result.state, result.steps, result.eval_loss
             row.tokens_per_s = result.tokens_per_s or None
             row.reason, row.message = result.reason, result.message
+
+    def _row(self, trial: TrialSpec) -> Row:
+        """Of a trial that waits: at the step that a resume goes on from."""
+        config = trial.config
+        row = Row(trial.number, config.quant.mean_bits, config.adapter.rank, config.steps)
+        for furthest in self._store.checkpoints(trial.number)[:1]:
+            row.step = checkpoint_step(furthest)
+        return row
 
     def _update(self, row: Row, event: Notice) -> None:
         match event:
@@ -140,7 +149,7 @@ class SweepDisplay:
             return None
         return (event.time - first.time) / (event.step - first.step) * (row.steps - event.step)
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
         title = self._store.folder.name
         if self._left_s is not None:
             title += f", about {duration(self._left_s)} left"
@@ -193,15 +202,21 @@ class SweepDisplay:
         return True
 
 
-def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
-    """The end of a sweep, best trial first."""
+def results_table(
+    trials: list[TrialSpec], results: list[TrialResult], search: SearchConfig
+) -> Table:
+    """The end of a sweep: the winner first, those that cannot win last."""
     specs = {trial.number: trial for trial in trials}
+    best = ranking(trials, results, search)
+    may_win = {result.number for result in best}
+    rest = [result for result in results if result.number not in may_win]
+    rest.sort(key=lambda result: (result.eval_loss is None, result.eval_loss or 0.0))
     table = Table()
     scored = any(result.task_score is not None for result in results)
-    heads = ["trial", "bits", "rank", "eval loss", "gain", *(["right"] if scored else [])]
-    for name in (*heads, "tokens/s", "adapter", "state"):
+    heads = ["trial", "bits", "rank", "eval\nloss", "gain", *(["right"] if scored else [])]
+    for name in (*heads, "tokens/s", "MiB", "state"):
         table.add_column(name, justify="left" if name == "state" else "right")
-    for result in sorted(results, key=lambda r: (r.eval_loss is None, r.eval_loss or 0.0)):
+    for result in [*best, *rest]:
         config = specs[result.number].config
         gain = (result.baseline_eval_loss or 0.0) - (result.eval_loss or 0.0)
         finished = result.state == "finished"
@@ -213,7 +228,7 @@ def results_table(trials: list[TrialSpec], results: list[TrialResult]) -> Table:
             number(gain if finished else None, ".4f"),
             *([number(result.task_score, ".1%")] if scored else []),
             number(result.tokens_per_s if finished else None, ",.0f"),
-            f"{result.adapter_bytes / 2**20:.1f} MiB" if finished else "",
+            f"{result.adapter_bytes / 2**20:.1f}" if finished else "",
             _outcome(result),
         )
     return table

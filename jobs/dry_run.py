@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from jobs.sweep import check_files
 from orchestrator.config import SweepConfig
 from orchestrator.data.sources import estimate_slices
 from orchestrator.data_config import MIB
@@ -29,9 +30,9 @@ from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.stores import resolve_tracking_uri, without_password
 from orchestrator.tracking.translation import shown
-from orchestrator.training.model_source import find_source
+from orchestrator.training.model_source import find_source, folder_here
 
-NO_BASE_YET = UnknownShape("the base is not here yet; chosen again when it is")
+NO_BASE_YET = UnknownShape("the base is not here yet: a sweep fetches it, and chooses anew")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def show_plan(
     config = load_config(path, overrides)
     # All that the sweep would refuse is refused before a line is printed.
     check_space(config)
-    base_model = find_source(config.base_model)
+    check_files(config)
+    shape = base_shape(config)
     shards = _shards(config)
     if run_dir is not None:
         RunStore(run_dir).check_free(config)
@@ -65,18 +67,17 @@ def show_plan(
     trials = first_trials(config)
     console = Console(soft_wrap=True)
     console.print(trials_table(config, trials))
-    shape = _shape(base_model)
     for trial in trials:
         for problem in problems(trial.config, config.resources.workers_per_pack, shape):
             console.print(f"trial {trial.number} will not be trained: {problem}", markup=False)
-    _print_bits(console, config, placement, base_model)
-    _print_packs(console, config, trials, placement, base_model)
+    _print_bits(console, config, placement, shape)
+    _print_packs(console, config, trials, placement, shape)
     if config.search.pruner.kind != "none":
         rungs = ", ".join(map(str, rung_steps(config.search.pruner, config.trial)))
         console.print(f"pruner: {config.search.pruner.kind}, rungs at steps {rungs}", markup=False)
     for line in shards:
         console.print(line, markup=False)
-    _print_settings(console, config, placement.device, base_model, run_dir)
+    _print_settings(console, config, placement.device, run_dir)
     return 0
 
 
@@ -123,12 +124,11 @@ def trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
 
 
 def _print_bits(
-    console: Console, config: SweepConfig, placement: Placement, base_model: Path | None
+    console: Console, config: SweepConfig, placement: Placement, shape: BaseShape | UnknownShape
 ) -> None:
     """What `bit_width: auto` gives each layer, as far as it was measured before."""
     device: Device = "cpu" if placement.device == "cpu" else "cuda"
     for quant in auto_settings(config):
-        shape = _shape(base_model)
         found = last_allocation(config, quant, shape, auto_compute_dtype(device))
         if found is None:
             words = "measured and chosen for each layer when the sweep starts"
@@ -140,8 +140,9 @@ def _print_bits(
             console.print(f"  {bits} bits: {names}", markup=False, highlight=False)
 
 
-def _shape(base_model: Path | None) -> BaseShape | UnknownShape:
-    return read_shape(base_model) if base_model is not None and base_model.is_dir() else NO_BASE_YET
+def base_shape(config: SweepConfig) -> BaseShape | UnknownShape:
+    folder = folder_here(config.base_model)
+    return NO_BASE_YET if folder is None else read_shape(folder)
 
 
 def _print_packs(
@@ -149,13 +150,12 @@ def _print_packs(
     config: SweepConfig,
     trials: Sequence[TrialSpec],
     placement: Placement,
-    base_model: Path | None,
+    shape: BaseShape | UnknownShape,
 ) -> None:
     console.print(f"placement: {placement.words}", markup=False)
     if placement.num_workers is None:
         return
     workers_per_pack = config.resources.workers_per_pack
-    shape = _shape(base_model)
     valid = [trial for trial in trials if not problems(trial.config, workers_per_pack, shape)]
     # A cluster that is not asked is taken to have GPUs.
     device: Device = "cpu" if placement.device == "cpu" else "cuda"
@@ -208,10 +208,10 @@ def _print_settings(
     console: Console,
     config: SweepConfig,
     device: str,
-    base_model: Path | None,
     run_dir: Path | None,
 ) -> None:
     folder = run_dir or Path(config.runs_dir) / f"{config.name}-DATE"
+    base_model = find_source(config.base_model)
     resolved = {
         "device": device,
         "compute_dtype": _compute_dtype(config, device),

@@ -4,9 +4,12 @@ In: the adapter and what to measure it on. Out: a table on stdout, and a JSON fi
 """
 
 import math
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +27,7 @@ from orchestrator.training.quiet import quiet_libraries
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+PROGRESS_EVERY_S = 15.0
 Report = dict[str, Any]
 
 
@@ -42,10 +46,13 @@ def evaluate_model(
         raise ConfigError("evaluate needs --data, or --task, or both")
     if answers and not data:
         raise ConfigError("--exact-match needs --data: a file with the answers")
+    if limit is not None and not tasks:
+        raise ConfigError("--limit needs --task, whose examples it limits: of --data all are used")
     if tasks:
         from orchestrator.training.benchmark_tasks import check_installed
 
         check_installed()
+    progress = _progress(sys.stderr)  # the libraries' silence is of standard error
     with tempfile.TemporaryDirectory() as temporary, quiet_libraries():
         folder = open_adapter(model, uri, Path(temporary))
         config = _data_config(folder, data, overrides) if data else None
@@ -57,7 +64,7 @@ def evaluate_model(
         if config:
             report |= _losses(folder, config)
         if answers or tasks:
-            report |= _generated(folder, config, answers, tasks, limit)
+            report |= _generated(folder, config, answers, tasks, limit, progress)
     Console().print(_table(report))
     if out is not None:
         write_json(out, report)
@@ -116,6 +123,7 @@ def _generated(
     answers: TaskConfig | None,
     tasks: list[str],
     limit: int | None,
+    progress: Callable[[int, int], None],
 ) -> Report:
     from orchestrator.tracking.adapter_model import load
     from orchestrator.training.benchmark_tasks import run_tasks
@@ -127,12 +135,25 @@ def _generated(
         raise BaseModelError(str(error)) from error
     report: Report = {}
     if config and answers:
-        found = answers_of_rows(model, tokenizer, config, answers)
+        found = answers_of_rows(model, tokenizer, config, answers, progress)
         report["exact_match"] = sum(answer.exact for answer in found) / len(found)
         report["answers"] = [vars(answer) for answer in found]
     if tasks:
         report["tasks"] = run_tasks(model, tokenizer, tasks, limit)
     return report
+
+
+def _progress(out: TextIO) -> Callable[[int, int], None]:
+    """Answers take seconds each on a CPU; standard output is for the result."""
+    said = -math.inf
+
+    def observe(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= PROGRESS_EVERY_S:
+            said = time.monotonic()
+            print(f"answered {done} of {total}", file=out)
+
+    return observe
 
 
 def _table(report: Report) -> Table:

@@ -43,6 +43,7 @@ def chat(
     lines: Iterable[str] | None = None,
 ) -> int:
     """`lines`: what the user says; None: what is typed."""
+    terminal = sys.stderr  # the libraries' silence is of standard error
     with tempfile.TemporaryDirectory() as temporary, quiet_libraries():
         loaded, tokenizer = _load(open_adapter(model, uri, Path(temporary)))
         if not tokenizer.chat_template:
@@ -50,7 +51,7 @@ def chat(
                 "--chat: the adapter was trained without a chat template (data.template: plain): "
                 "use --prompt, or train with data.template: chat"
             )
-        print(CHAT_HELP, file=sys.stderr)
+        print(CHAT_HELP, file=terminal)
         _converse(
             loaded,
             tokenizer,

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jobs.dry_run import NO_BASE_YET, first_trials, trials_table
+from jobs.dry_run import base_shape, first_trials, trials_table
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
@@ -23,14 +23,13 @@ from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.measured import Factors
 from orchestrator.planning.memory import GIB, PackMemory
 from orchestrator.planning.packs import PackPlan, preview_packs
-from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
+from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.space import ask, check_space, first_batch, num_trials
 from orchestrator.sweep.earlier import earlier_speeds
 from orchestrator.sweep.expectations import refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.forecast import Forecast, forecast
-from orchestrator.training.model_source import find_source
 
 CHART_WIDTH = 64
 FILE_WIDTH = 120
@@ -56,8 +55,7 @@ def show(path: Path, overrides: list[str], gpus: str | None, machine: Node) -> i
     config = load_config(path, overrides)
     check_space(config)
     kinds, known = _workers(config, gpus, machine)
-    folder = find_source(config.base_model)
-    shape = read_shape(folder) if folder is not None and folder.is_dir() else NO_BASE_YET
+    shape = base_shape(config)
     trials = first_trials(config)
     # Where nobody's window sets a width: enough for the tables.
     width = None if sys.stdout.isatty() else FILE_WIDTH

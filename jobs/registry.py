@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -66,6 +66,9 @@ def show_model(uri: str, model: str) -> int:
         versions = _versions(api, found.name)
     console = Console()
     console.print(_version_table(found, versions))
+    for version in versions:
+        if reason := version.tags.get(PROMOTION_TAG):
+            _say(f"version {version.version}: {reason}")
     console.print(_history_table(found))
     return 0
 
@@ -106,6 +109,8 @@ def promote_version(uri: str, model: str, force: bool, reason: str) -> int:
         )
     _say(f"{'promoted' if promotion.promote else 'refused'}: {promotion.reason}")
     _print_numbers(promotion)
+    if not promotion.promote:
+        _say("to promote it all the same: --force --reason '...'")
     return 0 if promotion.promote else REFUSED
 
 
@@ -138,9 +143,8 @@ def _find_model(api: "MlflowClient", name: str) -> "RegisteredModel":
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         known = sorted(str(model.name) for model in api.search_registered_models())
-        raise RegistryError(
-            f"there is no registered model {name}: choose one of {', '.join(known) or 'none yet'}"
-        ) from error
+        remedy = f"choose one of {', '.join(known)}" if known else "a sweep registers its winner"
+        raise RegistryError(f"there is no registered model {name}: {remedy}") from error
 
 
 def _versions(api: "MlflowClient", name: str) -> list["ModelVersion"]:
@@ -149,9 +153,7 @@ def _versions(api: "MlflowClient", name: str) -> list["ModelVersion"]:
 
 
 def _version_table(model: "RegisteredModel", versions: Iterable["ModelVersion"]) -> Table:
-    table = _table(
-        "version", "aliases", "trial", "bits", "rank", "eval loss", "base", "MiB", "the gate said"
-    )
+    table = _table("version", "aliases", "trial", "bits", "rank", "eval loss", "base", "MiB")
     table.title = model.name
     for version in versions:
         tags = version.tags
@@ -166,7 +168,6 @@ def _version_table(model: "RegisteredModel", versions: Iterable["ModelVersion"])
             _loss(tags.get("eval_loss")),
             _loss(tags.get("baseline_eval_loss")),
             f"{int(size) / 2**20:.1f}" if size else "",
-            Text(tags.get(PROMOTION_TAG, "")),
         )
     return table
 
@@ -214,9 +215,18 @@ def _print_numbers(promotion: Promotion) -> None:
 
 def _table(*columns: str) -> Table:
     table = Table(title_justify="left")
-    words = ("model", "aliases", "base model", "the gate said", "what", "why", "when", "since")
+    words = ("model", "aliases", "base model", "what", "why", "when", "since")
+    # What is typed again is never broken; a date may be, before its time.
+    whole, widths = ("model", "aliases"), {"since": len("2026-11-28")}
     for name in columns:
-        table.add_column(name, justify="left" if name in words else "right", overflow="fold")
+        justify: JustifyMethod = "left" if name in words else "right"
+        table.add_column(
+            name,
+            justify=justify,
+            overflow="fold",
+            no_wrap=name in whole,
+            min_width=widths.get(name),
+        )
     return table
 
 

@@ -11,8 +11,8 @@ registry_app = typer.Typer(
     help="Registered models: versions, champions, and how they came about.", no_args_is_help=True
 )
 
-ModelName = Annotated[str, typer.Argument(help="NAME of the registered model.")]
-VersionName = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="Of the registered model.")]
+VERSION = "NAME/VERSION or NAME@ALIAS, with or without models:/."
 RUNS = Path("runs")
 
 
@@ -26,11 +26,13 @@ def list_(tracking_uri: TrackingUri = None, runs_dir: RunsDir = RUNS) -> int:
 
 @registry_app.command()
 def show(
-    model: Annotated[str, typer.Argument(help="NAME, or NAME/VERSION or NAME@ALIAS for all of it")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="NAME; or NAME/VERSION or NAME@ALIAS.")
+    ],
     tracking_uri: TrackingUri = None,
     runs_dir: RunsDir = RUNS,
 ) -> int:
-    """A model's versions and the history of its champions, or one version in full."""
+    """A model's versions and past champions. Or one version in full."""
     from jobs.registry import show_model
 
     return show_model(chosen_store(tracking_uri, runs_dir), model)
@@ -38,12 +40,12 @@ def show(
 
 @registry_app.command()
 def compare(
-    candidate: VersionName,
-    champion: VersionName,
+    candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help=VERSION)],
+    champion: Annotated[str, typer.Argument(metavar="CHAMPION", help=VERSION)],
     tracking_uri: TrackingUri = None,
     runs_dir: RunsDir = RUNS,
 ) -> int:
-    """What the gate would say of one version against another; changes nothing."""
+    """What the gate would say of one version against another. Changes nothing."""
     from jobs.registry import compare_versions
 
     return compare_versions(chosen_store(tracking_uri, runs_dir), candidate, champion)
@@ -51,7 +53,7 @@ def compare(
 
 @registry_app.command()
 def promote(
-    model: VersionName,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=VERSION)],
     force: Annotated[bool, typer.Option(help="Do without the gate; needs --reason.")] = False,
     reason: Annotated[str, typer.Option(help="Kept in the history.")] = "",
     tracking_uri: TrackingUri = None,

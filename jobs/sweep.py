@@ -25,7 +25,9 @@ from orchestrator.data.sources import estimate_slices
 from orchestrator.data.streams import is_remote
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import (
+    BaseModelError,
     ConfigError,
+    DataError,
     RegistryError,
     RunFolderError,
     TrackingError,
@@ -115,7 +117,8 @@ def start_sweep(path: Path, overrides: list[str], start: Start) -> int:
 
 
 def _go_on(store: RunStore, config: SweepConfig, start: Start) -> int:
-    store.change_config(config)
+    with store.locked(PREDECESSOR_S):
+        store.change_config(config)
     if store.read("done"):
         print(f"{store.folder} is complete: nothing is left to do")
         return 0
@@ -128,8 +131,10 @@ def resume_sweep(
     run_dir: Path, ray_address: str | None, overrides: list[str], add_trials: int | None = None
 ) -> int:
     store = RunStore.open(run_dir)
-    if overrides or add_trials is not None:
-        change_sweep(store, overrides, add_trials)
+    # A sweep that runs stays as it is, and who resumes it learns that before Ray starts.
+    with store.locked():
+        if overrides or add_trials is not None:
+            change_sweep(store, overrides, add_trials)
     if store.read("done"):
         print(f"{run_dir} is complete: nothing is left to do")
         return 0
@@ -207,12 +212,24 @@ def _absolute_source(written: Any) -> Any:
 
 
 def check_inputs(config: SweepConfig) -> None:
-    """Find what is wrong before anything is written, started or downloaded."""
+    """Find all that is wrong before anything is written, started or downloaded."""
     check_space(config)
     check_hqq(config)
-    find_source(config.base_model)
-    check_sources(config.data)
+    check_files(config)
     check_tracking(config)
+
+
+def check_files(config: SweepConfig) -> None:
+    """Raises BaseModelError or DataError for what is not there, ConfigError if both are not."""
+    try:
+        find_source(config.base_model)
+    except BaseModelError as mistake:
+        try:
+            check_sources(config.data)
+        except DataError as second:
+            raise ConfigError(f"{mistake}\n{second}") from mistake
+        raise
+    check_sources(config.data)
 
 
 def check_tracking(config: SweepConfig) -> None:
@@ -422,7 +439,7 @@ def _say_summary(store: RunStore, display: SweepDisplay, registration: Registrat
     winner = store.read("winner")
     assert winner is not None
     display.say("")
-    display.say(results_table(store.trials, store.results))
+    display.say(results_table(store.trials, store.results, store.sweep.config.search))
     display.say(f"winner: {winner['reason']}")
     folder = shown_path(store.folder)
     command = command_name()

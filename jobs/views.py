@@ -57,7 +57,9 @@ def serve_ui(port: int, tracking_uri: str | None, runs_dir: Path) -> NoReturn:
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_store(runs_dir)
     command = ui_command(uri, port)
-    print(f"MLflow UI on http://127.0.0.1:{port} (end it with Ctrl-C)", flush=True)
+    print(f"MLflow UI on http://127.0.0.1:{port} (end it with Ctrl-C)")
+    # What a browser shows until it is told otherwise, and remembers, has no runs on its first page.
+    print("sweeps and trials are under *Model training*, at the top left", flush=True)
     os.execv(command[0], command)
 
 

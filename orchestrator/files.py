@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 DIGEST_CHUNK_BYTES = 1 << 20
+READ_AND_WRITE = 0o666
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -34,8 +36,11 @@ def write_file(path: Path, fill: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         with _os_errors(path):
             fill(temporary)
+        _permit(temporary, mode)
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)
@@ -90,7 +95,10 @@ def whole_folder(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode
         for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                _permit(path, mode)
             _fsync(path)
         if final.exists():  # another process was first, with the same content
             return
@@ -140,6 +148,14 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _permit(path: Path, mode: int) -> None:
+    """safetensors 0.8 writes files that only their owner can read, whatever the umask says."""
+    found = stat.S_IMODE(path.stat().st_mode)
+    wanted = found | mode & READ_AND_WRITE
+    if found != wanted:
+        path.chmod(wanted)
 
 
 def _last_byte(path: Path) -> bytes:

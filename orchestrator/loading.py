@@ -25,6 +25,8 @@ from orchestrator.search_config import RangeConfig
 
 FieldPath = tuple[str | int, ...]
 COMMAND_LINE = "--set"
+# In place of the line of a field that --set gives.
+SET_LINE = 0
 STDIN = "-"
 
 
@@ -37,7 +39,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     try:
         text = sys.stdin.read() if str(path) == STDIN else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: the configuration cannot be read: {why}") from error
     return parse_config(text, str(path), overrides)
 
 
@@ -74,12 +77,11 @@ def trial_with(trial: TrialConfig, params: dict[str, Any]) -> TrialConfig:
 
 def data_config(content: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
     """A DataConfig from its fields and FIELD=VALUE changes. Raises ConfigError."""
-    for override in overrides:
-        _set_override(content, override)
+    lines = _override(content, overrides, {})
     try:
         return DataConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(error, DataConfig, content, {}, ""))) from error
+        raise ConfigError("\n".join(_describe(error, DataConfig, content, lines, ""))) from error
 
 
 def trial_fields(model: type[BaseModel] = TrialConfig, prefix: str = "") -> list[str]:
@@ -97,8 +99,7 @@ def trial_fields(model: type[BaseModel] = TrialConfig, prefix: str = "") -> list
 def _checked(
     content: dict[str, Any], overrides: Sequence[str], lines: dict[FieldPath, int], name: str
 ) -> SweepConfig:
-    for override in overrides:
-        _set_override(content, override)
+    lines = _override(content, overrides, lines)
     try:
         config = SweepConfig.model_validate(content)
     except ValidationError as error:
@@ -175,7 +176,19 @@ def _note_lines(
             _note_lines(value, (*path, index), lines, duplicates, name)
 
 
-def _set_override(content: dict[str, Any], override: str) -> None:
+def _override(
+    content: dict[str, Any], overrides: Sequence[str], lines: dict[FieldPath, int]
+) -> dict[FieldPath, int]:
+    """Changes `content`; the lines of what the file still decides, and SET_LINE for the rest."""
+    for override in overrides:
+        changed = _set_override(content, override)
+        depth = len(changed)
+        lines = {path: line for path, line in lines.items() if path[:depth] != changed}
+        lines[changed] = SET_LINE
+    return lines
+
+
+def _set_override(content: dict[str, Any], override: str) -> FieldPath:
     field, equals, text = override.partition("=")
     if not equals or not field:
         raise ConfigError(f"{COMMAND_LINE} {override}: must be written field=value")
@@ -195,6 +208,7 @@ def _set_override(content: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise ConfigError(f"{COMMAND_LINE} {override}: {parent} is not a group of fields")
     place[leaf] = value
+    return (*parents, leaf)
 
 
 def _candidate_problems(config: SweepConfig) -> Iterable[tuple[FieldPath, str]]:
@@ -296,9 +310,11 @@ def _written_path(loc: tuple[Any, ...], content: Any, kind: str) -> FieldPath:
 
 
 def _place(name: str, lines: dict[FieldPath, int], path: FieldPath) -> str:
-    """`file:line: `; nothing for what was not written in a file."""
+    """`file:line: `, or `--set `; nothing for what was written in neither."""
     while path not in lines and path:
         path = path[:-1]
+    if lines.get(path) == SET_LINE:
+        return f"{COMMAND_LINE} "
     return f"{name}:{lines.get(path, 1)}: " if name else ""
 
 

@@ -139,7 +139,8 @@ class SearchConfig(Strict):
     """What is sought: the least of each, and the most of tokens_per_s and task_score. eval_loss is
     the mean loss per token on the held-out examples, task_score the part of evaluation.task that is
     answered rightly. Among the trials that keep to all constraints the winner is the best in the
-    first one; ties go to the smaller bit-width, then the smaller adapter, then the earlier trial.
+    first one; ties go to the better in the next one, then the smaller bit-width, then the smaller
+    adapter, then the earlier trial.
     With several, the report shows the Pareto front. NaN never wins."""
 
     constraints: ConstraintsConfig = ConstraintsConfig()

@@ -1,8 +1,8 @@
 """Which trial wins: a pure function of the results.
 
 The best in the first objective among those that keep to all constraints; NaN, pruned and failed
-trials never win. Ties go to the smaller bit-width, then the fewer adapter parameters, then the
-earlier trial.
+trials never win. Ties go to the better in the next objective, then the smaller bit-width, then the
+fewer adapter parameters, then the earlier trial.
 """
 
 from collections.abc import Sequence
@@ -33,30 +33,34 @@ def select_winner(
     """None when no trial that may win has finished. `search` says what is sought; None: the least
     held-out loss."""
     search = search or SearchConfig()
-    specs = {trial.number: trial for trial in trials}
-    objective = OBJECTIVES[search.objectives[0]]
-
-    def order(result: TrialResult) -> tuple[float, float, int, int]:
-        bits = specs[result.number].config.quant.mean_bits
-        return (objective.cost(result), bits, result.num_adapter_params, result.number)
-
-    ranked = sorted(candidates(search, results), key=order)
+    ranked = ranking(trials, results, search)
     if not ranked:
         return None
     best = ranked[0]
     assert best.eval_loss is not None
     assert best.baseline_eval_loss is not None
-    reason = _reason(ranked, search, objective, results)
+    reason = _reason(ranked, search, results)
     return Winner(best.number, best.eval_loss, best.baseline_eval_loss, reason)
 
 
+def ranking(
+    trials: Sequence[TrialSpec], results: Sequence[TrialResult], search: SearchConfig
+) -> list[TrialResult]:
+    """The trials that may win, the winner first."""
+    specs = {trial.number: trial for trial in trials}
+
+    def order(result: TrialResult) -> tuple[list[float], float, int, int]:
+        costs = [OBJECTIVES[name].cost(result) for name in search.objectives]
+        bits = specs[result.number].config.quant.mean_bits
+        return (costs, bits, result.num_adapter_params, result.number)
+
+    return sorted(candidates(search, results), key=order)
+
+
 def _reason(
-    ranked: Sequence[TrialResult],
-    search: SearchConfig,
-    objective: Objective,
-    results: Sequence[TrialResult],
+    ranked: Sequence[TrialResult], search: SearchConfig, results: Sequence[TrialResult]
 ) -> str:
-    best = ranked[0]
+    best, objective = ranked[0], OBJECTIVES[search.objectives[0]]
     num_finished = sum(result.state == "finished" for result in results)
     least = "most" if objective.direction == "maximize" else "least"
     reason = f"trial {best.number} has the {least} {objective.title}, {_value(objective, best)}"
@@ -70,7 +74,7 @@ def _reason(
     if len(ranked) > 1:
         second = ranked[1]
         if objective.value(second) == objective.value(best):
-            reason += f"; tied with trial {second.number}, it is the smaller one"
+            reason += f"; tied with trial {second.number}, {_tie_break(best, second, search)}"
         else:
             reason += f"; next is trial {second.number} with {_value(objective, second)}"
     if pruned := [result for result in results if result.state == "pruned"]:
@@ -82,8 +86,17 @@ def _reason(
     if len(search.objectives) > 1:
         front = sorted(result.number for result in pareto_front(search, results))
         names = ", ".join(search.objectives)
-        reason += f"; no trial beats trials {', '.join(map(str, front))} in all of {names}"
+        of = "trial" if len(front) == 1 else "any of trials"
+        reason += f"; no trial beats {of} {', '.join(map(str, front))} in all of {names}"
     return reason
+
+
+def _tie_break(best: TrialResult, second: TrialResult, search: SearchConfig) -> str:
+    for objective in map(OBJECTIVES.__getitem__, search.objectives[1:]):
+        if objective.value(best) != objective.value(second):
+            ours, theirs = _value(objective, best), _value(objective, second)
+            return f"it has the better {objective.title}, {ours} to {theirs}"
+    return "it is the smaller or the earlier one"
 
 
 def _value(objective: Objective, result: TrialResult) -> str:

@@ -3,7 +3,7 @@
 In: prompts and answers, a loaded model. Out: each generated text, and whether it is right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,19 +34,28 @@ def check_has_answers(config: DataConfig) -> None:
 
 
 def answers_of_rows(
-    model: Any, tokenizer: Any, config: DataConfig, task: TaskConfig
+    model: Any,
+    tokenizer: Any,
+    config: DataConfig,
+    task: TaskConfig,
+    observe: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
-    """Of all rows of `config.train`, by the likeliest token each time."""
+    """Of all rows of `config.train`, by the likeliest token each time.
+
+    `observe` is told how many are answered, and of how many, before the first and after each batch.
+    """
     from orchestrator.tracking.adapter_model import continued, encode
 
     pattern = task.answer_pattern
     rows = list(_rows(config, pattern))
     prompts = [encode(tokenizer, prompt) for prompt, _, _ in rows]
     texts: dict[int, str] = {}
+    observe(0, len(rows))
     for batch in answered_together(prompts, task.batch_size):
         asked = [prompts[number] for number in batch]
         generated = continued(model, tokenizer, asked, task.max_new_tokens)
         texts |= dict(zip(batch, generated, strict=True))
+        observe(len(texts), len(rows))
     return [
         Answer(prompt, answer, texts[number], compared(texts[number], pattern) == expected)
         for number, (prompt, answer, expected) in enumerate(rows)

@@ -73,6 +73,21 @@ def find_source(config: BaseModelConfig) -> Path | None:
     return None
 
 
+def folder_here(config: BaseModelConfig) -> Path | None:
+    """The base model's folder if it needs no download and no conversion. Loads nothing.
+
+    Raises:
+        BaseModelError: as find_source.
+    """
+    source = find_source(config)
+    if source is None:
+        return _downloaded(config)
+    if source.is_dir():
+        return source
+    folder = _conversion(source)
+    return folder if folder.is_dir() else None
+
+
 def resolve_base_model(config: BaseModelConfig) -> BaseModel:
     """Make the base model available as a folder, and take its digest."""
     source = find_source(config)
@@ -132,8 +147,21 @@ def _download(repo_id: str, revision: str | None, patterns: Sequence[str] = HUB_
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
             f"base_model.source: {repo_id} is no local folder, and the model hub did not give it: "
-            f"{_first_line(error)}"
+            f"{_first_line(error)}: correct the id, set HF_TOKEN if it asks for a login, or give "
+            "the path of a folder if this machine does not reach the hub"
         ) from error
+
+
+def _downloaded(config: BaseModelConfig) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(config.source, revision=config.revision, local_files_only=True)
+        )
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
 
 
 def _check_folder(folder: Path) -> None:
@@ -156,8 +184,7 @@ def _check_file(path: Path) -> None:
 
 def _converted(gguf: Path) -> Path:
     """Dequantised to bf16 safetensors. save_pretrained alone refuses: "not serializable"."""
-    key = record_digest({"gguf": file_digest(gguf), "format": GGUF_FORMAT_VERSION})
-    folder = cache_dir() / "base_models" / f"{gguf.stem}-{key[:16]}"
+    folder = _conversion(gguf)
     if not folder.exists():
         _remove_stale(folder.parent)
         with whole_folder(folder) as temporary, quiet_libraries():
@@ -166,6 +193,12 @@ def _converted(gguf: Path) -> Path:
             if name := _gguf_license(gguf):
                 write_text(temporary / "README.md", f"---\nlicense: {name}\n---\n")
     return folder
+
+
+def _conversion(gguf: Path) -> Path:
+    """Where the cache keeps it, once it is made."""
+    key = record_digest({"gguf": file_digest(gguf), "format": GGUF_FORMAT_VERSION})
+    return cache_dir() / "base_models" / f"{gguf.stem}-{key[:16]}"
 
 
 def _read_gguf(gguf: Path) -> tuple[Any, Any]:

@@ -42,6 +42,18 @@ def test_a_mistake_in_the_configuration_is_named(
     assert words in refused(orchestrator, tmp_path, "train", str(config), "--set", setting)
 
 
+def test_a_base_and_a_dataset_that_are_not_there_are_named_at_once(
+    orchestrator: Command, tmp_path: Path, tiny_base: Path
+) -> None:
+    config = write_config(tmp_path, tiny_base, base_model__source="./nowhere")
+    for options in ([], ["--dry-run"]):
+        message = refused(
+            orchestrator, tmp_path, "sweep", str(config), "--set", "data.train=rowz.jsonl", *options
+        )
+        assert "./nowhere does not exist" in message
+        assert "rowz.jsonl: file not found" in message
+
+
 def test_a_missing_configuration_is_named(orchestrator: Command, tmp_path: Path) -> None:
     assert "nowhere.yaml" in refused(orchestrator, tmp_path, "sweep", "nowhere.yaml")
 

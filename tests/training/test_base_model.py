@@ -15,7 +15,7 @@ from orchestrator.tracking.adapter_model import base_digest
 from orchestrator.tracking.entry import find_license
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from orchestrator.training.loss import token_losses
-from orchestrator.training.model_source import find_source, resolve_base_model
+from orchestrator.training.model_source import find_source, folder_here, resolve_base_model
 from tests.training.conftest import MakeSpec
 
 
@@ -138,6 +138,13 @@ def test_a_gguf_file_becomes_a_folder_that_loads(tmp_path: Path, cache: Path) ->
     assert find_license(Path(found.folder)) == "apache-2.0"
     assert base_digest(Path(found.folder)) == found.digest, "as who loads an adapter takes it"
     load(Path(found.folder), 16)
+
+
+def test_a_gguf_file_is_here_once_it_is_converted(tmp_path: Path, cache: Path) -> None:
+    config = BaseModelConfig(source=str(make_gguf(tmp_path / "tiny.gguf")))
+    assert folder_here(config) is None
+    assert not list(cache.rglob("*"))
+    assert Path(resolve_base_model(config).folder) == folder_here(config)
 
 
 @pytest.mark.parametrize(

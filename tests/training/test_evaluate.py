@@ -89,9 +89,10 @@ def test_an_evaluation_tells_loss_perplexity_and_exact_matches(
     assert low <= report["loss"] - report["base_loss"] <= high
     assert report["exact_match"] == 0
     assert [answer["expected"] for answer in report["answers"]][0] == "It is 1."
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
     for word in ("perplexity", "exact match", "tokens with loss"):
         assert word in printed
+    assert told.startswith("answered 0 of 5\n"), "through the libraries' silence"
 
 
 def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> None:
@@ -101,12 +102,14 @@ def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> N
     from orchestrator.training.exact_match import answers_of_rows
 
     model, tokenizer = load(trained)
-    config, task = DataConfig(train=str(rows)), TaskConfig(max_new_tokens=3)
+    config, task = DataConfig(train=str(rows)), TaskConfig(max_new_tokens=3, batch_size=2)
     said = answers_of_rows(model, tokenizer, config, task)
     lines = [{"prompt": a.prompt, "completion": f" {a.generated}\n"} for a in said]
     lines[0]["completion"] = "something else"
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = answers_of_rows(model, tokenizer, config, task)
+    told: list[tuple[int, int]] = []
+    found = answers_of_rows(model, tokenizer, config, task, lambda *counts: told.append(counts))
+    assert told == [(0, 5), (2, 5), (4, 5), (5, 5)]
     assert [answer.exact for answer in found] == [False] + [True] * 4
 
 
@@ -115,6 +118,7 @@ def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> N
     [
         ([], "evaluate needs --data, or --task, or both"),
         (["--exact-match", "--task", "arc_easy"], "--exact-match needs --data"),
+        (["--data", "ROWS", "--limit", "3"], "--limit needs --task"),
         (["--data", "ROWS", "--answer-pattern", "x"], "--answer-pattern needs --exact-match"),
         (
             ["--data", "ROWS", "--exact-match", "--answer-pattern", "(a)(b)"],

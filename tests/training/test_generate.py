@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.generate import chat, generate_text
+from jobs.generate import CHAT_HELP, chat, generate_text
 from orchestrator.errors import BaseModelError, ConfigError
 from orchestrator.records import TrialDone
 from orchestrator.tracking.adapter_model import DamagedFiles, load, reply
@@ -99,7 +99,9 @@ def test_a_conversation_goes_on_from_what_was_said(
     _, tokenizer = load(adapter)
     lines = ["What is 1 plus 1?", "", "And 2 plus 2?", "/new", "What is 1 plus 1?", "/exit", "no"]
     assert chat(str(adapter), 4, 0.0, "", lines) == 0
-    first, second, again = texts = capsys.readouterr().out.splitlines()
+    printed, told = capsys.readouterr()
+    assert CHAT_HELP in told, "through the libraries' silence"
+    first, second, again = texts = printed.splitlines()
     assert first == again
     model, _ = load(adapter)
     said = [{"role": "user", "content": lines[0]}, {"role": "assistant", "content": first}]

@@ -1,5 +1,6 @@
 """The command line's own behaviour, without training anything."""
 
+import io
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from jobs.cli import run
 from jobs.environment import describe_environment
 from jobs.pre_stop import drivers, save
-from jobs.sweep import change_sweep, settled
+from jobs.sweep import change_sweep, resume_sweep, settled
 from orchestrator.errors import ConfigError, RunFolderError
 from orchestrator.loading import override_config, trial_with
 from orchestrator.records import TrialSpec
@@ -25,6 +26,59 @@ def test_a_usage_mistake_is_one_error_line(
 ) -> None:
     assert run(arguments) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verb"), [([], "sweep"), (["data"], "prepare"), (["registry"], "promote")]
+)
+def test_a_command_without_a_verb_shows_its_verbs_and_no_error(
+    arguments: list[str], verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Usage: ")
+    assert f"\n  {verb}" in shown
+    assert "see `" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["swep"], "Did you mean 'sweep'?: see `orchestrator --help`"),
+        (["sweep"], "Missing argument 'CONFIG': see `orchestrator sweep --help`"),
+        (["data", "stats"], "Missing argument 'CONFIG': see `orchestrator data stats --help`"),
+        (["sweep", "f", "--dryrun"], "see `orchestrator sweep --help`"),
+    ],
+)
+def test_a_mistake_points_to_the_help_of_its_own_command(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert words in shown
+
+
+def test_the_help_names_running_a_sweep_first_and_every_verb_in_one_whole_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["--help"]) == 0
+    verbs = capsys.readouterr().out.partition("Commands:\n")[2].splitlines()
+    assert verbs[0].split()[0] == "sweep"
+    assert [line for line in verbs if line.endswith("...")] == []
+
+
+class Interrupted(io.StringIO):
+    def read(self, size: int | None = -1) -> str:
+        raise KeyboardInterrupt
+
+
+def test_a_command_that_is_interrupted_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", Interrupted())
+    assert run(["sweep", "-"]) == 130
+    assert capsys.readouterr().err.split() == ["interrupted"]
 
 
 def test_a_settled_config_means_the_same_from_every_folder(
@@ -58,6 +112,13 @@ def test_a_resume_may_change_resources_but_not_what_is_trained(tmp_path: Path) -
     other = override_config(store.sweep.config, ["trial.steps=7"])
     with pytest.raises(RunFolderError, match="trial.steps: 6 -> 7"):
         store.change_config(other)
+
+
+def test_a_sweep_that_runs_is_not_changed_by_a_resume(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", sweep_config(search__sampler="tpe", search__num_trials=4))
+    with store.locked(), pytest.raises(RunFolderError, match="in use by another process"):
+        resume_sweep(store.folder, None, [], add_trials=3)
+    assert RunStore.open(store.folder).sweep.config.search.num_trials == 4
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_broken_yaml_is_reported_with_its_line() -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"missing\.yaml: cannot read"):
+    with pytest.raises(ConfigError, match=r"missing\.yaml: .* cannot be read: No such file"):
         load_config(tmp_path / "missing.yaml")
 
 
@@ -134,6 +134,20 @@ def test_a_field_is_set_from_the_command_line() -> None:
     )
     assert config.trial.optimizer.learning_rate == 5e-4
     assert config.search.space == {"adapter.rank": (2, 4)}
+
+
+def test_a_mistake_on_the_command_line_is_not_laid_to_a_line_of_the_file() -> None:
+    text = GOOD + "trial:\n  steps: 32\n  batch_size: 0\nsearch: {space: {seed: [1, 2]}}\n"
+    with pytest.raises(ConfigError) as found:
+        parse_config(text, "f", ["trial.stps=3", "trial.steps=0"])
+    of_the_file, *of_the_command = sorted(str(found.value).splitlines(), reverse=True)
+    assert of_the_file.startswith("f:6: trial.batch_size: ")
+    assert [line.partition(":")[0] for line in of_the_command] == [
+        "--set trial.stps",
+        "--set trial.steps",
+    ]
+    with pytest.raises(ConfigError, match=r"^--set search\.space\.seed\.1: seed: Input should"):
+        parse_config(text.replace("0", "1"), "f", ["search.space.seed=[1, -1]"])
 
 
 @pytest.mark.parametrize("override", ["trial.steps", "=3", "name.x=3"])
@@ -243,7 +257,7 @@ def test_a_tracking_uri_without_a_password_is_taken(uri: str) -> None:
 def test_a_loaded_configuration_is_overridden_and_checked_anew() -> None:
     config = parse_config(GOOD, "f")
     assert override_config(config, ["resources.num_workers=3"]).resources.num_workers == 3
-    with pytest.raises(ConfigError, match=r"^trial.steps: Input should be"):
+    with pytest.raises(ConfigError, match=r"^--set trial.steps: Input should be"):
         override_config(config, ["trial.steps=0"])
-    with pytest.raises(ConfigError, match=r"^search.space.seed.0: seed: Input should be"):
+    with pytest.raises(ConfigError, match=r"^--set search.space.seed.0: seed: Input should be"):
         override_config(config, ["search.space.seed=[-1]"])

@@ -53,7 +53,8 @@ def test_more_tokens_per_second_are_better() -> None:
     assert winner.trial == 1
     assert winner.reason == (
         "trial 1 has the most tokens per second, 20 (held-out loss 1.1000), of 2 finished trials; "
-        "next is trial 0 with 10; no trial beats trials 0, 1 in all of tokens_per_s, eval_loss"
+        "next is trial 0 with 10; no trial beats any of trials 0, 1 in all of "
+        "tokens_per_s, eval_loss"
     )
 
 
@@ -69,9 +70,26 @@ def test_the_most_right_answers_win_whatever_the_loss() -> None:
     assert winner is not None
     assert winner.reason == (
         "trial 1 has the most right answers, 81.2% (held-out loss 1.4000), of 4 finished trials, 3 "
-        "of which keep to the constraints; next is trial 0 with 50.0%; no trial beats trials 0, 1 "
-        "in all of task_score, eval_loss"
+        "of which keep to the constraints; next is trial 0 with 50.0%; no trial beats any of "
+        "trials 0, 1 in all of task_score, eval_loss"
     )
+
+
+def test_as_many_right_answers_leave_it_to_the_next_objective_and_then_to_the_size() -> None:
+    small, large = result(0, 1.2, task_score=0.5), result(1, 1.1, task_score=0.5)
+    score = search(objectives=["task_score", "eval_loss"])
+    specs = [replace(trial, number=n) for n, trial in enumerate(trials(2))]
+    winner = select_winner(specs, [small, large], score)
+    assert winner is not None
+    assert winner.trial == 1
+    assert winner.reason.endswith(
+        "; tied with trial 0, it has the better held-out loss, 1.1000 to 1.2000; no trial beats "
+        "trial 1 in all of task_score, eval_loss"
+    )
+    winner = select_winner(specs, [small, replace(large, eval_loss=1.2)], score)
+    assert winner is not None
+    assert winner.trial == 0
+    assert "tied with trial 1, it is the smaller or the earlier one" in winner.reason
 
 
 def test_a_sampler_seeks_the_most_right_answers() -> None:

@@ -12,8 +12,10 @@ from rich.console import Console
 from jobs.display import SweepDisplay, results_table
 from jobs.followed import FollowedSweep
 from jobs.progress import FORMS, TRAINED, Row, line, read_line, sweep_table
+from orchestrator.files import write_json
 from orchestrator.records import (
     Answered,
+    Arithmetic,
     Decision,
     Evaluated,
     PackQueued,
@@ -22,6 +24,7 @@ from orchestrator.records import (
     TrialResult,
 )
 from orchestrator.search.space import ask
+from orchestrator.search_config import SearchConfig
 from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.simulated import SimulatedWorker
 from tests.sweeps import make_controller, make_store, sweep_config
@@ -70,8 +73,8 @@ def test_a_line_that_tells_of_no_trial_is_left_alone(text: str) -> None:
     assert known == {}
 
 
-def screen() -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=110, color_system=None)
+def screen(width: int = 110) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
 
 
 def shown(console: Console) -> str:
@@ -117,6 +120,22 @@ def test_a_driver_that_is_started_again_says_what_is_over(
     assert cells(followed).count("finished") == 4
 
 
+def test_a_trial_that_waits_to_be_resumed_is_shown_at_the_step_it_goes_on_from(
+    tmp_path: Path,
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    for number in range(2):
+        store.add_trial(ask(store.sweep.config, store.trials, []))
+        _, attempt = store.start_attempt(number, Arithmetic(1, 8, False))
+        if number == 1:
+            write_json(attempt / "checkpoint-00000004" / "checkpoint.json", {})
+    console = screen()
+    console.print(SweepDisplay(store).table())
+    assert "0/6" in shown(console)
+    assert "4/6" in shown(console)
+    assert shown(console).count("waiting") == 2
+
+
 def test_a_trial_that_failed_is_in_the_table_and_said_above_it() -> None:
     console = screen()
     followed = FollowedSweep("sums", console)
@@ -155,12 +174,30 @@ def test_a_trial_that_answers_its_questions_says_how_many(
 def test_the_last_table_has_right_answers_where_trials_gave_some() -> None:
     trial = ask(sweep_config(), [], [])
     result = TrialResult(0, "finished", 1, 0.0, eval_loss=1.0, baseline_eval_loss=2.0)
-    console = screen()
-    console.print(results_table([trial], [result]))
+    console = screen(80)
+    console.print(results_table([trial], [result], SearchConfig()))
     assert "right" not in shown(console)
-    console.print(results_table([trial], [replace(result, task_score=0.25)]))
+    scored = replace(result, task_score=0.25, adapter_bytes=10**9, tokens_per_s=99_999.0)
+    console.print(results_table([trial], [scored], SearchConfig()))
     assert "right" in shown(console)
     assert "25.0%" in shown(console)
+    assert "…" not in shown(console), "on a screen of 80 columns"
+
+
+def test_the_last_table_begins_with_the_winner_and_ends_with_what_cannot_win() -> None:
+    spec = ask(sweep_config(), [], [])
+    trials = [replace(spec, number=number) for number in range(3)]
+    finished = TrialResult(0, "finished", 1, 0.0, eval_loss=1.0, baseline_eval_loss=2.0)
+    results = [
+        replace(finished, task_score=0.25),
+        replace(finished, number=1, eval_loss=1.5, task_score=0.75),
+        replace(finished, number=2, state="pruned", eval_loss=0.5),
+    ]
+    console = screen()
+    search = SearchConfig(objectives=("task_score",))
+    console.print(results_table(trials, results, search))
+    order = [line.split()[1] for line in shown(console).splitlines() if line.startswith("│")]
+    assert order == ["1", "0", "2"]
 
 
 def test_a_small_screen_has_the_trials_that_train_and_counts_the_others() -> None:

@@ -1,9 +1,12 @@
 import json
 import math
 import multiprocessing
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from orchestrator.errors import RunFolderError
 from orchestrator.files import (
@@ -141,6 +144,22 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
         write_file(path, fail)
     assert json.loads(path.read_text()) == {"n": 1}
     assert [other.name for other in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_weights_can_be_read_by_all_who_can_read_the_records_beside_them(tmp_path: Path) -> None:
+    def fill(path: Path) -> None:
+        save_file({"a": np.zeros(1)}, path)
+
+    old = os.umask(0o027)
+    try:
+        write_json(tmp_path / "record.json", {})
+        write_file(tmp_path / "weights.safetensors", fill)
+        with whole_folder(tmp_path / "out") as temporary:
+            fill(temporary / "weights.safetensors")
+    finally:
+        os.umask(old)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.*")}
+    assert modes == {0o640}
 
 
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
