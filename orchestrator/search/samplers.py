@@ -27,6 +27,8 @@ NSGA2_POPULATION = 12
 # Trials that a sampler draws at random, before it learns: Optuna's defaults, and NSGA-II's first
 # generation.
 STARTUP_TRIALS = {"tpe": 10, "gp": 10, "nsga2": NSGA2_POPULATION}
+# Of a trial, until its point is a new one; where there are no more, the first draw counts.
+MAX_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def draw(
     import optuna
 
     sampler = SAMPLERS[search.sampler](search.seed + len(known))
+    drawn = _drawn(search, known, searched)
     if search.sampler == "random":  # looks at no earlier trial, and adding a thousand takes long
         known = ()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -62,7 +65,6 @@ def draw(
     for spec in known:
         for trial in _frozen(search, spec, by_number.get(spec.number), searched(spec)):
             study.add_trial(trial)
-    trial = study.ask()
 
     def choose(name: str, values: Values) -> Choice:
         if not isinstance(values, RangeConfig):
@@ -72,8 +74,31 @@ def draw(
             return float(trial.suggest_float(name, values.low, values.high, log=values.log))
         return int(trial.suggest_int(name, int(values.low), int(values.high), log=values.log))
 
-    params = suggest(choose)
-    return Draw(params, dict(study.get_trials(deepcopy=False)[-1].system_attrs))
+    draws: list[Draw] = []
+    for number in range(MAX_DRAWS):
+        if number:  # one that learns may insist on what it found best
+            study.sampler = SAMPLERS["random"](search.seed + len(drawn) + number)
+        trial = study.ask()
+        params = suggest(choose)
+        draws.append(Draw(params, dict(study.get_trials(deepcopy=False)[-1].system_attrs)))
+        if _point(params) not in drawn:
+            return draws[-1]
+    return draws[0]
+
+
+def _drawn(
+    search: SearchConfig, known: Sequence[TrialSpec], searched: Searched
+) -> frozenset[tuple[tuple[str, Scalar], ...]]:
+    """Points that are not to be drawn again: their trials would end with the very same adapters.
+    None of a space with a continuous range, where two draws are not alike."""
+    ranges = [values for values in search.space.values() if isinstance(values, RangeConfig)]
+    if not all(values.integer for values in ranges):
+        return frozenset()
+    return frozenset(_point(searched(spec)) for spec in known)
+
+
+def _point(params: Mapping[str, Choice]) -> tuple[tuple[str, Scalar], ...]:
+    return tuple((name, encoded(value)) for name, value in sorted(params.items()))
 
 
 def _distribution(values: Values) -> Any:

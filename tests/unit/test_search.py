@@ -71,6 +71,15 @@ def test_what_is_asked_next_depends_only_on_the_records() -> None:
     assert ask(config, trials[:12], results[:12]) == trials[12]
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "nsga2"])
+def test_no_point_is_drawn_twice_as_long_as_there_is_a_new_one(sampler: str) -> None:
+    space = {"adapter.rank": [2, 4, 8], "steps": {"low": 1, "high": 4, "integer": True}}
+    trials = ask_all(sweep_config(search={"space": space, "sampler": sampler, "num_trials": 13}))
+    points = [str(trial.params) for trial in trials]
+    assert len(set(points[:12])) == 12
+    assert points[12] in points[:12]
+
+
 def test_nsga2_draws_its_children_from_what_was_best(recwarn: pytest.WarningsRecorder) -> None:
     search = {"space": RANGES, "sampler": "nsga2", "num_trials": 60}
     trials = ask_all(sweep_config(search=search))
