@@ -293,6 +293,7 @@ def test_a_trial_whose_worker_ends_while_it_answers_trains_no_step_again(
     assert answers_of(done) == answers_of(whole)
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_questions(spec: PackSpec, tmp_path: Path) -> None:
     """An odd number of batches: one worker has none in the last round."""
     odd = EvaluationConfig.model_validate({"task": TASK | {"max_examples": 5, "batch_size": 2}})
