@@ -37,7 +37,7 @@ from orchestrator.planning.capacity import worker_count, worker_memory_bytes
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind, known_gpus, worker_kinds
 from orchestrator.planning.machine import this_machine
-from orchestrator.records import Notice
+from orchestrator.records import Notice, PackReady
 from orchestrator.search.space import check_space, next_trial
 from orchestrator.sweep.bits import RunOnWorker, check_hqq, run_here
 from orchestrator.sweep.controller import Controller
@@ -349,9 +349,13 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
     status = "FAILED"
 
     def before_training(controller: Controller) -> None:
-        follower.await_connection(CONNECT_TIMEOUT_S)
         backend.before_training()
         interrupts.reach(controller)
+
+    def watch(notice: Notice) -> None:
+        if isinstance(notice, PackReady):  # before it is given a trial
+            follower.await_connection(CONNECT_TIMEOUT_S)
+        backend.watch(notice)
 
     services = Services(
         backend.executor,
@@ -359,7 +363,7 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
         backend.num_workers,
         display,
         before_training,
-        backend.watch,
+        watch,
         backend.worker_memory_bytes,
         backend.kinds,
         backend.gpus,
