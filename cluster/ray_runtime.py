@@ -40,6 +40,15 @@ class Awaited:
     timeout_s: float
 
 
+def running_cluster(address: str | None) -> str | None:
+    """The cluster that a command's `address` means; None where it has to start a Ray of its own."""
+    if address in (None, "", "auto"):
+        # Ray's own `auto` takes the last cluster that was started on this machine, even from within
+        # a job of another one.
+        return os.environ.get("RAY_ADDRESS") or address or None
+    return address
+
+
 @contextmanager
 def ray_cluster(address: str | None, awaited: Awaited | None = None) -> Iterator[list[Node]]:
     """Attach to `address` (or RAY_ADDRESS; `auto` finds a running one), else start a local Ray.
@@ -53,10 +62,7 @@ def ray_cluster(address: str | None, awaited: Awaited | None = None) -> Iterator
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    if address in (None, "", "auto"):
-        # Ray's own `auto` takes the last cluster that was started on this machine, even from within
-        # a job of another one.
-        address = os.environ.get("RAY_ADDRESS") or address
+    address = running_cluster(address)
     quiet: dict[str, Any] = {
         "logging_level": logging.ERROR,
         "log_to_driver": False,

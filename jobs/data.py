@@ -15,9 +15,17 @@ from orchestrator.config import SweepConfig
 from orchestrator.data.formats import Tokenizer
 from orchestrator.data.inspection import Figures, ShownBlock, read_figures, show_block
 from orchestrator.data.manifest import Manifest, Role, fetch_manifest
-from orchestrator.data.prepare import PreparedData, build_recipe, find_prepared, place_of, prepare
+from orchestrator.data.prepare import (
+    PreparedData,
+    build_recipe,
+    find_prepared,
+    place_of,
+    prepare,
+    run_in_process,
+)
 from orchestrator.data.reader import BlockReader
 from orchestrator.data.shards import bad_rows
+from orchestrator.data.sources import is_small
 from orchestrator.data.tokenizing import load_tokenizer
 from orchestrator.errors import ConfigError
 from orchestrator.files import cache_dir, write_text
@@ -95,7 +103,10 @@ def _prepared(config: SweepConfig, ray_address: str | None) -> PreparedData:
     if found := find_prepared(place):
         print(f"data: {place}")
         return found
-    from cluster.ray_runtime import ray_cluster
+    from cluster.ray_runtime import ray_cluster, running_cluster
+
+    if running_cluster(ray_address) is None and is_small(config.data):
+        return prepare(config.data, folder, cache_dir(), run_in_process, print)
     from cluster.sharding import RayTasks
 
     with ray_cluster(ray_address) as nodes, RayTasks(int(sum(n.num_cpus for n in nodes))) as pool:

@@ -15,13 +15,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jobs.ahead import tokenizer_ahead
 from jobs.display import SweepDisplay, command_name, results_table, shown_path
 from jobs.environment import describe_environment
 from jobs.interrupts import Interrupts, await_the_end, ignore_eviction
 from orchestrator import __version__
 from orchestrator.config import SweepConfig, has_password
 from orchestrator.data.prepare import RunTasks, run_in_process
-from orchestrator.data.sources import estimate_slices
+from orchestrator.data.sources import estimate_slices, is_small
 from orchestrator.data.streams import is_remote
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import (
@@ -38,7 +39,7 @@ from orchestrator.planning.capacity import worker_count, worker_memory_bytes
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind, known_gpus, worker_kinds
 from orchestrator.planning.machine import this_machine
-from orchestrator.records import Notice
+from orchestrator.records import Notice, PackReady
 from orchestrator.search.space import check_space, next_trial
 from orchestrator.sweep.bits import RunOnWorker, check_hqq, run_here
 from orchestrator.sweep.controller import Controller
@@ -250,29 +251,38 @@ def check_sources(data: DataConfig) -> None:
 def _ray_backend(
     config: SweepConfig, address: str | None, await_workers_s: float = 0
 ) -> Iterator[Backend]:
-    print("starting Ray" if not address else f"attaching to Ray at {address}")
     from cluster.metrics import ray_metrics
     from cluster.node_use import node_sampler
     from cluster.one_job import run_on_worker
     from cluster.ray_executor import RayExecutor
-    from cluster.ray_runtime import Awaited, ray_cluster, release_room
+    from cluster.ray_runtime import Awaited, ray_cluster, release_room, running_cluster
     from cluster.sharding import RayTasks
 
+    address = running_cluster(address)
+    print("starting Ray" if address is None else f"attaching to Ray at {address}")
     awaited = None
     if await_workers_s and config.resources.num_workers:
         print(f"waiting for room for {config.resources.num_workers} workers")
         gpus = 1 if config.resources.device == "cuda" else 0
         cpus = config.resources.cpus_per_worker
         awaited = Awaited(config.resources.num_workers, cpus, gpus, await_workers_s)
-    with ray_cluster(address, awaited) as nodes:
+    # Elsewhere, it is for the workers to see the shards: theirs show whether all share a folder.
+    ahead = tokenizer_ahead(config) if address is None else nullcontext()
+    with ahead as prepared_here, ray_cluster(address, awaited) as nodes:
         device = _device(config, "cuda" if any(node.num_gpus >= 1 for node in nodes) else "cpu")
         num_workers = worker_count(config.resources, device, nodes)
         num_cpus = int(sum(node.num_cpus for node in nodes))
         memory_bytes = worker_memory_bytes(config.resources, device, nodes, num_workers)
+
+        def task_pool() -> AbstractContextManager[RunTasks]:
+            if prepared_here is not None and is_small(config.data):
+                return prepared_here()
+            return RayTasks(num_cpus)
+
         yield Backend(
             "ray",
             RayExecutor(),
-            lambda: RayTasks(num_cpus),
+            task_pool,
             num_workers,
             device,
             memory_bytes,
@@ -356,9 +366,13 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
     status = "FAILED"
 
     def before_training(controller: Controller) -> None:
-        follower.await_connection(CONNECT_TIMEOUT_S)
         backend.before_training()
         interrupts.reach(controller)
+
+    def watch(notice: Notice) -> None:
+        if isinstance(notice, PackReady):  # before it is given a trial
+            follower.await_connection(CONNECT_TIMEOUT_S)
+        backend.watch(notice)
 
     services = Services(
         backend.executor,
@@ -366,7 +380,7 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
         backend.num_workers,
         display,
         before_training,
-        backend.watch,
+        watch,
         backend.worker_memory_bytes,
         backend.kinds,
         backend.gpus,

@@ -23,7 +23,7 @@ from orchestrator.data.streams import (
     parts_of_chain,
     reading,
 )
-from orchestrator.data_config import SourceConfig
+from orchestrator.data_config import DataConfig, SourceConfig
 from orchestrator.digests import known_file_digest
 from orchestrator.errors import DataError
 from orchestrator.files import cache_dir
@@ -32,6 +32,9 @@ STDLIB_DOCS = "stdlib-docs"
 
 # A dry run answers in about a second; record borders of CSV are found at about 500 MB/s.
 ESTIMATE_LIMIT_BYTES = 256 << 20
+
+# An actor's start and imports take as long as preparing some 10 MB of text does.
+SMALL_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,18 @@ def estimate_slices(source: SourceConfig, slice_bytes: int) -> list[Slice] | Non
     if not slices:
         raise no_rows(source.path)
     return slices
+
+
+def is_small(config: DataConfig) -> bool:
+    """Whether it is cheap to tell that a process of its own would take longer to start than all
+    the text takes to prepare."""
+    num_bytes = 0.0
+    for source in (*config.train_sources, *config.held_out_sources):
+        slices = estimate_slices(source, config.slice_bytes)
+        if slices is None:
+            return False
+        num_bytes += max(1.0, source.weight) * sum(part.num_bytes for part in slices)
+    return num_bytes <= SMALL_BYTES
 
 
 def no_rows(path: str) -> DataError:

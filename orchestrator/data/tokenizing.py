@@ -4,10 +4,8 @@ In: examples, each with its place, key and segments. Out: documents of token ids
 was cut or left out. transformers and tokenizers are imported inside functions.
 """
 
-import gc
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -24,6 +22,7 @@ from orchestrator.data.token_ids import TokenIds, fastest_way
 from orchestrator.data_config import Overlong
 from orchestrator.errors import BaseModelError, DataError
 from orchestrator.files import file_digest, record_digest
+from orchestrator.garbage import without_collections
 
 # The tokenizer takes about 50 times a batch's text for it, and 130 times that of one long example.
 BATCH_CHARS = 1 << 19
@@ -76,7 +75,8 @@ class Tokenized:
 
 @lru_cache(maxsize=2)
 def load_tokenizer(folder: str) -> Tokenizer:
-    from transformers import AutoTokenizer
+    with without_collections():
+        from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -118,7 +118,7 @@ def tokenize(
     documents: list[Document] = []
     counts = dict.fromkeys(("truncate", "split", "drop"), 0)
     without_loss = 0
-    with _without_collections():
+    with without_collections():
         for batch in chain([first], batches):
             ids, has_loss, borders = _encode(batch, token_ids, continued)
             pieces: list[_Piece] = []
@@ -136,19 +136,6 @@ def tokenize(
     return Tokenized(
         documents, counts["truncate"], counts["split"], counts["drop"], without_loss, way
     )
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Nothing here makes cycles, but each full search for them goes over the 350,000 objects of the
-    imported libraries: 0.2 s for every few MB of text."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:

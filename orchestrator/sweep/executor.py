@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from orchestrator.errors import TrialFailed, is_disk_full
+from orchestrator.garbage import without_collections
 from orchestrator.records import ALONE, Directive, Event, GroupPlace, PackLost, PackReady, PackSpec
 
 
@@ -59,7 +60,8 @@ class Executor(Protocol):
 
 
 def pack_worker(spec: PackSpec, place: GroupPlace) -> Worker:
-    from orchestrator.training.pack import PackWorker
+    with without_collections():
+        from orchestrator.training.pack import PackWorker
 
     return PackWorker(spec, place)
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.config import SweepConfig
 from orchestrator.errors import OrchestratorError, TrackingError, TrackingUnreachable
+from orchestrator.garbage import without_collections
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -219,7 +220,8 @@ def _check_database_server(uri: str) -> None:
 @contextmanager
 def _quiet_mlflow() -> Iterator[None]:
     """Inside, MLflow reports warnings and errors only."""
-    import mlflow.store.db.utils  # noqa: F401  importing it sets the levels anew
+    with without_collections():
+        import mlflow.store.db.utils  # noqa: F401  importing it sets the levels anew
 
     logger = logging.getLogger("mlflow")
     level = logger.level

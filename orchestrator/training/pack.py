@@ -43,6 +43,7 @@ from orchestrator.training.engine import Engine, RowEngine
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.feed import Feed
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
+from orchestrator.training.libraries import import_libraries
 from orchestrator.training.loftq import Corrections
 from orchestrator.training.memory import cap_memory, peak_memory_bytes
 from orchestrator.training.model_source import local_folder
@@ -72,6 +73,7 @@ class PackWorker:
     def load(self) -> PackReady:
         """Load the base and measure it; must come before the first `advance`."""
         started = time.monotonic()
+        import_libraries()
         spec = self.spec
         if spec.device == "cpu":
             torch.set_num_threads(spec.cpus)

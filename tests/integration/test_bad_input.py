@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
+from orchestrator.tracking.stores import default_store
 from tests.integration.conftest import Command, write_config
 
 
@@ -82,6 +84,18 @@ def test_a_tracking_server_that_cannot_be_used_is_named_before_anything_starts(
     config = write_config(tmp_path, tiny_base, tracking__uri=uri)
     message = refused(orchestrator, tmp_path, "sweep", str(config), code=1)
     assert uri.split("://")[0] in message
+
+
+def test_a_deleted_experiment_ends_the_command_before_a_trial_is_trained(
+    orchestrator: Command, tmp_path: Path, tiny_base: Path
+) -> None:
+    config = write_config(tmp_path, tiny_base)
+    client = MlflowClient(default_store(tmp_path / "runs"))
+    client.delete_experiment(client.create_experiment("sums"))
+    done = orchestrator("train", str(config), "--run-dir", "runs/one", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "mlflow experiments restore" in done.stderr
+    assert not list((tmp_path / "runs/one/trials").glob("*/attempts"))
 
 
 def bad_rows(folder: Path, base: Path, row: object, **changes: object) -> Path:

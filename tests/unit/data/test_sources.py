@@ -14,16 +14,18 @@ import pytest
 
 from orchestrator.data.slices import ReadOptions
 from orchestrator.data.sources import (
+    SMALL_BYTES,
     PlanTask,
     content_digest,
     estimate_slices,
+    is_small,
     must_be_read,
     place,
     plan_file,
     read_slice,
     source_files,
 )
-from orchestrator.data_config import SourceConfig
+from orchestrator.data_config import DataConfig, SourceConfig
 from orchestrator.errors import DataError
 from tests.unit.data.reading import rows_of
 
@@ -322,6 +324,23 @@ def test_estimate_does_no_work_beyond_cheap_local_files(tmp_path: Path, cache: P
         [str(tmp_path / "some/rows.jsonl")] * len(estimate(file))
     )
     assert not list(cache.iterdir())
+
+
+def test_small_is_little_text_of_a_size_that_is_cheap_to_tell(tmp_path: Path) -> None:
+    def small(**sources: object) -> bool:
+        return is_small(DataConfig.model_validate(sources))
+
+    (little,) = _write(tmp_path, "little.jsonl")
+    much = tmp_path / "much.jsonl"
+    much.write_text(JSONL * (SMALL_BYTES // len(JSONL.encode()) + 1))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(JSONL.encode()))
+    assert small(train=little)
+    assert small(train=little, held_out=little)
+    assert not small(train=str(much))
+    assert not small(train=little, held_out=str(much))
+    assert not small(train={"path": little, "weight": SMALL_BYTES / len(JSONL.encode()) + 1})
+    assert not small(train=str(tmp_path / "rows.jsonl.gz"))
+    assert not small(train="someone/some-dataset")
 
 
 def test_files_that_must_be_read_to_be_cut_are_known(tmp_path: Path) -> None:
