@@ -401,7 +401,9 @@ def lose_everything(
 
 
 def at(cluster: LocalCluster, environment: Mapping[str, str]) -> dict[str, str]:
-    return {**environment, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)}
+    # Ray sets it where it has started a cluster before: the next ones there ask for its token.
+    mode = {name: os.environ[name] for name in ("RAY_AUTH_MODE",) if name in os.environ}
+    return {**environment, **mode, "RAY_ADDRESS": cluster.address, "PYTHONPATH": str(ROOT)}
 
 
 def assert_went_on(store: RunStore) -> None:

@@ -74,7 +74,7 @@ def test_a_dry_run_says_that_an_absent_base_leaves_the_choice_open(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = printed(sweep_file, Node(8, 1, 80 * GIB, 500 * GIB), capsys, "base_model.source=org/hub")
-    assert "memory unknown: the base is not here yet; chosen again when it is" in line
+    assert "memory unknown: the base is not here yet: a sweep fetches it, and chooses anew" in line
 
 
 def test_the_plan_and_the_decisions_hold_every_choice_and_its_reason(tmp_path: Path) -> None:
