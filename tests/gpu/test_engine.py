@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.config import QuantConfig
+from orchestrator.config import EvaluationConfig, QuantConfig, TaskConfig
 from orchestrator.records import BaseModel, TrialDone
 from orchestrator.tracking.adapter_model import base_digest
 from orchestrator.training.optimizers import OPTIMIZERS
@@ -93,6 +93,9 @@ def test_in_place_words_are_looked_up_on_the_host(make_spec: MakeSpec, tmp_path:
     spec = replace(spec, step_program="in_place")
     in_place, _ = train(spec, trials, tmp_path / "in_place")
     assert_equal(in_place[0], eager[0])
+    task = TaskConfig(max_examples=2, max_new_tokens=2)
+    _, events = train(replace(spec, evaluation=EvaluationConfig(task=task)), trials, tmp_path)
+    assert any(isinstance(event, TrialDone) and event.task_score is not None for event in events)
     worker = PackWorker(spec)
     worker.load()
     embedding = worker.base.model.get_input_embeddings().weight  # type: ignore[operator]
