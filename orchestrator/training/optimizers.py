@@ -110,15 +110,21 @@ def page_out_states(optimizer: torch.optim.Optimizer) -> None:
     Asked of the driver itself: bitsandbytes 0.50's prefetch_tensor(to_cpu=True) calls the host a
     GPU under CUDA 13, and ends the process with "invalid device ordinal".
     """
+    paged = [
+        value
+        for states in optimizer.state.values()
+        for value in states.values()
+        if getattr(value, "is_paged", False)
+    ]
+    if not paged:
+        return
     driver = ctypes.CDLL("libcuda.so.1")
     stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    for states in optimizer.state.values():
-        for value in states.values():
-            if getattr(value, "is_paged", False):
-                place, size = ctypes.c_uint64(value.data_ptr()), ctypes.c_size_t(value.nbytes)
-                code = driver.cuMemPrefetchAsync(place, size, ctypes.c_int(HOST), stream)
-                if code not in (0, PAGES_NOT_ON_DEMAND):
-                    raise RuntimeError(f"cuMemPrefetchAsync of optimizer states: error {code}")
+    for value in paged:
+        place, size = ctypes.c_uint64(value.data_ptr()), ctypes.c_size_t(value.nbytes)
+        code = driver.cuMemPrefetchAsync(place, size, ctypes.c_int(HOST), stream)
+        if code not in (0, PAGES_NOT_ON_DEMAND):
+            raise RuntimeError(f"cuMemPrefetchAsync of optimizer states: error {code}")
     torch.cuda.current_stream().synchronize()
 
 
