@@ -17,8 +17,9 @@ A real task: SmolLM2-135M at 4 bits on GSM8K, rank x learning rate x alpha, in t
     replay  our own verdicts over the grid's recorded losses with other rungs and factors: what they
             would have found, and for what part of the tokens
 
-The pruner has one early rung and a large factor: high rates look worse in the middle of a cosine
-schedule than at its end, so that a rung there misjudges them (docs/performance.md, "Search").
+The pruner has an early rung, a late one and a large factor: high rates look worse in the middle of
+a cosine schedule than at its end, so that a rung there misjudges them (docs/performance.md,
+"Search").
 
 A seed is an order of the points. Each part can be called again: what it has measured stays, and an
 interrupted sweep goes on from its run folder.
@@ -113,7 +114,8 @@ def _packs(options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
     for seed in range(options.seeds):
         if seed in done:
             continue
-        pruner = {"kind": "asha", "reduction_factor": FACTOR, "rungs": _rungs(options)[:1]}
+        first, *_, last = _rungs(options)
+        pruner = {"kind": "asha", "reduction_factor": FACTOR, "rungs": [first, last]}
         started = time.monotonic()
         folder = options.folder / f"packs-{seed}"
         store, outcome = run_or_resume(_config(options, seed, pruner), folder)
@@ -319,7 +321,7 @@ def _config(options: argparse.Namespace, seed: int | None, pruner: Row) -> Sweep
 
 
 def _rungs(options: argparse.Namespace) -> list[int]:
-    """Of the grid: those of Tune's factors, the first of which is ours."""
+    """Of the grid: those of Tune's factors, the first and the last of which are ours."""
     return sorted(max(1, options.steps // part) for part in (16, 4, 2))
 
 

@@ -32,8 +32,10 @@ def make_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def make_base_model(folder: Path, seed: int = 0, hidden_size: int = 64, tied: bool = True) -> Path:
-    """A Llama of two layers with random weights, and its tokenizer."""
+def make_base_model(
+    folder: Path, seed: int = 0, hidden_size: int = 64, tied: bool = True, num_layers: int = 2
+) -> Path:
+    """A Llama of few layers with random weights, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +44,7 @@ def make_base_model(folder: Path, seed: int = 0, hidden_size: int = 64, tied: bo
         vocab_size=264,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,

@@ -139,14 +139,7 @@ def _kept_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -
     """Of one token, over all layers; recomputed, each layer's input."""
     if not load.gradient_checkpointing:
         return shape.num_layers * _layer_bytes(shape, targets, load)
-    inputs = shape.num_layers * shape.hidden_size * load.dtype_bytes
-    if load.quant.llm_int8:
-        # LLM.int8 keeps each layer's inputs where recomputation does not reach them: as attributes
-        # of the context (bitsandbytes 0.50, MatMul8bitLt; bitsandbytes issue 1927).
-        attention = shape.num_heads * shape.head_dim
-        read = 2 * shape.hidden_size + attention + shape.intermediate_size
-        inputs += shape.num_layers * read * load.dtype_bytes
-    return inputs
+    return shape.num_layers * shape.hidden_size * load.dtype_bytes
 
 
 def _layer_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:

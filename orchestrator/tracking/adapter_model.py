@@ -193,9 +193,7 @@ def continued(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    # Where the head is: a step in place has the input embedding, and model.device, on the host.
-    place = model.get_output_embeddings().weight.device
-    rows = [torch.tensor(ids, device=place) for ids in prompts]
+    rows = [torch.tensor(ids, device=model.device) for ids in prompts]
     # On the left, with any token, which is masked: transformers counts positions from the first
     # token that is not.
     input_ids = pad_sequence(rows, batch_first=True, padding_side="left")

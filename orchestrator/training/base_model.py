@@ -194,11 +194,23 @@ def _prepare(model: nn.Module, device: Device, dtype: torch.dtype) -> LoadedBase
         # constants, and the way back loses more (bitsandbytes 0.50.2): loss 15.36 -> 19.06.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if hasattr(module, "init_8bit_state"):
+            module.register_forward_hook(_let_go_of_input)
     _remove_randomness(model)
     model.train()
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     num_params, num_bytes = _num_values(model), _num_bytes(model)
     return LoadedBase(model, num_params, num_bytes, place, dtype, "not tried yet")
+
+
+def _let_go_of_input(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """LLM.int8 keeps its input, and the outliers in it, for the gradient of weights that are frozen
+    here; and as attributes, which recomputation does not reach (bitsandbytes 0.50, MatMul8bitLt,
+    on CPUs MatMul8bitFp; bitsandbytes issue 1927)."""
+    node: Any = output.grad_fn
+    for name, nothing in (("tensors", (None, None, None)), ("A", None)):
+        if hasattr(node, name):
+            setattr(node, name, nothing)
 
 
 def _remove_randomness(model: nn.Module) -> None:
@@ -325,12 +337,15 @@ def enable_recomputation(model: nn.Module) -> None:
 def keep_embedding_on_host(model: nn.Module) -> None:
     """Look words up on the CPU, and bring what is found to where it was asked for. Does nothing if
     the output head has the same weights."""
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
     if embedding.weight is head.weight or embedding.weight.device.type == "cpu":
         return
-    place = embedding.weight.device
-    embedding.to("cpu")
+    place, weight = embedding.weight.device, embedding.weight.cpu()
+    # No parameter any more: transformers takes a model to be where its first one is, and moves
+    # prompts there.
+    del embedding.weight
+    embedding.register_buffer("weight", weight.detach())
     embedding.register_forward_pre_hook(lambda _, inputs: (inputs[0].cpu(), *inputs[1:]))
     embedding.register_forward_hook(lambda _, inputs, found: found.to(place, non_blocking=True))
 

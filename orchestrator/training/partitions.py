@@ -52,6 +52,12 @@ class Partitions:
             self._swapper.release_swap_buffers(parameter=partition)
         partition.grad = None  # it was read too
 
+    def settle(self) -> None:
+        """Put away parameters that stage 3 fetched ahead and nobody used: after a pass without a
+        backward pass some are still on their way, and can be neither gathered nor put away."""
+        if hasattr(self._zero, "parameter_offload"):
+            self._zero.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+
     def take_parameters(self) -> None:
         """Take the values of the layers' parameters."""
         if self._swapper is None:

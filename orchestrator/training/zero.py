@@ -212,6 +212,7 @@ class ZeroStepper:
 
     def _parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter, and the place of its values in the slot's row."""
+        self._optimizer.partitions.settle()
         return zip(self._parameters, self._slots.parts(self._slots.rows), strict=True)
 
 

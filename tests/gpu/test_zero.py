@@ -7,7 +7,8 @@ import torch
 
 from orchestrator.config import QuantConfig
 from orchestrator.errors import StrategyError
-from orchestrator.records import TrialDone
+from orchestrator.records import BaseModel, TrialDone
+from orchestrator.tracking.adapter_model import base_digest
 from orchestrator.training.deepspeed_ops import load_op
 from orchestrator.training.optimizers import OPTIMIZERS
 from orchestrator.training.pack import PackWorker
@@ -123,3 +124,22 @@ def test_a_trial_that_deepspeed_steps_on_the_cpu_is_resumed_to_the_same_adapter_
     (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
     resumed = killed_and_resumed(spec, config, tmp_path / "cut")
     assert resumed.adapter_digest == undisturbed.adapter_digest
+
+
+def test_a_base_that_does_not_stay_on_the_gpu_is_gathered_after_an_evaluation(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """1.2e9 values are more than DeepSpeed keeps between uses, so it fetches ahead."""
+    folder = tmp_path / "base"
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            make_base_model(folder, hidden_size=4096, num_layers=8)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    base = BaseModel("wide", None, str(folder), base_digest(folder))
+    strategy = {"kind": "zero", **STRATEGIES["stage 3, all on the CPU"]}
+    quant = QuantConfig(bit_width=16, compute_dtype="bfloat16").model_dump()
+    spec = make_spec(device="cuda", num_slots=1, quant=quant, base_model=base, strategy=strategy)
+    _, events = train(spec, [trial_config()], tmp_path / "trials")
+    assert any(isinstance(event, TrialDone) for event in events)

@@ -1,5 +1,6 @@
 """Which families of base models can be trained, decided by a probe when they are loaded."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,20 @@ def test_the_probe_gives_llm_int8_its_outlier_threshold_back(tmp_path: Path) -> 
     base = load(make_family("llama", tmp_path), 8)
     states = [module.state for module in base.model.modules() if hasattr(module, "state")]
     assert {state.threshold for state in states} == {6.0}  # type: ignore[union-attr]
+
+
+def test_llm_int8_keeps_no_input_of_frozen_weights(tmp_path: Path) -> None:
+    layer = load(make_family("llama", tmp_path), 8).model.get_submodule(
+        "model.layers.0.mlp.up_proj"
+    )
+    x = torch.randn(3, 64, requires_grad=True)
+    hidden = 2 * x
+    there = weakref.ref(hidden)
+    output = layer(hidden)
+    del hidden
+    assert there() is None
+    output.sum().backward()
+    assert x.grad is not None
 
 
 def test_a_family_whose_head_does_more_than_is_known_is_refused(
