@@ -39,7 +39,7 @@ from benchmarks.own import NEVER, train
 from benchmarks.recording import Row, append_row, environment
 from orchestrator.config import EvaluationConfig, QuantConfig, StrategyConfig, TrialConfig
 from orchestrator.planning.fit import BUDGET_FRACTION
-from orchestrator.planning.memory import HOPPER, PackMemory
+from orchestrator.planning.memory import PackMemory, context_bytes
 from orchestrator.records import BaseModel, Device, Leave, PackSpec
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.lanes import AdaptedLinear
@@ -222,7 +222,7 @@ def _limit(case: Case, plan: PackMemory) -> float:
         return 1.0
     card = plan.total_bytes / BUDGET_FRACTION
     paged = plan.optimizer_bytes if case.paged else 0
-    return float(min(1.0, (card - HOPPER.context_bytes - paged) / _card_bytes()))
+    return float(min(1.0, (card - context_bytes(case.strategy) - paged) / _card_bytes()))
 
 
 def _card_bytes() -> int:

@@ -47,10 +47,11 @@ def main() -> None:
 
 def with_errors(rows: Sequence[Row]) -> list[Row]:
     """With the whole of what was measured, and how far from it the estimate was."""
-    outside = _outside(rows)
     complete = []
     for row in rows:
-        there = row["outside_bytes"] if row["outside_bytes"] is not None else outside
+        there = (
+            _outside(rows, _group(row)) if row["outside_bytes"] is None else row["outside_bytes"]
+        )
         measured = row["torch_bytes"] + row["managed_bytes"] + there
         error = round(row["expected_bytes"] / measured - 1, 4)
         complete.append(row | {"measured_bytes": measured, "error_fraction": error})
@@ -82,7 +83,8 @@ def fit(rows: Sequence[Row]) -> dict[str, Any]:
         for kind in _kinds(row):
             left.setdefault(kind, []).append(row["error_fraction"])
     found: dict[str, Any] = {
-        "context_bytes": f"{_outside(rows) / GIB:.3f} GiB ({HOPPER.context_bytes / GIB:.3f} now)"
+        "context_bytes": f"{_outside(rows, 'replicated') / GIB:.3f} GiB "
+        f"({HOPPER.context_bytes / GIB:.3f} now)"
     }
     if pools:
         found["pool_fraction"] = f"{statistics.median(pools):.4f} ({HOPPER.pool_fraction} now)"
@@ -101,9 +103,17 @@ def _kinds(row: Row) -> list[str]:
     return kinds
 
 
-def _outside(rows: Sequence[Row]) -> int:
-    known = [row["outside_bytes"] for row in rows if row["outside_bytes"] is not None]
-    return round(statistics.median(known)) if known else 0
+def _group(row: Row) -> str:
+    """What decides how much is outside torch's allocator: see planning.memory.context_bytes."""
+    if row["zero_stage"] is None:
+        return "replicated"
+    return "gathering" if (row["zero_stage"], row["offload_params"]) == (3, "none") else "zero"
+
+
+def _outside(rows: Sequence[Row], group: str) -> int:
+    known = [row for row in rows if row["outside_bytes"] is not None]
+    alike = [row for row in known if _group(row) == group] or known
+    return round(statistics.median(row["outside_bytes"] for row in alike)) if alike else 0
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -128,10 +138,10 @@ def _run(options: argparse.Namespace) -> None:
 def _measure(model: Path, cases: Sequence[Case], rows: Path, seconds: float) -> None:
     """Under ZeRO each in a process of its own, as a worker is: DeepSpeed leaves memory behind."""
     ends = time.monotonic() + seconds
-    _measure_in_one(model, [case for case in cases if case.zero_stage is None], rows, seconds)
-    for case in cases:
-        if case.zero_stage is not None and (left_s := ends - time.monotonic()) > 0:
-            _measure_in_one(model, [case], rows, left_s)
+    parts = [[case] for case in cases if case.zero_stage is not None]
+    for part in [*parts, [case for case in cases if case.zero_stage is None]]:
+        if (left_s := ends - time.monotonic()) > 0:
+            _measure_in_one(model, part, rows, left_s)
 
 
 def _measure_in_one(model: Path, cases: Sequence[Case], rows: Path, seconds: float) -> None:

@@ -41,6 +41,10 @@ EAGER_DORA_WIDE = 2
 # the product of one of these with B.
 LENGTHS_WIDE = 3
 
+# LLM.int8, of a layer's input while its product is made: the input in fp16, and rounded. In a layer
+# that is computed again, beside all that it keeps.
+ROUNDED_BYTES = 2 + 1
+
 # Bytes per input value of an adapter that drops some, beside the masked copy: the mask, a bool.
 MASK_BYTES = 1
 # The hash behind a mask holds three int32 tensors at once, of one adapter at a time.
@@ -97,6 +101,8 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
     weight = _weight_bytes(shape, load)
     working: float = tokens * value * (BACKWARD_HIDDEN * hidden + (backward - 1) * wide)
     working += max(tokens * value * wide, weight)  # not at the same time
+    if load.quant.llm_int8 and load.gradient_checkpointing:
+        working += tokens * ROUNDED_BYTES * max((t.in_features for t in targets), default=0)
     dora_kept, dora_working = _dora_bytes(targets, load) if load.dora else (0, 0)
     # A compiled block makes its masks in the kernels that use them.
     hashing = load.dropout and load.eager and targets

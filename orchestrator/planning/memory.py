@@ -11,7 +11,7 @@ token and head; SDPA holds none).
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from orchestrator.config import QuantConfig
+from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.planning.activations import PassMemory, pass_memory
 from orchestrator.planning.bits import linear_bytes
 from orchestrator.planning.load import MIN_ROW_VALUE_BYTES, PackLoad
@@ -25,9 +25,10 @@ from orchestrator.planning.zero import (
 GIB = 2**30
 MIB = 2**20
 
-# ZeRO holds the row, the layers' flat parameters and the fp32 partition; stage 3 steps the flat
-# parameters themselves, and holds a flat gradient (deepspeed 0.19.8, stage_1_and_2.py, stage3.py).
-ZERO_COPIES = 3
+# ZeRO holds the row, the layers' flat parameters, which are the lane, the fp32 partition, and its
+# gradient from a step's first pass to its last; a bucket beside them. Read from the allocator's
+# history on an H200 (deepspeed 0.19.8, stage_1_and_2.py, stage3.py).
+ZERO_COPIES = 4
 # ZeRO-3 keeps at most this many values of offloaded parameters on the GPU: DeepSpeed's default for
 # stage3_max_live_parameters.
 ZERO_LIVE_VALUES = 10**9
@@ -45,7 +46,8 @@ OPTIMIZER_BYTES = {
 """Of both moments, per adapter parameter, for fp32 rows."""
 
 # cuBLAS takes a workspace for each thread and stream that multiplies: the loop's and autograd's
-# thread, and a third for cuBLASLt; a graph's warm-up and its recording have streams of their own.
+# thread, and a third for cuBLASLt. A graph's warm-up and its recording have a stream of their own,
+# and leave one more (packs_gpu.json); two are in reserve.
 WORKSPACES, GRAPH_WORKSPACES = 3, 6
 # A worker process with its libraries.
 PROCESS_BYTES = GIB
@@ -61,11 +63,22 @@ class Measured:
     """Of one cuBLAS workspace."""
     pool_fraction: float
     """What a graph's memory pool holds beyond the tensors in it, as a part of them."""
+    zero_context_bytes: int
+    """More outside torch's allocator under ZeRO, for DeepSpeed's process group."""
+    gathering_context_bytes: int
+    """The same where stage 3 gathers the base's layers from other GPUs."""
 
 
 # The workspace is torch's for Hopper (CUDABlas.cpp). The peaks of packs_gpu.json leave no more than
-# a hundredth for the pool. The context was read from an H200 (0.81 to 0.83 GiB).
-HOPPER = Measured(context_bytes=840 * MIB, workspace_bytes=32 * MIB, pool_fraction=0.03)
+# a hundredth for the pool. The context was read from an H200 (0.73 to 0.83 GiB; 1.29 under ZeRO
+# and 1.67 where it gathers, in groups of one worker).
+HOPPER = Measured(
+    context_bytes=840 * MIB,
+    workspace_bytes=32 * MIB,
+    pool_fraction=0.03,
+    zero_context_bytes=480 * MIB,
+    gathering_context_bytes=870 * MIB,
+)
 
 
 @dataclass(frozen=True)
@@ -111,10 +124,11 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
     gradients = num_values * load.lane_value_bytes
     if load.zero:
         held, step, offloaded = _zero_bytes(row_length, load)
+        lanes = 0
     else:
         held, step, offloaded = 2 * row_value_bytes * num_values, gradients, 0
+        lanes = gradients  # a lane is as large as its gradient
     optimizer_away = load.strategy.offload_optimizer != "none"
-    lanes = gradients  # a lane is as large as its gradient
     if load.in_place:
         # Each layer casts its own part of the row, which the backward pass keeps; gradients are
         # added to the row layer by layer.
@@ -164,20 +178,22 @@ def _passes(
 
 def _zero_bytes(row_length: int, load: PackLoad) -> tuple[int, int, int]:
     """Of ZeRO's copies of an adapter: held, in a step beside them, and on the host."""
-    value = MIN_ROW_VALUE_BYTES
-    row = row_length * value
-    bucket = min(row_length, MAX_BUCKET_ELEMENTS) * value
+    row = row_length * MIN_ROW_VALUE_BYTES
+    bucket = min(row_length, MAX_BUCKET_ELEMENTS) * MIN_ROW_VALUE_BYTES
+    stage, offload = load.strategy.stage, load.strategy.offload_optimizer
     copies, on_host = ZERO_COPIES, 0
-    if load.strategy.offload_optimizer != "none":
-        copies, on_host = ZERO_COPIES - 1, 2  # the partition and its gradient
-    if load.strategy.offload_params != "none":
-        copies, on_host = copies - 1, on_host + 1
+    if offload != "none":  # stage 1 keeps the gradient until the step all the same
+        copies, on_host = copies - (1 if stage == 1 else 2), 2
+    if load.strategy.offload_params != "none":  # those in use are on the GPU
+        on_host += 1
     host = on_host * row
-    if load.strategy.offload_optimizer == "nvme":  # in place of the partition, buffers for a group
+    if offload == "nvme":  # in place of the partition, buffers for a group
         host += nvme_buffer_bytes(row_length) - row
-    if load.strategy.stage == 3:  # the bucket is made once
-        return copies * row + bucket, row, host
-    return copies * row, 2 * row + bucket, host  # gradients and their flat copy
+    if stage == 2 and offload != "none":  # there while a pass's gradients go to the host
+        return copies * row, row + bucket, host
+    # Of stages 1 and 2: a flat copy of the gradient, or at first the partition on its way to the
+    # host.
+    return copies * row + bucket, row, host
 
 
 def _offloaded_base(shape: BaseShape, load: PackLoad, base: int) -> tuple[int, int]:
@@ -208,4 +224,13 @@ def _runtime_bytes(load: PackLoad, measured: Measured) -> int:
     if not load.cuda:
         return PROCESS_BYTES
     count = GRAPH_WORKSPACES if load.graph else WORKSPACES
-    return measured.context_bytes + count * measured.workspace_bytes
+    return context_bytes(load.strategy, measured) + count * measured.workspace_bytes
+
+
+def context_bytes(strategy: StrategyConfig, measured: Measured = HOPPER) -> int:
+    """Of one worker, outside torch's allocator."""
+    if strategy.kind != "zero":
+        return measured.context_bytes
+    if strategy.stage == 3 and strategy.offload_params == "none":
+        return measured.context_bytes + measured.gathering_context_bytes
+    return measured.context_bytes + measured.zero_context_bytes

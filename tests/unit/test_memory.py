@@ -336,7 +336,7 @@ def recorded_peaks() -> list[Any]:
     own = [row for row in rows if row["who"] == "pack" and row["optimizer"] == "adamw"]
     # With 256 tokens the most was held while the base was loaded, as loading was done then.
     trained = [row for row in own if row["adapters"] * row["tokens_per_adapter"] >= 1024]
-    names = ("shape", "adapters", "tokens_per_adapter", "program")
+    names = ("shape", "bit_width", "adapters", "tokens_per_adapter", "program")
     return [pytest.param(row, id=" ".join(str(row[name]) for name in names)) for row in trained]
 
 
@@ -344,10 +344,11 @@ def recorded_peaks() -> list[Any]:
 def test_the_model_says_what_an_h200_used(row: dict[str, Any]) -> None:
     load = replace(
         LOAD,
+        quant=QuantConfig(bit_width=row["bit_width"]),
         num_slots=row["adapters"],
         block_length=row["tokens_per_adapter"],
         step_program=row["program"],
-        dequantise_once=True,
+        dequantise_once=row["bit_width"] == 4,
     )
     memory = estimate_memory(base_shape(SHAPES[row["shape"]]), load)
     # The recorded peaks are torch's own count: no context, and not what a pool keeps for later.
@@ -355,7 +356,10 @@ def test_the_model_says_what_an_h200_used(row: dict[str, Any]) -> None:
         peak = max(while_recording(memory), while_evaluating(memory))
     else:
         peak = memory.total_bytes - HOPPER.context_bytes
-    assert peak == pytest.approx(row["peak_memory_bytes"], rel=0.008)
+    # The plan counts two workspaces more than are left since one stream serves all recordings.
+    assert peak == pytest.approx(
+        row["peak_memory_bytes"], rel=0.011, abs=2 * HOPPER.workspace_bytes
+    )
 
 
 def held(memory: PackMemory) -> int:
@@ -389,12 +393,22 @@ ZERO = replace(EAGER, strategy=StrategyConfig(kind="zero", stage=2))
 def test_zero_holds_copies_of_the_adapter_and_offloads_them_to_the_host() -> None:
     row = 41_943_040 * 4
     memory = estimate_memory(LLAMA_8B, ZERO)
-    assert memory.adapters_bytes == 3 * row
-    assert memory.optimizer_bytes == 2 * row
+    assert memory.adapters_bytes == 5 * row  # with the partition's gradient, and a bucket
+    assert (memory.lanes_bytes, memory.optimizer_bytes) == (0, 2 * row)
     strategy = StrategyConfig(kind="zero", stage=2, offload_optimizer="cpu")
     offloading = estimate_memory(LLAMA_8B, replace(ZERO, strategy=strategy))
     assert (offloading.adapters_bytes, offloading.optimizer_bytes) == (2 * row, 0)
     assert offloading.host_bytes - memory.host_bytes == 4 * row  # with its gradient
+    strategy = StrategyConfig(kind="zero", stage=1, offload_optimizer="cpu")
+    keeping = estimate_memory(LLAMA_8B, replace(ZERO, strategy=strategy))
+    assert keeping.adapters_bytes == 4 * row  # its gradient stays until the step
+
+
+def test_zero_takes_more_outside_torchs_allocator_and_gathering_most() -> None:
+    stages = (StrategyConfig(kind="zero", stage=stage) for stage in (2, 3))
+    two, three = (replace(ZERO, strategy=strategy) for strategy in stages)
+    outside = [estimate_memory(LLAMA_8B, load).runtime_bytes for load in (EAGER, two, three)]
+    assert outside == sorted(set(outside))
 
 
 def test_offloaded_parameters_leave_a_part_of_the_base_on_the_gpu() -> None:
