@@ -141,12 +141,9 @@ class Slots:
                 rank = rank_of(adapter, layer.name)
                 A = self._A(slot, layer)[:, :rank]
                 B = self._B(slot, layer)[:rank]
-                tensors[f"{prefix}.lora_A.weight"] = A.T.cpu().clone(
-                    memory_format=torch.contiguous_format
-                )
-                tensors[f"{prefix}.lora_B.weight"] = B.T.cpu().clone(
-                    memory_format=torch.contiguous_format
-                )
+                for name, factor in (("A", A), ("B", B)):
+                    transposed = factor.T.clone(memory_format=torch.contiguous_format)
+                    tensors[f"{prefix}.lora_{name}.weight"] = transposed.cpu()
                 if self.dora:
                     magnitudes = self._magnitudes(slot, layer).cpu().clone()
                     tensors[f"{prefix}.lora_magnitude_vector"] = magnitudes

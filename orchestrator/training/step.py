@@ -52,7 +52,9 @@ class StepRunner:
         self._engine.program.serve([member.trained for member in members])
         losses, hidden, gradient = self._engine.forward(lambda: self._losses(parts))
         self._engine.backward(hidden, gradient, fresh)
-        told = torch.cat([losses, losses.new_tensor([float(flag), self._round_s])])
+        # Not new_tensor, which waits for all that was queued.
+        own = self._base.on_device(np.array([float(flag), self._round_s]))
+        told = torch.cat([losses, own.to(losses.dtype)])
         self._replicas.sum(told)
         for member in members:
             member.read_ahead()
