@@ -2,8 +2,9 @@
 
 Training time is read from the run folder: from the trial's start to the winner's selection, so
 what a command does before and after (importing, giving up on a server that is gone) is not in it.
-Equal runs differ by several percent by the clock of a machine that others share, but hardly in
-processor time, which is what they take on a core of their own: so that of a step is measured too.
+Equal runs differ by up to a tenth on a machine that others share, more than a server that is down
+could cost. On a core of its own a trainer is slowed down by what other threads take of it, so the
+processor time of all threads but the training one is measured too.
 """
 
 import json
@@ -75,7 +76,7 @@ def _train(folder: Path, base: Path, steps: int, regime: str) -> Row:
             "regime": regime,
             "steps": steps,
             "train_s": round(_train_s(store), 3),
-            "cpu_s_per_1000_steps": round(trial.cpu_s_per_step * 1000, 4),
+            "beside_fraction": round(trial.beside_fraction, 5),
             "exit_code": command.returncode,
             "points": sum(expected_points(store).values()),
             "lost": len(lost),
@@ -143,13 +144,15 @@ class _Steps:
         self._command = command
         self._process = psutil.Process(command.pid)
         self._settled = settled
-        self._seen: list[tuple[int, float]] = []
-        """Steps and processor seconds, from the settled step on."""
+        self._seen: list[tuple[int, float, float]] = []
+        """Steps, and processor seconds of all threads and of the training one, once settled."""
 
     @property
-    def cpu_s_per_step(self) -> float:
-        (first_step, first_s), (last_step, last_s) = self._seen[0], self._seen[-1]
-        return (last_s - first_s) / (last_step - first_step)
+    def beside_fraction(self) -> float:
+        """Processor time of the other threads, as a part of the training thread's."""
+        (_, first_s, first_own_s), (_, last_s, last_own_s) = self._seen[0], self._seen[-1]
+        own_s = last_own_s - first_own_s
+        return (last_s - first_s - own_s) / own_s
 
     def reach(self, step: int) -> None:
         """Wait until the trial is there, or its command is over."""
@@ -158,8 +161,10 @@ class _Steps:
                 return
             reached = max((row["step"] for row in self._rows.read()), default=0)
             if reached >= self._settled:
-                times = self._process.cpu_times()
-                self._seen.append((reached, times.user + times.system))
+                seconds = {
+                    one.id: one.user_time + one.system_time for one in self._process.threads()
+                }
+                self._seen.append((reached, sum(seconds.values()), seconds[self._process.pid]))
             time.sleep(POLL_S)
 
 

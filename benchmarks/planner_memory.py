@@ -111,9 +111,13 @@ def _group(row: Row) -> str:
 
 
 def _outside(rows: Sequence[Row], group: str) -> int:
-    known = [row for row in rows if row["outside_bytes"] is not None]
-    alike = [row for row in known if _group(row) == group] or known
-    return round(statistics.median(row["outside_bytes"] for row in alike)) if alike else 0
+    """The median of the group, or of the nearest one that the driver told something of."""
+    known: dict[str, list[int]] = {}
+    for row in rows:
+        if row["outside_bytes"] is not None:
+            known.setdefault(_group(row), []).append(row["outside_bytes"])
+    found = next((known[name] for name in (group, "zero", "replicated") if name in known), [0])
+    return round(statistics.median(found))
 
 
 def _run(options: argparse.Namespace) -> None:

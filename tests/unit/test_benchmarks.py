@@ -134,19 +134,23 @@ def test_a_part_that_fails_takes_nothing_from_the_others() -> None:
 
 
 def test_the_forwarding_bars_compare_medians_with_the_undisturbed_runs() -> None:
-    seconds = {"undisturbed": (10.0, 10.2, 30.0), "down": (10.0, 10.1, 10.3)}
+    measured = {
+        "undisturbed": [(10.0, 0.01), (10.2, 0.011), (30.0, 0.05)],
+        "down": [(10.0, 0.02), (10.1, 0.04), (10.3, 0.05)],
+    }
     rows: list[Row] = [
         {"what": "disturb", "regime": regime, "lost": 0, "doubled": 0}
-        | {"train_s": value, "cpu_s_per_1000_steps": value + 1}
-        for regime, values in seconds.items()
-        for value in values
+        | {"train_s": seconds, "beside_fraction": beside}
+        for regime, runs in measured.items()
+        for seconds, beside in runs
     ]
     rows.append({"what": "rate", "trials": 10, "points": 100, "raw_s": 2.0, "ours_s": 5.0})
     found = forwarding_bars(rows)
-    slowdown = found["slowdown by the clock, down, at most"].value
-    assert slowdown == pytest.approx(10.1 / 10.2 - 1, abs=1e-4)
-    slowdown = found["slowdown in processor time, down, at most"].value
-    assert slowdown == pytest.approx(11.1 / 11.2 - 1, abs=1e-4)
+    by_clock = found["slowdown by the clock, down, at most"]
+    assert by_clock.value == pytest.approx(10.1 / 10.2 - 1, abs=1e-4)
+    by_threads = found["slowdown by other threads, down, at most"]
+    assert by_threads.value == pytest.approx(0.029)
+    assert (by_clock.holds, by_threads.holds) == (True, False)
     assert found["points lost or doubled after sync, at most"].holds
     assert not found["10 trials x 100 points, times raw log_batch, at most"].holds
 
