@@ -7,7 +7,9 @@ could cost. On a core of its own a trainer is slowed down by what other threads 
 processor time of all threads but the training one is measured too.
 """
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -150,6 +152,8 @@ class _Steps:
     @property
     def beside_fraction(self) -> float:
         """Processor time of the other threads, as a part of the training thread's."""
+        if len(self._seen) < 2:  # it ended early
+            return math.nan
         (_, first_s, first_own_s), (_, last_s, last_own_s) = self._seen[0], self._seen[-1]
         own_s = last_own_s - first_own_s
         return (last_s - first_s - own_s) / own_s
@@ -161,11 +165,14 @@ class _Steps:
                 return
             reached = max((row["step"] for row in self._rows.read()), default=0)
             if reached >= self._settled:
-                seconds = {
-                    one.id: one.user_time + one.system_time for one in self._process.threads()
-                }
-                self._seen.append((reached, sum(seconds.values()), seconds[self._process.pid]))
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+                    self._seen.append((reached, *self._processor_s()))
             time.sleep(POLL_S)
+
+    def _processor_s(self) -> tuple[float, float]:
+        """Of all threads, and of the training one."""
+        seconds = {one.id: one.user_time + one.system_time for one in self._process.threads()}
+        return sum(seconds.values()), seconds[self._process.pid]
 
 
 def _store(folder: Path) -> str:
