@@ -101,8 +101,8 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
     weight = _weight_bytes(shape, load)
     working: float = tokens * value * (BACKWARD_HIDDEN * hidden + (backward - 1) * wide)
     working += max(tokens * value * wide, weight)  # not at the same time
-    if load.quant.llm_int8 and load.gradient_checkpointing:
-        working += tokens * ROUNDED_BYTES * max((t.in_features for t in targets), default=0)
+    if load.quant.llm_int8 and load.gradient_checkpointing and load.cuda:
+        working += tokens * ROUNDED_BYTES * max(linear.in_features for linear in shape.linears)
     dora_kept, dora_working = _dora_bytes(targets, load) if load.dora else (0, 0)
     # A compiled block makes its masks in the kernels that use them.
     hashing = load.dropout and load.eager and targets

@@ -189,10 +189,8 @@ def _zero_bytes(row_length: int, load: PackLoad) -> tuple[int, int, int]:
     host = on_host * row
     if offload == "nvme":  # in place of the partition, buffers for a group
         host += nvme_buffer_bytes(row_length) - row
-    if stage == 2 and offload != "none":  # there while a pass's gradients go to the host
-        return copies * row, row + bucket, host
-    # Of stages 1 and 2: a flat copy of the gradient, or at first the partition on its way to the
-    # host.
+    # In a step a flat copy of the gradient; while the engine starts, the partition on its way to
+    # the host. Stage 3 had neither: there it is in reserve.
     return copies * row + bucket, row, host
 
 

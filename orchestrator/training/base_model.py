@@ -341,11 +341,12 @@ def keep_embedding_on_host(model: nn.Module) -> None:
     head = model.get_output_embeddings()  # type: ignore[operator]
     if embedding.weight is head.weight or embedding.weight.device.type == "cpu":
         return
-    place, weight = embedding.weight.device, embedding.weight.cpu()
+    place = embedding.weight.device
+    weight = embedding.to("cpu").weight.detach()
     # No parameter any more: transformers takes a model to be where its first one is, and moves
     # prompts there.
     del embedding.weight
-    embedding.register_buffer("weight", weight.detach())
+    embedding.register_buffer("weight", weight)
     embedding.register_forward_pre_hook(lambda _, inputs: (inputs[0].cpu(), *inputs[1:]))
     embedding.register_forward_hook(lambda _, inputs, found: found.to(place, non_blocking=True))
 

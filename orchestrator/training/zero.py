@@ -134,7 +134,7 @@ class ZeroEngine:
 
 
 class ZeroStepper:
-    copies = 3  # the layers' parameters, the fp32 partition and its gradient
+    copies = 4  # the row, the layers' parameters, the fp32 partition and its gradient
 
     def __init__(
         self,
@@ -154,6 +154,7 @@ class ZeroStepper:
     def gather(self) -> Tensor:
         import deepspeed
 
+        self._optimizer.partitions.settle()
         # Nothing to gather below stage 3; there the context does nothing. One at a time: more may
         # be on NVMe than there are buffers for.
         for parameter, values in self._parts():
@@ -168,6 +169,7 @@ class ZeroStepper:
     def scatter(self) -> None:
         import deepspeed
 
+        self._optimizer.partitions.settle()
         for parameter, values in self._parts():
             gathered = deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
             with self._replicas.waiting(), gathered:
@@ -212,7 +214,6 @@ class ZeroStepper:
 
     def _parts(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter, and the place of its values in the slot's row."""
-        self._optimizer.partitions.settle()
         return zip(self._parameters, self._slots.parts(self._slots.rows), strict=True)
 
 

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from orchestrator.config import EvaluationConfig, QuantConfig, TaskConfig
 from orchestrator.records import BaseModel, TrialDone
@@ -100,6 +102,29 @@ def test_in_place_words_are_looked_up_on_the_host(make_spec: MakeSpec, tmp_path:
     worker.load()
     embedding = worker.base.model.get_input_embeddings().weight  # type: ignore[operator]
     assert embedding.device.type == "cpu"
+
+
+@pytest.mark.parametrize("recomputation", [False, True])
+def test_llm_int8_keeps_no_input_of_frozen_weights(
+    make_spec: MakeSpec, recomputation: bool
+) -> None:
+    quant = QuantConfig(bit_width=8, compute_dtype="bfloat16").model_dump()
+    worker = PackWorker(make_spec(device="cuda", num_slots=1, quant=quant))
+    worker.load()
+    layer = worker.base.model.get_submodule("model.layers.0.mlp.up_proj.base")
+    x = torch.randn(3, layer.in_features, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def output_of(x: torch.Tensor) -> tuple[torch.Tensor, "weakref.ref[torch.Tensor]"]:
+        hidden = 20 * x  # with outliers
+        return layer(hidden), weakref.ref(hidden)
+
+    if recomputation:
+        output, there = checkpoint(output_of, x, use_reentrant=False)
+    else:
+        output, there = output_of(x)
+    assert there() is None
+    output.sum().backward()
+    assert x.grad is not None
 
 
 def test_a_workers_memory_is_in_segments_that_grow() -> None:
