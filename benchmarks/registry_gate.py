@@ -4,8 +4,10 @@
 
 Simulated: held-out examples of very different lengths whose paired differences have heavy tails
 (Student's t with 3 degrees of freedom, infinite kurtosis; recorded quickstarts have a kurtosis of 3
-to 4.5), or are skewed against the candidate (rarely much worse). At a true difference of zero each
-promotion is a false one. Real: adapters of a tiny base model, trained and registered one by one.
+to 4.5), or are skewed against the candidate (rarely much worse); and questions that both answer
+rightly or wrongly, half of them rightly, and not alike in a part of them. At a true difference of
+zero each promotion is a false one. Real: adapters of a tiny base model, trained and registered one
+by one.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 
 from benchmarks.recording import Bar, Row, append_row, environment, read_rows, record
 from orchestrator.config import GateConfig
-from orchestrator.tracking.example_losses import ExampleLosses
+from orchestrator.tracking.example_losses import ExampleAnswers, ExampleLosses
 from orchestrator.tracking.promotion import Standing, decide_promotion
 
 Floats = NDArray[np.float64]
@@ -32,6 +34,7 @@ STATED_LEVEL = 0.05  # 1 - confidence
 NATS_PER_TOKEN = 0.14  # spread of one example's difference, as between recorded adapters
 TYPICAL_LABELS = 30.0
 TRUE_DIFFERENCES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08)
+UNLIKE = (0.1, 0.3, 0.6)  # part of the questions that are answered anew, rightly or wrongly
 TRIALS = 12
 ALIKE = 0.5  # part of the variance that trials of a sweep have in common
 
@@ -91,6 +94,30 @@ def promoted_fraction(
     return promoted / pairs
 
 
+def promoted_by_answers(
+    gate: GateConfig, questions: int, unlike: float, pairs: int, trials: int = 1
+) -> float:
+    """As `promoted_fraction`, where candidates are as good as the champion."""
+    promoted = 0
+    for seed in range(pairs):
+        generator = np.random.default_rng([seed, questions, trials])
+        champion = generator.random(questions) < 0.5
+        anew = generator.random((questions, trials)) < unlike
+        right = np.where(anew, generator.random((questions, trials)) < 0.5, champion[:, None])
+        wrong = 1.0 - right[:, (-right.sum(axis=0)).argsort()]
+        standings = (_answering(2, wrong), _answering(1, 1.0 - champion[:, None]))
+        promoted += decide_promotion(*standings, gate.model_copy(update={"seed": seed})).promote
+    return promoted / pairs
+
+
+def _answering(version: int, wrong: Floats) -> Standing:
+    """By its answers, [n, K], the first column's; all have the same losses."""
+    one = np.ones(len(wrong))
+    answers = ExampleAnswers("same", wrong[:, 0], wrong[:, 1:], {})
+    losses = ExampleLosses("same", one, one, np.ones_like(wrong[:, 1:]), answers)
+    return Standing(version, 1.0, 9.0, losses)
+
+
 def _simulated(pairs: int) -> Iterator[Row]:
     default, quick = GateConfig(), GateConfig(resamples=2000)
     rate = promoted_fraction(default, heavy_tails, 256, 0.0, 200)
@@ -105,6 +132,15 @@ def _simulated(pairs: int) -> Iterator[Row]:
         for better_by in TRUE_DIFFERENCES[1:]:
             rate = promoted_fraction(quick, heavy_tails, examples, better_by, pairs // 4)
             yield _row("power", "heavy tails", quick, examples, better_by, pairs // 4, rate)
+    answers = quick.model_copy(update={"metric": "task_error"})
+    for questions in (24, 64, 256):
+        for unlike in UNLIKE:
+            rate = promoted_by_answers(answers, questions, unlike, pairs)
+            kind = f"answers, {unlike:.0%} anew"
+            yield _row("no difference, answers", kind, answers, questions, 0.0, pairs, rate)
+    rate = promoted_by_answers(answers, 128, UNLIKE[1], pairs // 4, TRIALS)
+    kind = f"answers, {UNLIKE[1]:.0%} anew"
+    yield _row("best of 12 equal trials", kind, answers, 128, 0.0, pairs // 4, rate)
     rate = promoted_fraction(quick, heavy_tails, 128, 0.0, pairs // 4, TRIALS)
     yield _row("best of 12 equal trials", "heavy tails", quick, 128, 0.0, pairs // 4, rate)
     rate = promoted_fraction(quick, heavy_tails, 128, 0.0, pairs // 4, TRIALS, told=False)
@@ -227,6 +263,7 @@ def _bars(rows: list[Row]) -> dict[str, Bar]:
             )
             for kind in NOISES
         },
+        "false promotions, answers, worst case": rates("no difference, answers"),
         "false promotions, best of 12 equal trials": rates("best of 12 equal trials"),
     }
     right = sum(real.get(what) == promoted for what, promoted in expected.items())

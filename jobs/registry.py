@@ -4,7 +4,7 @@ In: names as a user writes them. Out: tables on stdout, an exit code. All decisi
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, JustifyMethod
@@ -152,13 +152,15 @@ def _versions(api: "MlflowClient", name: str) -> list["ModelVersion"]:
     return sorted(found, key=lambda version: -int(version.version))
 
 
-def _version_table(model: "RegisteredModel", versions: Iterable["ModelVersion"]) -> Table:
-    table = _table("version", "aliases", "trial", "bits", "rank", "eval loss", "base", "MiB")
+def _version_table(model: "RegisteredModel", versions: Sequence["ModelVersion"]) -> Table:
+    scored = any("task_score" in version.tags for version in versions)
+    losses = ("eval loss", "base", *(["right"] if scored else []))
+    table = _table("version", "aliases", "trial", "bits", "rank", *losses, "MiB")
     table.title = model.name
     for version in versions:
         tags = version.tags
         aliases = [name for name, to in model.aliases.items() if int(to) == int(version.version)]
-        size = tags.get("adapter_bytes")
+        size, score = tags.get("adapter_bytes"), tags.get("task_score")
         table.add_row(
             str(version.version),
             ", ".join(sorted(aliases)),
@@ -167,6 +169,7 @@ def _version_table(model: "RegisteredModel", versions: Iterable["ModelVersion"])
             tags.get("rank", ""),
             _loss(tags.get("eval_loss")),
             _loss(tags.get("baseline_eval_loss")),
+            *([f"{float(score):.1%}" if score else ""] if scored else []),
             f"{int(size) / 2**20:.1f}" if size else "",
         )
     return table

@@ -299,7 +299,8 @@ class EvaluationConfig(Strict):
     that are evaluated together."""
 
     task: TaskConfig | None = None
-    """Questions that each trial answers at its end, for the objective task_score; null: none."""
+    """Questions that each trial answers at its end, for the objective task_score or for the gate;
+    null: none."""
 
 
 class ResourcesConfig(Strict):
@@ -366,15 +367,19 @@ class TrackingConfig(Strict):
         return uri
 
 
+GateMetric = Literal["token_loss", "example_loss", "task_error"]
+
+
 class GateConfig(Strict):
     """What a candidate must show to become champion."""
 
-    metric: Literal["token_loss", "example_loss"] = "token_loss"
+    metric: GateMetric = "token_loss"
     """What is compared with the champion's: token_loss is the mean loss of a token, so that long
-    examples count more; example_loss the mean over the examples of each one's own mean loss."""
+    examples count more; example_loss the mean over the examples of each one's own mean loss;
+    task_error the part of evaluation.task's questions that is answered wrongly."""
 
     margin: Annotated[float, Field(ge=0)] = 0.0
-    """Nats that the candidate must be better by at least."""
+    """What the candidate must be better by at least: nats, of task_error a part of 1."""
 
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     """Of the two-sided interval around the difference, which must lie below -margin. A candidate
@@ -389,15 +394,15 @@ class GateConfig(Strict):
     """Times that the held-out examples are drawn anew."""
 
     min_pairs: Annotated[int, Field(strict=True, ge=2)] = 20
-    """Held-out examples that a comparison needs at least."""
+    """Held-out examples, or questions, that a comparison needs at least."""
 
     seed: NonNegativeInt = 0
     """The same seed and losses give the same interval."""
 
     other_examples: Literal["reevaluate", "refuse", "promote"] = "reevaluate"
-    """What happens when the champion was measured on other held-out examples. reevaluate: measure
-    it on the candidate's, where the base model and the examples are at hand and tokenizer and
-    template are the same; else refuse. promote: without a comparison."""
+    """What happens when the champion was measured on other held-out examples, or asked other
+    questions. reevaluate: measure it on the candidate's, where the base model and the examples are
+    at hand and tokenizer and template are the same; else refuse. promote: without a comparison."""
 
     max_adapter_bytes: PositiveInt | None = None
     """A larger adapter does not become champion."""

@@ -239,6 +239,18 @@ def write_evaluation(
     )
 
 
+def write_answers(folder: Path, right: int, questions: str = "b", count: int = 40) -> None:
+    """To `count` questions, the first `right` of them rightly."""
+    write_json(
+        folder / "answers.json",
+        {
+            "task_score": right / count,
+            "examples": [f"{questions}{index:063x}" for index in range(count)],
+            "right": [int(index < right) for index in range(count)],
+        },
+    )
+
+
 def make_base_model(folder: Path) -> BaseModel:
     """A tiny Llama with random weights and a tokenizer of bytes."""
     import torch

@@ -285,6 +285,21 @@ def _a_task_score_has_a_task(config: SweepConfig) -> Iterator[str]:
         )
 
 
+def _the_gate_has_questions(config: SweepConfig) -> Iterator[str]:
+    gate, task = config.registry.gate, config.evaluation.task
+    if gate.metric == "task_error" and task is None:
+        yield (
+            "registry.gate.metric: task_error needs evaluation.task, but got evaluation.task=null: "
+            "write evaluation: {task: {max_examples: 64}}, or compare token_loss"
+        )
+    elif gate.metric == "task_error" and task and task.max_examples < gate.min_pairs:
+        yield (
+            f"registry.gate.metric: task_error needs registry.gate.min_pairs ({gate.min_pairs}) "
+            f"questions, but got evaluation.task.max_examples={task.max_examples}: ask more, or "
+            "lower min_pairs"
+        )
+
+
 def _questions_have_answers(config: SweepConfig) -> Iterator[str]:
     data = config.data
     forms = {one.format or data.format for one in data.held_out_sources or data.train_sources}
@@ -441,6 +456,11 @@ SWEEP_RULES: tuple[Rule[SweepConfig], ...] = (
         _a_task_score_has_a_task,
         "nobody would measure it, and no trial could win",
         "orchestrator/training/task.py",
+    ),
+    Rule(
+        _the_gate_has_questions,
+        "no candidate could be compared with a champion",
+        "orchestrator/tracking/promotion.py",
     ),
     Rule(
         _questions_have_answers,

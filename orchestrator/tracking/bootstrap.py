@@ -97,10 +97,13 @@ def _counts(num_examples: int, resamples: int, seed: int, max_counts: int) -> It
 
 def _selection_tail(drawn: Floats, tail: float) -> float:
     """The tail of each column such that any of them falls below it as often as `tail` says."""
+    from scipy.stats import rankdata
+
     resamples, columns = drawn.shape
     if columns == 1:
         return tail
-    ranks = (drawn.argsort(axis=0).argsort(axis=0) + 0.5) / resamples
+    # Means of right and wrong answers are often equal: such have one rank.
+    ranks = (rankdata(drawn, axis=0) - 0.5) / resamples
     least = np.quantile(ranks.min(axis=1), tail, method="lower")
     return float(np.clip(least, tail / columns, tail))
 

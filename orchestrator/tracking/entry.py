@@ -15,9 +15,14 @@ from orchestrator.errors import RegistryError
 from orchestrator.files import file_digest, read_json
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.sweep.run_store import RunStore
-from orchestrator.tracking.example_losses import with_rivals
+from orchestrator.tracking.example_losses import with_rival_answers, with_rivals
 from orchestrator.tracking.gate import RULES_TAG
-from orchestrator.tracking.model_files import ADAPTER_RECORD, ADAPTER_WEIGHTS, EVALUATION
+from orchestrator.tracking.model_files import (
+    ADAPTER_RECORD,
+    ADAPTER_WEIGHTS,
+    ANSWERS,
+    EVALUATION,
+)
 from orchestrator.tracking.runs import RUN_ID_TAG
 
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
@@ -34,7 +39,7 @@ class Entry:
     record: dict[str, Any]
     """The adapter's orchestrator.json."""
     evaluation: dict[str, Any] | None
-    """evaluation.json with the sweep's other trials; None where the trial has none."""
+    """evaluation.json with answers and the sweep's other trials; None where the trial has none."""
     rules: str
     """GateConfig as JSON."""
 
@@ -120,16 +125,27 @@ def _evaluation(
     store: RunStore, winner: TrialResult, results: list[TrialResult]
 ) -> dict[str, Any] | None:
     """Of the winner's last evaluation, which came before its adapter was saved."""
-    found = {
+    found = _of_attempts(store, results, EVALUATION)
+    if winner.number not in found:
+        return None
+    own = with_rivals(found.pop(winner.number), found.items())
+    answers, task = _of_attempts(store, results, ANSWERS), store.sweep.config.evaluation.task
+    if winner.number in answers and task is not None:
+        answered = answers.pop(winner.number)
+        own["answers"] = with_rival_answers(answered, answers.items(), task)
+    return own
+
+
+def _of_attempts(
+    store: RunStore, results: list[TrialResult], name: str
+) -> dict[int, dict[str, Any]]:
+    """What finished trials have written under this name, by trial number."""
+    return {
         result.number: read_json(path)
         for result in results
         if result.state == "finished"
-        and (path := (store.folder / result.adapter_dir).with_name(EVALUATION)).is_file()
+        and (path := (store.folder / result.adapter_dir).with_name(name)).is_file()
     }
-    if winner.number not in found:
-        return None
-    own = found.pop(winner.number)
-    return with_rivals(own, found.items())
 
 
 def _verify(weights: Path, result: TrialResult) -> None:

@@ -1,10 +1,11 @@
-"""Each held-out example's own loss, as an evaluation recorded it: what the gate compares.
+"""Each held-out example's own loss, or answer, as it was recorded: what the gate compares.
 
 In: evaluation.json of a trial, or of a registered version. Out: arrays, ordered by example, in
 which equal rows are one example. Imports no mlflow and no torch.
 
-evaluation.json of a version also holds its sweep's other trials on the same examples (`rivals`):
-the winner was chosen on them, and a fair comparison has to know from how many and how alike.
+evaluation.json of a version also holds its answers to the task's questions (`answers`), and its
+sweep's other trials on the same examples and questions (`rivals`): the winner was chosen on them,
+and a fair comparison has to know from how many and how alike.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +15,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.config import TaskConfig
+from orchestrator.files import record_digest
+
 Floats = NDArray[np.float64]
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleAnswers:
+    digest: str
+    """Of the examples that are asked, and of how their answers are generated and compared, whatever
+    the template and the tokenizer: equal digests can be compared pair by pair."""
+    wrong: Floats
+    """1 for each wrong answer. [n]"""
+    rivals: Floats
+    """Of the sweep's other trials. [n, K-1]"""
+    task: Record
+    """TaskConfig as it was."""
+
+    @classmethod
+    def from_json(cls, record: Record) -> "ExampleAnswers":
+        keys, first = np.unique(np.array(record["examples"]), return_index=True)
+
+        def wrong(right: Sequence[int]) -> Floats:
+            return 1.0 - np.array(right, dtype=np.float64)[first]
+
+        task = record["task"]
+        rivals = [wrong(right) for right in record.get("rivals", {}).values()]
+        return cls(
+            digest=record_digest([keys.tolist(), task["answer_pattern"], task["max_new_tokens"]]),
+            wrong=wrong(record["right"]),
+            rivals=np.column_stack(rivals) if rivals else np.empty((len(keys), 0)),
+            task=task,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +60,8 @@ class ExampleLosses:
     labels: Floats
     rivals: Floats
     """nll of the sweep's other trials. [n, K-1]"""
-
-    @property
-    def num_examples(self) -> int:
-        return len(self.nll)
+    answers: ExampleAnswers | None = None
+    """None where no task was set."""
 
     @classmethod
     def from_json(cls, record: Record) -> "ExampleLosses":
@@ -41,12 +72,14 @@ class ExampleLosses:
             return sums.astype(np.float64)
 
         rivals = [by_key(nll) for nll in record.get("rivals", {}).values()]
+        answers = record.get("answers")
         return cls(
             # Earlier evaluations named their shards only; equal shards are equal examples.
             digest=record.get("examples_digest") or record["manifest"],
             nll=by_key(record["nll"]),
             labels=by_key(record["labels"]),
             rivals=np.column_stack(rivals) if rivals else np.empty((len(keys), 0)),
+            answers=ExampleAnswers.from_json(answers) if answers else None,
         )
 
 
@@ -58,3 +91,15 @@ def with_rivals(record: Record, others: Iterable[tuple[int, Record]]) -> dict[st
         if other["manifest"] == record["manifest"] and other["examples"] == record["examples"]
     }
     return {**record, "rivals": rivals}
+
+
+def with_rival_answers(
+    record: Record, others: Iterable[tuple[int, Record]], task: TaskConfig
+) -> dict[str, Any]:
+    """The same of answers.json: the winner's, and other trials', to the questions of one task."""
+    rivals = {
+        str(trial): other["right"]
+        for trial, other in others
+        if other["examples"] == record["examples"]
+    }
+    return {**record, "rivals": rivals, "task": task.model_dump()}

@@ -14,7 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.config import GateConfig
+from pydantic import ValidationError
+
+from orchestrator.config import GateConfig, GateMetric, TaskConfig
 from orchestrator.data.manifest import fetch_manifest
 from orchestrator.data.prepare import find_examples
 from orchestrator.errors import OrchestratorError, RegistryError
@@ -30,7 +32,12 @@ from orchestrator.tracking.alias_history import (
 from orchestrator.tracking.example_losses import ExampleLosses
 from orchestrator.tracking.lease import Lease, Timing, lease
 from orchestrator.tracking.model_files import download_adapter, read_evaluation
-from orchestrator.tracking.promotion import Promotion, Standing, decide_promotion
+from orchestrator.tracking.promotion import (
+    Promotion,
+    Standing,
+    decide_promotion,
+    why_not_comparable,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,9 +51,9 @@ GATE_TAG = "gate"
 RULES_TAG = "gate.rules"
 MAX_ROUNDS = 10
 
-Evaluate = Callable[[Path, str], tuple[dict[str, Any], dict[str, Any]]]
-"""Adapter's folder and place of prepared data -> evaluations of the adapter and of its base alone,
-on the held-out examples."""
+Evaluate = Callable[[Path, str, TaskConfig | None], tuple[dict[str, Any], dict[str, Any]]]
+"""Adapter's folder, place of prepared data, and a task whose questions it is to answer, if any ->
+evaluations of the adapter and of its base alone, on the held-out examples."""
 
 
 class Gate:
@@ -117,7 +124,7 @@ class Gate:
         candidate = self._standing(name, number)
         rival = self._standing(name, champion) if champion not in (None, number) else None
         if rival is not None and rules.other_examples == "reevaluate":
-            rival = self._on_same_examples(name, candidate, rival, data_place)
+            rival = self._on_same_examples(name, candidate, rival, rules.metric, data_place)
         return decide_promotion(candidate, rival, rules)
 
     def champion(self, name: str) -> int | None:
@@ -160,19 +167,28 @@ class Gate:
         )
 
     def _on_same_examples(
-        self, name: str, candidate: Standing, champion: Standing, data_place: str | None
+        self,
+        name: str,
+        candidate: Standing,
+        champion: Standing,
+        metric: GateMetric,
+        data_place: str | None,
     ) -> Standing:
-        """The champion with losses on the candidate's examples, or with why there are none."""
-        ours, theirs = candidate.losses, champion.losses
-        if ours is None or (theirs is not None and theirs.digest == ours.digest):
+        """The champion with losses on the candidate's examples, or answers to its questions, or
+        with why there are none."""
+        ours = candidate.losses
+        if ours is None or not why_not_comparable(candidate, champion, metric):
+            return champion
+        if metric == "task_error" and ours.answers is None:
             return champion
         version = self._api.get_model_version(name, str(candidate.version))
         try:
+            task = _task(ours) if metric == "task_error" else None
             place = data_place or _cached_examples(read_evaluation(self._uri, version))
             with TemporaryDirectory() as scratch:
                 uri = f"models:/{name}/{champion.version}"
                 folder = download_adapter(self._uri, uri, Path(scratch) / "adapter")
-                evaluation, _ = self._evaluate(folder, place)
+                evaluation, _ = self._evaluate(folder, place, task)
         except OrchestratorError as error:
             why = f"version {champion.version} could not be measured on the same examples ({error})"
             return replace(champion, losses=None, why_no_losses=why)
@@ -233,7 +249,19 @@ def _cached_examples(evaluation: dict[str, Any]) -> str:
     )
 
 
-def _evaluate_adapter(adapter_dir: Path, data_place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _task(losses: ExampleLosses) -> TaskConfig:
+    assert losses.answers is not None
+    try:
+        return TaskConfig.model_validate(losses.answers.task)
+    except ValidationError as error:
+        raise RegistryError(
+            f"the candidate's evaluation.task is not one of this version's: {error}"
+        ) from error
+
+
+def _evaluate_adapter(
+    adapter_dir: Path, data_place: str, task: TaskConfig | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     from orchestrator.training.adapter_evaluation import evaluate_adapter
 
-    return evaluate_adapter(adapter_dir, fetch_manifest(data_place, "held_out"))
+    return evaluate_adapter(adapter_dir, fetch_manifest(data_place, "held_out"), task=task)

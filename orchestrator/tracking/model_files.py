@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_RECORD = "orchestrator.json"
-EVALUATION = "evaluation.json"
+EVALUATION, ANSWERS = "evaluation.json", "answers.json"
 EVALUATION_TAG = "evaluation_digest"
 MODEL_CODE = Path(__file__).with_name("adapter_model.py")
 EXAMPLE = "What does str.split do?"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from orchestrator.config import GateConfig
+from orchestrator.config import GateConfig, GateMetric
 from orchestrator.tracking.bootstrap import paired_interval
 from orchestrator.tracking.example_losses import ExampleLosses, Floats
 
@@ -49,7 +49,7 @@ class Comparison:
     """A candidate's metric less the champion's: below zero the candidate is better."""
 
     champion: int
-    metric: str
+    metric: GateMetric
     difference: float
     low: float
     high: float
@@ -68,8 +68,12 @@ class Comparison:
     def __str__(self) -> str:
         return (
             f"{self.metric} differs by {self.difference:+.4f}, {self.confidence:.4g} interval "
-            f"[{self.low:+.4f}, {self.high:+.4f}] over {self.num_pairs} held-out examples"
+            f"[{self.low:+.4f}, {self.high:+.4f}] over {self.num_pairs} {self.pairs}"
         )
+
+    @property
+    def pairs(self) -> str:
+        return "questions" if self.metric == "task_error" else "held-out examples"
 
 
 @dataclass(frozen=True)
@@ -96,23 +100,24 @@ def decide_promotion(candidate: Standing, champion: Standing | None, gate: GateC
     if champion is None:
         return Promotion(True, "first", f"{gain}; it is the first champion")
     name = f"version {champion.version}"
-    if why_not := _why_not_comparable(candidate, champion):
+    if why_not := why_not_comparable(candidate, champion, gate.metric):
         if gate.other_examples == "promote":
             words = f"not compared with {name}, as other_examples: promote has it: {why_not}"
             return Promotion(True, "not_compared", f"{gain}; {words}")
         return Promotion(
             False,
             "not_comparable",
-            f"it cannot be compared with {name}: {why_not}: evaluate both on the same examples, or "
+            f"it cannot be compared with {name}: {why_not}: measure both on the same examples, or "
             f"`orchestrator registry promote --force`",
         )
-    comparison = compare(candidate, champion, gate)
+    comparison, asked = compare(candidate, champion, gate), gate.metric == "task_error"
     if comparison.num_pairs < gate.min_pairs:
         return Promotion(
             False,
             "too_few_pairs",
-            f"{comparison.num_pairs} held-out examples are too few to compare it with {name}: at "
-            f"least {gate.min_pairs} are needed (registry.gate.min_pairs): hold out more",
+            f"{comparison.num_pairs} {comparison.pairs} are too few to compare it with {name}: at "
+            f"least {gate.min_pairs} are needed (registry.gate.min_pairs): hold out more"
+            + (" and ask more (evaluation.task.max_examples)" if asked else ""),
             comparison,
         )
     if comparison.high < -gate.margin:
@@ -129,15 +134,11 @@ def decide_promotion(candidate: Standing, champion: Standing | None, gate: GateC
 
 
 def compare(candidate: Standing, champion: Standing, gate: GateConfig) -> Comparison:
-    """Both must have losses on the same examples."""
+    """They must be comparable."""
     ours, theirs = candidate.losses, champion.losses
     assert ours is not None
     assert theirs is not None
-    assert ours.digest == theirs.digest
-    columns = np.column_stack([ours.nll, ours.rivals]) - theirs.nll[:, None]
-    weights = ours.labels
-    if gate.metric == "example_loss":
-        columns, weights = _per_example(columns, ours.labels)
+    columns, weights, digest = _paired(ours, theirs, gate.metric)
     interval = paired_interval(
         columns, weights, gate.confidence, gate.resamples, gate.method, gate.seed
     )
@@ -149,14 +150,31 @@ def compare(candidate: Standing, champion: Standing, gate: GateConfig) -> Compar
         high=interval.high,
         confidence=gate.confidence,
         level=interval.level,
-        num_pairs=ours.num_examples,
+        num_pairs=len(weights),
         num_trials=columns.shape[1],
         resamples=gate.resamples,
         method=gate.method,
         seed=gate.seed,
         margin=gate.margin,
-        examples_digest=ours.digest,
+        examples_digest=digest,
     )
+
+
+def _paired(
+    ours: ExampleLosses, theirs: ExampleLosses, metric: GateMetric
+) -> tuple[Floats, Floats, str]:
+    """Differences of the candidate, then of its sweep's other trials, [n, K], weights [n], and what
+    the pairs are known by."""
+    if metric == "task_error":
+        assert ours.answers is not None
+        assert theirs.answers is not None
+        wrong = np.column_stack([ours.answers.wrong, ours.answers.rivals])
+        columns = wrong - theirs.answers.wrong[:, None]
+        return columns, np.ones(len(columns)), ours.answers.digest
+    columns = np.column_stack([ours.nll, ours.rivals]) - theirs.nll[:, None]
+    if metric == "token_loss":
+        return columns, ours.labels, ours.digest
+    return *_per_example(columns, ours.labels), ours.digest
 
 
 def _refused_alone(candidate: Standing, gate: GateConfig) -> Promotion | None:
@@ -191,15 +209,24 @@ def _gain(candidate: Standing) -> str:
     return f"held-out loss {candidate.eval_loss:.4f}{known}"
 
 
-def _why_not_comparable(candidate: Standing, champion: Standing) -> str:
+def why_not_comparable(candidate: Standing, champion: Standing, metric: GateMetric) -> str:
+    """Empty where they are."""
+    digests = set()
     for standing in (candidate, champion):
-        if standing.losses is None:
+        losses = standing.losses
+        if losses is None:
             return standing.why_no_losses or f"version {standing.version} has no losses by example"
-    assert candidate.losses is not None
-    assert champion.losses is not None
-    if candidate.losses.digest != champion.losses.digest:
-        return champion.why_no_losses or "they were measured on other held-out examples"
-    return ""
+        if metric != "task_error":
+            digests.add(losses.digest)
+        elif losses.answers is not None:
+            digests.add(losses.answers.digest)
+        else:
+            return f"version {standing.version} has answered no questions (evaluation.task)"
+    if len(digests) == 1:
+        return ""
+    if metric == "task_error":
+        return "they answered other questions"
+    return "they were measured on other held-out examples"
 
 
 def _per_example(columns: Floats, labels: Floats) -> tuple[Floats, Floats]:

@@ -1,7 +1,8 @@
 """A saved adapter's held-out losses, on prepared examples, by the very code that training uses.
 
-In: an adapter's folder and a manifest. Out: evaluation.json's content, for the adapter and for its
-base alone. So a champion can be measured on a candidate's examples, and any adapter on any file.
+In: an adapter's folder and a manifest; perhaps a task, whose questions it answers too. Out:
+evaluation.json's content, for the adapter and for its base alone. So a champion can be measured on
+a candidate's examples, and any adapter on any file.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.config import QuantConfig, StrategyConfig
+from orchestrator.config import QuantConfig, StrategyConfig, TaskConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.reader import BlockReader
 from orchestrator.data.tokenizing import tokenizer_digest
@@ -26,18 +27,23 @@ from orchestrator.training.lanes import BASE_ALONE, Served
 from orchestrator.training.program import EagerProgram
 from orchestrator.training.replicas import Alone
 from orchestrator.training.slots import Slots
+from orchestrator.training.task import Answers, Task
 
 BATCH_SIZE = 8
 
 
 def evaluate_adapter(
-    adapter_dir: Path, manifest: Manifest, batch_size: int = BATCH_SIZE
+    adapter_dir: Path,
+    manifest: Manifest,
+    batch_size: int = BATCH_SIZE,
+    task: TaskConfig | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Evaluations of the adapter and of its base alone.
+    """Evaluations of the adapter and of its base alone; with a task, the adapter's has `answers`.
 
     Raises:
         BaseModelError: the base model, or the adapter, is missing, damaged, or does not fit.
-        DataError: the examples were prepared for another tokenizer or template.
+        DataError: the examples were prepared for another tokenizer or template, or an answer has
+            nothing that the task compares.
     """
     from orchestrator.tracking.adapter_model import base_source, verify_adapter
 
@@ -56,10 +62,16 @@ def evaluate_adapter(
     rows, scaling = _load_rows(base, adapter_dir)
     rows.give_up_gradients()
     engine = RowEngine(rows, EagerProgram(base, rows), Alone())
-    adapter, alone = evaluate(
-        base, engine, Alone(), [Served(0, scaling), BASE_ALONE], reader, batch_size
-    )
-    return adapter.to_json(reader), alone.to_json(reader)
+    served = Served(0, scaling)
+    adapter, alone = evaluate(base, engine, Alone(), [served, BASE_ALONE], reader, batch_size)
+    found = adapter.to_json(reader)
+    if task is not None:
+        asked = Task(task, reader, folder, base, rows, Alone())
+        answers = Answers(adapter, asked)
+        while not answers.complete:
+            asked.go_on(answers, served, engine.program)
+        found["answers"] = answers.to_json() | {"task": task.model_dump()}
+    return found, alone.to_json(reader)
 
 
 def _load_rows(base: LoadedBase, adapter_dir: Path) -> tuple[Slots, float | tuple[float, ...]]:

@@ -92,9 +92,9 @@ def make_run(tmp_path: Path) -> Iterator[MakeRun]:
     name = f"sweep-{uuid.uuid4().hex[:8]}"
     count = iter(range(100))
 
-    def make(**options: Any) -> RunStore:
+    def make(content: dict[str, Any] | None = None, **options: Any) -> RunStore:
         run_id = f"{name}-{next(count)}"
-        config = samples.make_config(name=name)
+        config = samples.make_config(name=name, **content or {})
         return samples.make_run(tmp_path / run_id, run_id=run_id, config=config, **options)
 
     return make

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from orchestrator.config import GateConfig
+from orchestrator.config import GateConfig, TaskConfig
 from orchestrator.errors import BaseModelError, RegistryError
 from orchestrator.files import read_json
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.alias_history import AliasEvent, carried_out, read_events
+from orchestrator.tracking.entry import read_entry
+from orchestrator.tracking.example_losses import ExampleLosses
 from orchestrator.tracking.gate import Gate
 from orchestrator.tracking.lease import LEASE_TAG, Timing, lease
 from orchestrator.tracking.registry import Registration, Registry
@@ -175,8 +177,10 @@ def test_a_champion_is_measured_on_the_candidates_examples(
 ) -> None:
     asked = []
 
-    def evaluate(adapter: Path, data_place: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        asked.append((read_json(adapter / "orchestrator.json")["template"], data_place))
+    def evaluate(
+        adapter: Path, data_place: str, task: TaskConfig | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        asked.append((read_json(adapter / "orchestrator.json")["template"], data_place, task))
         return measured(adapter.parent, loss)
 
     register(make_run(gain=1.0, params=ONE_TRIAL), uri)
@@ -185,13 +189,71 @@ def test_a_champion_is_measured_on_the_candidates_examples(
     assert registration.champion == champion
     assert registration.gate["rule"] == ("better" if champion else "worse")
     assert registration.gate["comparison"]["examples_digest"] == "f" * 64
-    assert asked == [("plain", store.read("data")["place"])]
+    assert asked == [("plain", store.read("data")["place"], None)]
+
+
+BY_ANSWERS = {
+    "data": {"train": "sums.jsonl", "format": "prompt_completion"},
+    "evaluation": {"task": {"max_examples": 40}},
+    "registry": {"gate": {"metric": "task_error"}},
+}
+
+
+@pytest.mark.parametrize(("right", "champion"), [(20, True), (30, False)])
+def test_a_champion_that_answered_other_questions_is_asked_the_candidates(
+    make_run: MakeRun, uri: str, right: int, champion: bool
+) -> None:
+    asked = []
+
+    def evaluate(
+        adapter: Path, data_place: str, task: TaskConfig | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        asked.append(task)
+        record, alone = measured(adapter.parent, 1.5)  # of a lower loss
+        samples.write_answers(adapter.parent, right)
+        assert task is not None
+        answers = read_json(adapter.parent / "answers.json") | {"task": task.model_dump()}
+        return record | {"answers": answers}, alone
+
+    first, second = (
+        make_run(gain=gain, params=ONE_TRIAL, content=BY_ANSWERS) for gain in (1.0, 1.2)
+    )
+    for store, questions in ((first, "a"), (second, "b")):
+        for result in store.results:
+            folder = (store.folder / result.adapter_dir).parent
+            samples.write_answers(folder, 30, questions)
+    register(first, uri)
+    registration = register(second, uri, evaluate=evaluate)
+    assert registration.champion == champion, registration.reason
+    assert "task_error differs by" in registration.reason
+    assert "over 40 questions" in registration.reason
+    assert asked == [TaskConfig(max_examples=40)]
+
+
+def test_a_version_has_the_answers_of_all_trials_that_were_asked_the_same(
+    make_run: MakeRun, uri: str
+) -> None:
+    store = make_run(content=BY_ANSWERS)
+    for number, result in enumerate(store.results):
+        folder = (store.folder / result.adapter_dir).parent
+        samples.write_answers(folder, 10 + number, "ab"[number == 2])
+    evaluation = read_entry(store).evaluation
+    assert evaluation is not None
+    answers = ExampleLosses.from_json(evaluation).answers
+    assert answers is not None
+    winner = store.read("winner")["trial"]
+    assert winner != 2
+    assert answers.wrong.sum() == 40 - (10 + winner)
+    assert answers.rivals.shape == (40, len(store.results) - 2)
+    assert answers.task == TaskConfig(max_examples=40).model_dump()
 
 
 def test_a_champion_that_cannot_be_measured_stays_and_says_why(
     make_run: MakeRun, uri: str, client: MlflowClient
 ) -> None:
-    def evaluate(adapter: Path, data_place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def evaluate(
+        adapter: Path, data_place: str, task: TaskConfig | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         raise BaseModelError("the base model is not in /models")
 
     name = register(make_run(gain=1.0, params=ONE_TRIAL), uri).model_name

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import run
+from orchestrator.config import EvaluationConfig, TaskConfig
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.reader import BlockReader
 from orchestrator.errors import BaseModelError, DataError
@@ -52,6 +53,18 @@ def test_a_saved_adapter_has_the_losses_that_it_had_in_training(
     for name in ("labels", "examples", "examples_digest", "manifest"):
         assert found[name] == recorded[name]
     assert base["eval_loss"] > found["eval_loss"]
+
+
+def test_a_saved_adapter_answers_as_it_did_in_training(
+    make_spec: MakeSpec, held_out: Manifest, tmp_path: Path
+) -> None:
+    task = TaskConfig(max_examples=5, max_new_tokens=2, batch_size=3, answer_pattern="(?s).")
+    evaluation = EvaluationConfig(task=task)
+    _, events = train(make_spec(num_slots=1, evaluation=evaluation), [trial_config()], tmp_path)
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    recorded = read_json(Path(done.adapter_dir).with_name("answers.json"))
+    found, _ = evaluate_adapter(Path(done.adapter_dir), held_out, task=task)
+    assert found["answers"] == recorded | {"task": task.model_dump()}
 
 
 def test_examples_are_the_same_however_they_are_packed(

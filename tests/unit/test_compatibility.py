@@ -255,6 +255,15 @@ TASK: dict[str, Any] = {"evaluation__task": {}}
             "task_score needs evaluation.task, but got evaluation.task=null: write",
         ),
         (
+            {"registry__gate": {"metric": "task_error"}},
+            "task_error needs evaluation.task, but got evaluation.task=null: write",
+        ),
+        (
+            {"evaluation__task": {"max_examples": 16}}
+            | {"registry__gate": {"metric": "task_error"}},
+            "needs registry.gate.min_pairs (20) questions, but got evaluation.task.max_examples=16",
+        ),
+        (
             TASK | {"data__format": "instruction"},
             "data.format: prompt_completion, where the completion is the answer, but got instr",
         ),

@@ -58,3 +58,18 @@ def test_trials_that_are_all_alike_cost_nothing_and_unlike_ones_cost_at_most_bon
     assert paired_interval(alike, WEIGHTS, 0.95, 4000).level == pytest.approx(0.95, abs=0.001)
     level = paired_interval(unlike, WEIGHTS, 0.95, 4000).level
     assert 0.98 < level <= 0.995 + 1e-9
+
+
+def test_trials_that_answer_as_the_champion_does_cost_nothing() -> None:
+    answers = np.random.default_rng(1).integers(-1, 2, 200).astype(float)[:, None]
+    weights = np.ones(200)
+    alone = paired_interval(answers, weights, 0.95, 5000)
+    among = paired_interval(np.hstack([answers, np.zeros((200, 5))]), weights, 0.95, 5000)
+    assert among.level == pytest.approx(alone.level, abs=0.01)
+
+
+def test_a_trial_with_the_same_answers_costs_nothing() -> None:
+    answers = np.random.default_rng(1).integers(-1, 2, 200).astype(float)[:, None]
+    weights = np.ones(200)
+    twins = paired_interval(np.hstack([answers] * 4), weights, 0.95, 5000)
+    assert twins.level == pytest.approx(0.95, abs=0.01)

@@ -1,12 +1,14 @@
 """The gate between a candidate and the champion alias."""
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from orchestrator.config import GateConfig
-from orchestrator.tracking.example_losses import ExampleLosses, with_rivals
+from orchestrator.config import GateConfig, TaskConfig
+from orchestrator.tracking.example_losses import ExampleAnswers, ExampleLosses, with_rivals
 from orchestrator.tracking.promotion import Promotion, Standing, decide_promotion
 
 GATE = GateConfig(resamples=2000)
@@ -32,6 +34,24 @@ def standing(
     return Standing(version, loss, base, losses, adapter_bytes=1000, peak_memory_bytes=10**9)
 
 
+def answering(right: int, *, questions: str = "a", rivals: int = 0, **fields: Any) -> Standing:
+    """So many of 100 questions, the first ones; its sweep's other trials a few more or less."""
+    record = {
+        "examples": [f"{questions}{index}" for index in range(100)],
+        "right": [int(index < right) for index in range(100)],
+        "task": TaskConfig().model_dump(),
+        "rivals": {
+            str(trial): [int((index + 3 * trial) % 100 < right) for index in range(100)]
+            for trial in range(rivals)
+        },
+    }
+    found = standing(**fields)
+    assert found.losses is not None
+    answers = ExampleAnswers.from_json(record)
+    return replace(found, losses=replace(found.losses, answers=answers))
+
+
+BY_ANSWERS = GATE.model_copy(update={"metric": "task_error"})
 UNKNOWN = Standing(7, 2.0, 3.0, why_no_losses="models:/x/7 was registered without losses")
 
 
@@ -49,7 +69,7 @@ UNKNOWN = Standing(7, 2.0, 3.0, why_no_losses="models:/x/7 was registered withou
         (standing(2.099), standing(2.1, version=7), "not_better", "not surely better"),
         (standing(2.1), standing(2.1), "not_better", "differs by +0.0000"),
         (standing(2.0), standing(2.1, examples="b"), "not_comparable", "other held-out examples"),
-        (standing(2.0), UNKNOWN, "not_comparable", "without losses: evaluate both"),
+        (standing(2.0), UNKNOWN, "not_comparable", "without losses: measure both"),
         (
             standing(2.0, count=19),
             standing(2.1, version=7, count=19),
@@ -64,6 +84,60 @@ def test_decide_promotion(
     promotion = decide_promotion(candidate, champion, GATE)
     assert promotion.rule == rule
     assert promotion.promote == (rule in ("first", "better"))
+    assert words in promotion.reason
+
+
+@pytest.mark.parametrize(
+    ("right", "rule", "words"),
+    [
+        (70, "better", "task_error differs by -0.2000"),
+        (51, "not_better", "over 100 questions"),
+        (30, "worse", "task_error differs by +0.2000"),
+    ],
+)
+def test_answers_may_decide_whatever_the_losses_are(right: int, rule: str, words: str) -> None:
+    candidate, champion = answering(right, loss=2.1), answering(50, loss=2.0, version=7)
+    promotion = decide_promotion(candidate, champion, BY_ANSWERS)
+    assert promotion.rule == rule
+    assert words in promotion.reason
+    assert decide_promotion(candidate, champion, GATE).rule == "worse"
+
+
+def test_the_best_of_many_has_to_answer_more() -> None:
+    champion = answering(50, loss=2.0, version=7)
+    alone, chosen = (answering(60, loss=2.0, rivals=rivals) for rivals in (0, 30))
+    levels = []
+    for candidate in (alone, chosen):
+        comparison = decide_promotion(candidate, champion, BY_ANSWERS).comparison
+        assert comparison is not None
+        levels.append(comparison.level)
+    assert levels[0] == pytest.approx(0.95)
+    assert levels[1] > 0.98
+
+
+def test_a_question_that_is_asked_twice_counts_once() -> None:
+    def wrong(times: int) -> list[float]:
+        record = {"examples": ["a", "b", "c"] * times, "right": [1, 0, 0] * times}
+        record |= {"rivals": {"3": [0, 1, 0] * times}}
+        answers = ExampleAnswers.from_json(record | {"task": TaskConfig().model_dump()})
+        return [answers.digest, answers.wrong.tolist(), answers.rivals.ravel().tolist()]
+
+    assert wrong(1) == wrong(2)
+    assert wrong(2)[1:] == [[0, 1, 1], [1, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("champion", "words"),
+    [
+        (standing(2.1, version=7), "version 7 has answered no questions (evaluation.task)"),
+        (answering(50, questions="b", loss=2.1, version=7), "they answered other questions"),
+    ],
+)
+def test_without_answers_to_the_same_questions_they_decide_nothing(
+    champion: Standing, words: str
+) -> None:
+    promotion = decide_promotion(answering(90, loss=2.0), champion, BY_ANSWERS)
+    assert promotion.rule == "not_comparable"
     assert words in promotion.reason
 
 
