@@ -38,13 +38,14 @@ def main() -> None:
         rows = read_rows([arguments.rows])
         print(record("mlflow_forwarding", rows, bars(rows)))
         return
+    place = environment()  # with all cores: `disturb` keeps to one
     with tempfile.TemporaryDirectory() as folder:
         if arguments.what == "rate":
             found = iter([measure_rate(Path(folder), arguments.trials, arguments.points)])
         else:
             found = disturb(Path(folder), arguments.rounds, arguments.steps)
         for row in found:
-            append_row(arguments.rows, row | {"environment": environment()})
+            append_row(arguments.rows, row | {"environment": place})
 
 
 def bars(rows: Sequence[Row]) -> dict[str, Bar]:
