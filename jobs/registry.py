@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
 PREFIX = "models:/"
 REFUSED = 1
+NO_MODEL = "no model is registered yet: a sweep registers its winner"
 
 
 def list_models(uri: str) -> int:
-    check_reachable(uri)
+    if not check_reachable(uri):
+        print(NO_MODEL)
+        return 0
     table = _table("model", "versions", "champion", "eval loss", "base model", "candidate", "since")
     with mlflow_calls(uri, RegistryError):
         api = client(uri)
@@ -49,7 +52,7 @@ def list_models(uri: str) -> int:
                 _when(events[-1].time) if events else "",
             )
     if not models:
-        print("no model is registered yet: a sweep registers its winner")
+        print(NO_MODEL)
         return 0
     Console().print(table)
     return 0

@@ -97,21 +97,21 @@ def ui_command(uri: str, port: int) -> list[str]:
     return [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
 
 
-def check_reachable(uri: str) -> None:
-    """One cheap call, of 5 s at most, so that a wrong URI ends a command at its start.
-
-    A SQLite database that is not there yet is not made: its tables take 8 s.
+def check_reachable(uri: str) -> bool:
+    """One cheap call, of 5 s at most, so that a wrong URI ends a command at its start. Whether
+    there is a store: a SQLite database that is not there yet is not made, for its tables take 8 s.
 
     Raises:
         TrackingError: with the cause and the remedy.
     """
     scheme = _checked_scheme(uri)
     if scheme == "sqlite" and not _check_database_file(uri):
-        return
+        return False
     with mlflow_calls(uri), environment(PROBE_ENVIRONMENT):
         if scheme in ("postgresql", "mysql"):
             _check_database_server(uri)
         client(uri).search_experiments(max_results=1)
+    return True
 
 
 def client(uri: str) -> "MlflowClient":

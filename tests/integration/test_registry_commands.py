@@ -1,6 +1,7 @@
 """`orchestrator registry`, as a user calls it, on a real store."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -88,3 +89,12 @@ def test_the_commands_show_compare_move_and_remember(
         assert code == 1
         assert words in text
         assert "Traceback" not in text
+
+
+def test_looking_for_models_makes_no_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "mlflow.db"
+    assert run(["registry", "list", "--tracking-uri", f"sqlite:///{store}"]) == 0
+    assert "no model is registered yet: a sweep registers its winner" in capsys.readouterr().out
+    assert not store.exists()
