@@ -9,6 +9,7 @@ import atexit
 import gc
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +80,24 @@ RayAddress = Annotated[
     str | None,
     typer.Option(help="A running Ray cluster; `auto` finds one. Default: start a local Ray."),
 ]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"orchestrator {metadata.version('qlora-orchestrator')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def before_any_verb(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

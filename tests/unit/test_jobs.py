@@ -68,6 +68,11 @@ def test_the_help_names_running_a_sweep_first_and_every_verb_in_one_whole_line(
     assert [line for line in verbs if line.endswith("...")] == []
 
 
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"orchestrator {metadata.version('qlora-orchestrator')}\n"
+
+
 class Interrupted(io.StringIO):
     def read(self, size: int | None = -1) -> str:
         raise KeyboardInterrupt
