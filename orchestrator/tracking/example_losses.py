@@ -42,11 +42,10 @@ class ExampleAnswers:
             return 1.0 - np.array(right, dtype=np.float64)[first]
 
         task = record["task"]
-        rivals = [wrong(right) for right in record.get("rivals", {}).values()]
         return cls(
             digest=record_digest([keys.tolist(), task["answer_pattern"], task["max_new_tokens"]]),
             wrong=wrong(record["right"]),
-            rivals=np.column_stack(rivals) if rivals else np.empty((len(keys), 0)),
+            rivals=_columns(map(wrong, record.get("rivals", {}).values()), len(keys)),
             task=task,
         )
 
@@ -71,35 +70,41 @@ class ExampleLosses:
             sums = np.bincount(place, np.array(values, dtype=np.float64), len(keys))
             return sums.astype(np.float64)
 
-        rivals = [by_key(nll) for nll in record.get("rivals", {}).values()]
         answers = record.get("answers")
         return cls(
             # Earlier evaluations named their shards only; equal shards are equal examples.
             digest=record.get("examples_digest") or record["manifest"],
             nll=by_key(record["nll"]),
             labels=by_key(record["labels"]),
-            rivals=np.column_stack(rivals) if rivals else np.empty((len(keys), 0)),
+            rivals=_columns(map(by_key, record.get("rivals", {}).values()), len(keys)),
             answers=ExampleAnswers.from_json(answers) if answers else None,
         )
 
 
 def with_rivals(record: Record, others: Iterable[tuple[int, Record]]) -> dict[str, Any]:
     """The winner's evaluation, and those of other trials on the same examples by trial number."""
-    rivals = {
-        str(trial): other["nll"]
-        for trial, other in others
-        if other["manifest"] == record["manifest"] and other["examples"] == record["examples"]
-    }
-    return {**record, "rivals": rivals}
+    return {**record, "rivals": _alike(record, others, ("manifest", "examples"), "nll")}
 
 
 def with_rival_answers(
     record: Record, others: Iterable[tuple[int, Record]], task: TaskConfig
 ) -> dict[str, Any]:
     """The same of answers.json: the winner's, and other trials', to the questions of one task."""
-    rivals = {
-        str(trial): other["right"]
-        for trial, other in others
-        if other["examples"] == record["examples"]
-    }
+    rivals = _alike(record, others, ("examples",), "right")
     return {**record, "rivals": rivals, "task": task.model_dump()}
+
+
+def _alike(
+    record: Record, others: Iterable[tuple[int, Record]], same: Sequence[str], column: str
+) -> dict[str, Any]:
+    """A column of those that have the `same` as the record, by trial number."""
+    return {
+        str(trial): other[column]
+        for trial, other in others
+        if all(other[name] == record[name] for name in same)
+    }
+
+
+def _columns(parts: Iterable[Floats], length: int) -> Floats:
+    """[length, k], also of none."""
+    return np.column_stack([np.empty((length, 0)), *parts])

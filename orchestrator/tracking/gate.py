@@ -29,7 +29,7 @@ from orchestrator.tracking.alias_history import (
     event_tag,
     read_events,
 )
-from orchestrator.tracking.example_losses import ExampleLosses
+from orchestrator.tracking.example_losses import ExampleAnswers, ExampleLosses
 from orchestrator.tracking.lease import Lease, Timing, lease
 from orchestrator.tracking.model_files import download_adapter, read_evaluation
 from orchestrator.tracking.promotion import (
@@ -179,11 +179,12 @@ class Gate:
         ours = candidate.losses
         if ours is None or not why_not_comparable(candidate, champion, metric):
             return champion
-        if metric == "task_error" and ours.answers is None:
+        asked = ours.answers if metric == "task_error" else None
+        if metric == "task_error" and asked is None:
             return champion
         version = self._api.get_model_version(name, str(candidate.version))
         try:
-            task = _task(ours) if metric == "task_error" else None
+            task = _task(asked) if asked is not None else None
             place = data_place or _cached_examples(read_evaluation(self._uri, version))
             with TemporaryDirectory() as scratch:
                 uri = f"models:/{name}/{champion.version}"
@@ -249,10 +250,9 @@ def _cached_examples(evaluation: dict[str, Any]) -> str:
     )
 
 
-def _task(losses: ExampleLosses) -> TaskConfig:
-    assert losses.answers is not None
+def _task(answers: ExampleAnswers) -> TaskConfig:
     try:
-        return TaskConfig.model_validate(losses.answers.task)
+        return TaskConfig.model_validate(answers.task)
     except ValidationError as error:
         raise RegistryError(
             f"the candidate's evaluation.task is not one of this version's: {error}"

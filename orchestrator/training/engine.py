@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import OptimizerConfig
+from orchestrator.training.lanes import staged
 from orchestrator.training.optimizers import (
     RowOptimizers,
     States,
@@ -136,9 +137,8 @@ class RowEngine:
         """The steps that need not know their gradient's norm."""
         if not any(stepper.clips_itself for stepper in steppers):
             return
-        limits = torch.tensor([stepper.max_norm for stepper in steppers], dtype=norms.dtype)
-        if norms.is_cuda:
-            limits = limits.pin_memory().to(norms.device, non_blocking=True)
+        limits = staged(norms, [stepper.max_norm for stepper in steppers])
+        limits = limits.to(norms.device, non_blocking=True)
         divisors, lost = clipping(norms, limits)
         numbers = zip(steppers, rates, divisors.unbind(), lost.unbind(), strict=True)
         for stepper, rate, divisor, is_lost in numbers:

@@ -111,10 +111,10 @@ class Lanes:
     def _scale(self, scaling: Sequence[float | tuple[float, ...]]) -> None:
         num_layers = len(self.scaling)
         if all(isinstance(one, float) for one in scaling):
-            by_layer = _on(self.scaling, scaling).view(1, -1, 1, 1)
+            by_layer = staged(self.scaling, scaling).view(1, -1, 1, 1)
         else:
             columns = [one if isinstance(one, tuple) else (one,) * num_layers for one in scaling]
-            by_layer = _on(self.scaling, list(zip(*columns, strict=True)))[..., None, None]
+            by_layer = staged(self.scaling, list(zip(*columns, strict=True)))[..., None, None]
         self.scaling.copy_(by_layer, non_blocking=True)
 
     def attach(self, model: nn.Module) -> None:
@@ -193,7 +193,7 @@ class DoraLinear(AdaptedLinear):
         return torch.where(self.scaling != 0, self.magnitudes, found) / found
 
 
-def _on(like: Tensor, values: Sequence[object]) -> Tensor:
+def staged(like: Tensor, values: Sequence[object]) -> Tensor:
     """The values as a tensor of the same type, ready to be copied to its device at once."""
     tensor = torch.tensor(values, dtype=like.dtype)
     return tensor.pin_memory() if like.is_cuda else tensor

@@ -33,8 +33,7 @@ from orchestrator.records import (
     TrialDone,
 )
 from orchestrator.sweep.run_store import RunStore
-from orchestrator.sweep.simulated import SimulatedWorker
-from tests.contract.test_executor import spec
+from tests.contract.test_executor import SlowLoader, spec
 from tests.integration.conftest import write_config
 from tests.nodes import (
     ACCELERATORS,
@@ -137,12 +136,6 @@ def test_sharding_uses_all_nodes(three_nodes: LocalCluster, tmp_path: Path) -> N
 
     with RayTasks(count) as run:
         assert len(set(run(wait_for_all, range(count)))) == 2
-
-
-class SlowLoader(SimulatedWorker):
-    def load(self) -> PackReady:
-        time.sleep(2.0)
-        return super().load()
 
 
 def test_a_pack_that_has_its_place_and_loads_for_long_is_not_said_to_wait_for_room(
