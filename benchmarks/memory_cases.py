@@ -143,6 +143,7 @@ def base_shape(shape: Shape) -> BaseShape:
         linears,
         embeddings + (2 * shape.layers + 1) * shape.hidden,
         shape.tied,
+        "silu",
     )
 
 

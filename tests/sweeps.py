@@ -116,7 +116,10 @@ def llama_shape(
         for name, size in sizes.items()
     )
     plain = 2 * vocab * hidden + (2 * layers + 1) * hidden
-    return BaseShape(layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, linears, plain)
+    sizes_of_heads = (heads, kv_heads, head_dim)
+    return BaseShape(
+        layers, hidden, intermediate, *sizes_of_heads, vocab, linears, plain, activation="silu"
+    )
 
 
 LLAMA_8B = llama_shape(32, 4096, 14336, 32, 8, 128_256)

@@ -8,6 +8,7 @@ heads, R the rank. Attention's backward pass is left out: by then the MLP's tens
 which are larger, are gone.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from orchestrator.planning.load import PackLoad
@@ -26,6 +27,12 @@ BACKWARD_HIDDEN = 3
 COMPILED_BACKWARD_INTERMEDIATE, EAGER_BACKWARD_INTERMEDIATE = 3, 2
 # A pass that keeps nothing: residual, norm and output; base product and update of gate and of up.
 PASSING_HIDDEN, PASSING_INTERMEDIATE = 3, 4
+# Of MLPs whose adapters are joined, see training/gated_mlp.py: gate, up and their product. The
+# product is not kept; three sums over tokens, of B of gate and of up and A of down, are fp32.
+JOINED_LAYERS = ("gate_proj", "up_proj", "down_proj")
+JOINED_MOST_RANK = 64  # the kernels' sums for larger ones would not stay in registers
+JOINED_PASSING_INTERMEDIATE = 3
+JOINED_SUM_BYTES = 3 * 4
 # The same in attention under a mask: residual and norm (2 H); queries, keys and values repeated for
 # all query heads, and the result (4 Q), beside keys and values as they were. torch's kernel makes
 # values of the mask's bools, and again in rows whose length is a multiple of 16.
@@ -107,7 +114,11 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
     # A compiled block makes its masks in the kernels that use them.
     hashing = load.dropout and load.eager and targets
     hashes = HASH_BYTES * max(t.in_features for t in targets) if hashing else 0
-    passing = PASSING_HIDDEN * hidden + PASSING_INTERMEDIATE * wide
+    joined = joins_mlp(shape, load)
+    if joined:
+        working += JOINED_SUM_BYTES * load.num_slots * load.max_rank * wide
+    passing = PASSING_HIDDEN * hidden
+    passing += (JOINED_PASSING_INTERMEDIATE if joined else PASSING_INTERMEDIATE) * wide
     evaluated = load.evaluation_tokens
     evaluated_loss = EVALUATED_HIDDEN * evaluated * hidden * value
     evaluated_loss += _chunk(evaluated) * shape.vocab_size * EVALUATED_COPIES * max(4, value)
@@ -121,6 +132,21 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
         evaluation_bytes=max(round(evaluated * passing * value + weight), evaluated_loss),
         evaluated_loss_bytes=evaluated_loss,
         generation_bytes=round(_generation_bytes(shape, load, passing)),
+    )
+
+
+def joins_mlp(shape: BaseShape, load: PackLoad) -> bool:
+    """Whether the adapters of the base's MLPs are one operator with what is between them."""
+    leaves = Counter(
+        target.name.rpartition(".")[2] for target in shape.targets(load.target_modules)
+    )
+    return (
+        all(leaves[name] == shape.num_layers for name in JOINED_LAYERS)
+        and shape.activation == "silu"
+        and load.cuda
+        and load.dtype_bytes == 2
+        and load.max_rank <= JOINED_MOST_RANK
+        and not (load.eager or load.dora or load.dropout)
     )
 
 
@@ -169,6 +195,7 @@ def _layer_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) 
         values += read / shape.num_layers * (1 + MASK_BYTES / load.dtype_bytes)
     else:
         values += _adapter_inputs(targets) / shape.num_layers
+        values -= shape.intermediate_size if joins_mlp(shape, load) else 0
     return values * load.dtype_bytes
 
 

@@ -140,6 +140,9 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
         evaluation = max(evaluation, pass_.generation_bytes + own_lane)
     base = shape.num_plain_params * load.dtype_bytes
     base += 0 if load.resident else _linear_bytes(shape, load.quant, load.dtype_bytes)
+    if load.zero and load.strategy.stage == 3 and load.quant.llm_int8:
+        # bitsandbytes' state holds the codes whole, beside the parameters that ZeRO-3 has taken.
+        base += shape.num_linear_params
     base_on_host = 0
     if load.strategy.offload_params != "none":
         base, base_on_host = _offloaded_base(shape, load, base)

@@ -58,6 +58,8 @@ class BaseShape:
     """Weights that no bit-width touches: embeddings, norms, biases and the output head."""
     tied_embeddings: bool = True
     """The output head's weights are the input embedding's."""
+    activation: str = ""
+    """Of its MLPs, as its config names it; empty: unknown."""
 
     def __hash__(self) -> int:
         # Of a few numbers: plans are remembered by it, and the layers are hundreds.
@@ -138,6 +140,7 @@ def _shape(config: dict[str, Any], tensors: dict[str, Sequence[int]]) -> BaseSha
         linears=linears,
         num_plain_params=total - sum(linear.num_params for linear in linears),
         tied_embeddings=sum(_has_words(s, config["vocab_size"]) for s in tensors.values()) < 2,
+        activation=config.get("hidden_act") or "",
     )
 
 

@@ -5,10 +5,10 @@ In: the base's shape, a PackLoad and the GPU's rates. Out: seconds. Pure, no tor
 A pass is bound by the GPU, by the launching CPU, or both in turn. The GPU's part: products at a
 part of its rate, and attention's at a smaller one; the elementwise steps, which move each kept
 activation some times; the weights, read once forward and once backward however few tokens there
-are; the optimizer's rows. The constants were fitted to the 20 packs of
-benchmarks/results/packs_gpu.json that ran in graphs (five H200s, 0.5B and 8B, 256 to 65,536 tokens,
-16 bits and 4 bits dequantised once), which they give within 8 %; the same pack differs by up to 5 %
-from one machine to another. Other GPUs are taken to reach the same parts of
+are; the optimizer's rows. The constants were fitted to the 16 packs of
+benchmarks/results/packs_gpu.json and engine_single.json that ran in graphs (one H200; 0.5B, 1.5B
+and 8B, 1,024 to 65,536 tokens, 4 bits dequantised once), which they give within 4 %; the same pack
+differs by up to 5 % from one machine to another. Other GPUs are taken to reach the same parts of
 their data sheets' rates: not measured.
 """
 
@@ -20,17 +20,17 @@ from orchestrator.planning.load import PackLoad
 from orchestrator.planning.shape import BaseShape
 from orchestrator.records import StepProgram
 
-# Of the data sheet's 989 TFLOP/s, of which a square product reached 789.
-PRODUCT_FRACTION = 0.775
-ATTENTION_FRACTION = 0.348
+# Of the data sheet's 989 TFLOP/s, of which a square product reached 773 to 802.
+PRODUCT_FRACTION = 0.79
+ATTENTION_FRACTION = 0.29
 # Times that the bytes of kept activations are moved, by all the elementwise steps of a pass.
-ACTIVATION_MOVES = 15.9
+ACTIVATION_MOVES = 16.8
 # What a step takes however few tokens: launches between its graphs, small kernels in them; and for
 # each slot, whose optimizer steps by itself.
-GAP_S, SLOT_GAP_S = 0.0049, 0.0004
+GAP_S, SLOT_GAP_S = 0.0049, 0.0003
 # A step's work on the CPU: replaying graphs, or launching each layer's kernels one by one. The
 # latter was twice as much on another machine with such a card.
-GRAPH_CPU_S = 0.0132
+GRAPH_CPU_S = 0.012
 LAYER_CPU_S: dict[StepProgram, float] = {"compiled": 0.0019, "eager": 0.0039, "in_place": 0.0039}
 # Bytes moved for an adapter's value in an optimizer step, beside its states, which are read and
 # written: the value, read and written, and its gradient.

@@ -167,19 +167,22 @@ def _settings(width: int, tiles: Tiles) -> dict[str, int | None]:
 
 
 def _tiles(query: Tensor, large: dict[int, Tiles], small: dict[int, Tiles]) -> Tiles:
-    capability = _card(query.device).major, _card(query.device).minor
-    table = large if capability in LARGE_SHARED_MEMORY else small
+    table = large if has_large_shared_memory(query.device) else small
     return table[max(64, attention_kernels.padded(query.shape[-1]))]
 
 
 def _parts(key_tiles: int, group: int, device: torch.device) -> int:
     """The fewest programs for a key head that give the card enough to do; a divisor of its
     `group` of query heads."""
-    wanted = KEY_TILES_PER_PROCESSOR * _card(device).multi_processor_count
+    wanted = KEY_TILES_PER_PROCESSOR * card(device).multi_processor_count
     divisors = [parts for parts in range(1, group + 1) if group % parts == 0]
     return next((parts for parts in divisors if key_tiles * parts >= wanted), group)
 
 
+def has_large_shared_memory(device: torch.device) -> bool:
+    return (card(device).major, card(device).minor) in LARGE_SHARED_MEMORY
+
+
 @cache
-def _card(device: torch.device) -> Any:
+def card(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)

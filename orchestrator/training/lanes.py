@@ -152,15 +152,21 @@ class AdaptedLinear(nn.Module):
         self.register_buffer("number", torch.tensor(number, dtype=torch.int32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [n*b, S, in] -> [n*b, S, out]
-        output: Tensor = self.base(x)
-        A, B, lanes = self.A, self.B, self.lanes
+        return self.updated(self.base(x), self.inner(x))
+
+    def inner(self, x: Tensor) -> Tensor:  # [n*b, S, in] -> [n, b*S, R]
+        A, dropout = self.A, self.lanes.dropout
         tokens = x.reshape(A.shape[0], -1, x.shape[-1])  # [n, b*S, in]
-        if lanes.dropout.active:
-            tokens = lanes.dropout(tokens, self.number)  # type: ignore[arg-type]
-        inner = torch.bmm(tokens, A.to(tokens.dtype))  # [n, b*S, R]
-        inner = (inner * self.scaling).to(tokens.dtype)
-        update = torch.bmm(inner, B.to(tokens.dtype))
-        return output + update.view_as(output)
+        if dropout.active:
+            tokens = dropout(tokens, self.number)  # type: ignore[arg-type]
+        return torch.bmm(tokens, A.to(tokens.dtype))
+
+    def updated(self, frozen: Tensor, inner: Tensor) -> Tensor:
+        update = torch.bmm(self.scaled(inner), self.B.to(inner.dtype))
+        return frozen + update.view_as(frozen)
+
+    def scaled(self, inner: Tensor) -> Tensor:
+        return (inner * self.scaling).to(inner.dtype)
 
 
 class DoraLinear(AdaptedLinear):

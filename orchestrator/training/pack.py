@@ -42,6 +42,7 @@ from orchestrator.training.base_model import LoadedBase, enable_recomputation, l
 from orchestrator.training.engine import Engine, RowEngine
 from orchestrator.training.evaluation import Evaluation, evaluate
 from orchestrator.training.feed import Feed
+from orchestrator.training.gated_mlp import join_gated_mlps
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.libraries import import_libraries
 from orchestrator.training.loftq import Corrections
@@ -86,6 +87,8 @@ class PackWorker:
         self.base = self._load_base(strategy, corrections)
         if spec.gradient_checkpointing:
             enable_recomputation(self.base.model)
+        if spec.step_program in ("compiled", "graph"):
+            join_gated_mlps(self.base)
         self.rows = Slots(
             self.base.model,
             spec.target_modules,

@@ -83,12 +83,20 @@ def test_a_simulated_sweep_ends_with_every_trial_trained_near_its_lower_bound() 
     assert 0.5 < row["slot_utilisation"] <= 1.0
 
 
+RECORDED = ("packs_gpu", "engine_single")
+NAMES = ("shape", "bit_width", "adapters", "tokens_per_adapter")
+
+
 def recorded_rates() -> list[Any]:
-    rows = json.loads((RESULTS / "packs_gpu.json").read_text())["rows"]
+    files = [json.loads((RESULTS / f"{name}.json").read_text()) for name in RECORDED]
     # A compiled step waits for its CPU, which differs from machine to machine.
-    own = [row for row in rows if row["who"] == "pack" and row["program"] == "graph"]
-    names = ("shape", "bit_width", "adapters", "tokens_per_adapter")
-    return [pytest.param(row, id=" ".join(str(row[name]) for name in names)) for row in own]
+    own = {
+        " ".join(str(row[name]) for name in NAMES): row
+        for content in files
+        for row in content["rows"]
+        if row["who"] == "pack" and row["program"] == "graph"
+    }
+    return [pytest.param(row, id=name) for name, row in own.items()]
 
 
 @pytest.mark.parametrize("row", recorded_rates())
@@ -110,4 +118,4 @@ def test_the_speed_model_gives_the_rates_of_an_h200(row: dict[str, Any]) -> None
         cuda=True,
     )
     rate = tokens_per_s(base_shape(SHAPES[row["shape"]]), load, GPUS["H200"])
-    assert rate == pytest.approx(row["tokens_per_s"], rel=0.085)
+    assert rate == pytest.approx(row["tokens_per_s"], rel=0.05)

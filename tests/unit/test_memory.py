@@ -15,7 +15,7 @@ from benchmarks.memory_cases import base_shape
 from benchmarks.models import SHAPES
 from benchmarks.recording import RESULTS
 from orchestrator.config import QuantConfig, StrategyConfig
-from orchestrator.planning.activations import pass_memory
+from orchestrator.planning.activations import joins_mlp, pass_memory
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.memory import (
     GIB,
@@ -238,6 +238,15 @@ def test_dropout_keeps_a_mask_and_a_masked_copy_of_each_adapter_input() -> None:
     assert dropping.working_bytes - plain.working_bytes == 1024 * 14336 * 3 * 4
 
 
+def test_joined_mlps_keep_no_products_up_to_the_kernels_largest_rank() -> None:
+    joined, plain = (pass_memory(LLAMA_8B, replace(LOAD, max_rank=rank)) for rank in (64, 65))
+    assert plain.kept_bytes - joined.kept_bytes == 1024 * 2 * 32 * (14336 + 7)
+    some = ("q_proj", "gate_proj", "down_proj")
+    for change in ({"dropout": True}, {"cuda": False}, {"target_modules": some}, {"dora": True}):
+        assert not joins_mlp(LLAMA_8B, replace(LOAD, **change))
+    assert not joins_mlp(replace(LLAMA_8B, activation="gelu"), LOAD)
+
+
 def test_only_what_adapters_read_is_kept_for_them() -> None:
     def kept(*targets: str) -> int:
         narrow = replace(EAGER, micro_batch_size=8, target_modules=targets, max_rank=0)
@@ -330,13 +339,19 @@ def test_recomputation_keeps_a_fraction_of_the_activations() -> None:
     assert training(replace(load, gradient_checkpointing=True)) < training(load) / 6
 
 
+RECORDED = ("packs_gpu", "engine_single")
+NAMES = ("shape", "bit_width", "adapters", "tokens_per_adapter", "program")
+
+
 def recorded_peaks() -> list[Any]:
-    rows = json.loads((RESULTS / "packs_gpu.json").read_text())["rows"]
-    own = [row for row in rows if row["who"] == "pack" and row["optimizer"] == "adamw"]
-    # With 256 tokens the most was held while the base was loaded, as loading was done then.
-    trained = [row for row in own if row["adapters"] * row["tokens_per_adapter"] >= 1024]
-    names = ("shape", "bit_width", "adapters", "tokens_per_adapter", "program")
-    return [pytest.param(row, id=" ".join(str(row[name]) for name in names)) for row in trained]
+    files = [json.loads((RESULTS / f"{name}.json").read_text()) for name in RECORDED]
+    own = {
+        " ".join(str(row[name]) for name in NAMES): row
+        for content in files
+        for row in content["rows"]
+        if row["who"] == "pack"
+    }
+    return [pytest.param(row, id=name) for name, row in own.items()]
 
 
 @pytest.mark.parametrize("row", recorded_peaks())
@@ -409,6 +424,17 @@ def test_zero_takes_more_outside_torchs_allocator_and_gathering_most() -> None:
     two, three = (replace(ZERO, strategy=strategy) for strategy in stages)
     outside = [estimate_memory(LLAMA_8B, load).runtime_bytes for load in (EAGER, two, three)]
     assert outside == sorted(set(outside))
+
+
+def test_zero_3_holds_llm_int8s_codes_twice() -> None:
+    strategies = [StrategyConfig(kind="zero", stage=stage) for stage in (2, 3)]
+    for bit_width, more in ((8, LLAMA_8B.num_linear_params), (4, 0)):
+        quant = QuantConfig(bit_width=bit_width)
+        two, three = (
+            estimate_memory(LLAMA_8B, replace(ZERO, quant=quant, strategy=strategy)).base_bytes
+            for strategy in strategies
+        )
+        assert three - two == more
 
 
 def test_offloaded_parameters_leave_a_part_of_the_base_on_the_gpu() -> None:
