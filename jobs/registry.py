@@ -60,7 +60,7 @@ def list_models(uri: str) -> int:
 
 def show_model(uri: str, model: str) -> int:
     """A model's versions and who was champion; or all that one version carries."""
-    check_reachable(uri)
+    _check_store(uri)
     if "@" in model or "/" in model.removeprefix(PREFIX):
         return _show_version(find_version(uri, PREFIX + model.removeprefix(PREFIX)))
     with mlflow_calls(uri, RegistryError):
@@ -78,7 +78,7 @@ def show_model(uri: str, model: str) -> int:
 
 def compare_versions(uri: str, candidate: str, champion: str) -> int:
     """What the gate would say, by the candidate's rules; changes nothing."""
-    check_reachable(uri)
+    _check_store(uri)
     ours, theirs = (find_version(uri, _version_uri(name)) for name in (candidate, champion))
     if ours.name != theirs.name:
         raise ConfigError(
@@ -97,7 +97,7 @@ def promote_version(uri: str, model: str, force: bool, reason: str) -> int:
     """Ask the gate, by the rules that the version was registered with; or do without."""
     if force and not reason.strip():
         raise ConfigError("--force needs --reason: it is kept in the history of the aliases")
-    check_reachable(uri)
+    _check_store(uri)
     version = find_version(uri, _version_uri(model))
     name, number = version.name, int(version.version)
     with mlflow_calls(uri, RegistryError):
@@ -118,13 +118,18 @@ def promote_version(uri: str, model: str, force: bool, reason: str) -> int:
 
 
 def roll_back(uri: str, model: str, reason: str) -> int:
-    check_reachable(uri)
+    _check_store(uri)
     with mlflow_calls(uri, RegistryError):
         api = client(uri)
         name = _find_model(api, model.removeprefix(PREFIX)).name
         before, after = Gate(api, uri).roll_back(name, reason or "rolled back by hand")
     _say(f"{PREFIX}{name}@{CHAMPION} is version {after} again, no longer version {before}")
     return 0
+
+
+def _check_store(uri: str) -> None:
+    if not check_reachable(uri):
+        raise RegistryError(NO_MODEL)
 
 
 def _version_uri(model: str) -> str:

@@ -97,4 +97,7 @@ def test_looking_for_models_makes_no_store(
     store = tmp_path / "mlflow.db"
     assert run(["registry", "list", "--tracking-uri", f"sqlite:///{store}"]) == 0
     assert "no model is registered yet: a sweep registers its winner" in capsys.readouterr().out
+    for words in (["show", "m"], ["show", "m/1"], ["promote", "m/1"], ["rollback", "m"]):
+        assert run(["registry", *words, "--tracking-uri", f"sqlite:///{store}"]) == 1
+        assert "no model is registered yet: a sweep registers" in capsys.readouterr().err
     assert not store.exists()
