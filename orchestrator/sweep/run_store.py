@@ -187,13 +187,12 @@ class RunStore:
 
     @property
     def trials(self) -> list[TrialSpec]:
-        paths = sorted(self._path("trials").glob("*/trial.json"))
-        return [TrialSpec.from_json(read_json(path)) for path in paths]
+        return [self.trial(number) for number in self.trial_numbers]
 
     @property
     def trial_numbers(self) -> list[int]:
         """Cheaper than the trials, for who looks often."""
-        return sorted(int(path.parent.name) for path in self._path("trials").glob("*/trial.json"))
+        return self._numbers("trial.json")
 
     def trial(self, number: int) -> TrialSpec:
         return TrialSpec.from_json(read_json(self.trial_dir(number) / "trial.json"))
@@ -268,8 +267,12 @@ class RunStore:
 
     @property
     def results(self) -> list[TrialResult]:
-        paths = sorted(self._path("trials").glob("*/result.json"))
+        paths = (self.trial_dir(number) / "result.json" for number in self._numbers("result.json"))
         return [TrialResult.from_json(read_json(path)) for path in paths]
+
+    def _numbers(self, name: str) -> list[int]:
+        """Of trials that have a file of this name, in order: 1000 comes after 101."""
+        return sorted(int(path.parent.name) for path in self._path("trials").glob(f"*/{name}"))
 
 
 def checkpoint_step(folder: Path) -> int:

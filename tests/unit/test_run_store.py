@@ -44,6 +44,15 @@ def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert again.results == [result(3, 1.5)]
 
 
+def test_trials_and_results_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    for number in (1001, 101, 1000, 99):
+        store.add_trial(trial(number))
+        store.finish_trial(result(number, 1.5))
+    assert [one.number for one in store.trials] == [99, 101, 1000, 1001]
+    assert [one.number for one in store.results] == [99, 101, 1000, 1001]
+
+
 def test_a_finished_trial_never_changes(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
     store.finish_trial(result(0, 1.5))
