@@ -9,6 +9,7 @@ from dataclasses import replace
 from orchestrator.planning.fit import BUDGET_FRACTION
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import preview_packs
+from orchestrator.planning.ranks import largest_rank, rank_of
 from orchestrator.planning.shape import UnknownShape
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import GIB, violations
@@ -55,7 +56,9 @@ def _adapter_bytes(trial: TrialSpec, premises: Premises) -> int:
         return 0
     adapter = trial.config.adapter
     layers = premises.shape.targets(adapter.target_modules)
-    params = sum(adapter.rank * (layer.in_features + layer.out_features) for layer in layers)
+    params = sum(
+        rank_of(adapter, layer.name) * (layer.in_features + layer.out_features) for layer in layers
+    )
     params += sum(layer.out_features for layer in layers) if adapter.use_dora else 0
     return BYTES_PER_SAVED_PARAM * params
 
@@ -67,7 +70,7 @@ def _peak_memory_bytes(trial: TrialSpec, constraints: ConstraintsConfig, premise
         return 0
     alone = replace(
         within(constraints, premises),
-        max_rank=trial.config.adapter.rank,
+        max_rank=largest_rank(trial.config.adapter),
         target_modules=trial.config.adapter.target_modules,
         dropout=trial.config.adapter.dropout > 0,
         resources=premises.resources.model_copy(

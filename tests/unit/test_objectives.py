@@ -161,6 +161,22 @@ def test_a_trial_whose_adapter_would_be_too_large_is_refused_before_it_is_traine
     assert refusal(small, limits, given, now=1.0) is None
 
 
+def test_what_an_adapter_takes_follows_from_each_layers_own_rank() -> None:
+    limits = search(constraints={"adapter_mb": 50, "peak_memory_gib": 14}).constraints
+    layers = {r".*_proj": 4}
+    small, given = on_a_card(
+        trial__adapter__rank=64, trial__adapter__rank_pattern=layers, data__block_length=256
+    )
+    assert refusal(small, limits, given, now=1.0) is None
+    wide, given = on_a_card(
+        trial__adapter__rank=4, trial__adapter__rank_pattern={"down_proj": 1024}
+    )
+    refused = refusal(wide, limits, given, now=1.0)
+    assert refused is not None
+    assert "adapter_mb is" in refused.message
+    assert "peak_memory_gib is" in refused.message
+
+
 def test_a_trial_that_needs_more_memory_than_allowed_even_alone_is_refused() -> None:
     limits = search(constraints={"peak_memory_gib": 14}).constraints
     wide, given = on_a_card(trial__quant__bit_width=16)
