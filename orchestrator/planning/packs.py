@@ -171,6 +171,8 @@ def learn_from(lost: PackPlan, premises: Premises) -> tuple[Premises, str] | Non
     if learned is None or not lost.kind.name:
         return learned
     known, reason = learned
+    if lost.fit.memory is None:  # of a base without an estimate: slots are what can be given up
+        return replace(premises, max_slots_unknown=known.max_slots_unknown), reason
     # It holds for the other kinds in proportion.
     fraction = known.worker_memory_bytes / lost.kind.memory_bytes
     return replace(premises, memory_fraction=min(premises.memory_fraction, fraction)), reason

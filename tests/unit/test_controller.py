@@ -317,6 +317,23 @@ def test_less_memory_is_remembered_as_a_part_of_it(kind: str) -> None:
     assert smaller.fit.budget_bytes < 0.9 * 70 * GIB, "and of workers with other memory too"
 
 
+@pytest.mark.parametrize("kind", ["", "H200"])
+def test_packs_on_a_base_without_an_estimate_give_up_slots(kind: str) -> None:
+    config = sweep_config()
+    given = premises(config, "cuda", UnknownShape("a mixture of experts"), 141 * GIB)
+    kinds = (WorkerKind(kind, 1, 141 * GIB),) if kind else ()
+    trials = [TrialSpec(n, {}, config.trial) for n in range(8)]
+    slots = []
+    for _ in range(8):
+        ((lost, _),) = preview_packs(trials, 1, given, kinds=kinds)
+        slots.append(lost.num_slots)
+        if (learned := learn_from(lost, given)) is None:
+            break
+        given, _ = learned
+    assert slots == sorted(set(slots), reverse=True)
+    assert slots[-1] == 1
+
+
 def test_trials_whose_pack_can_give_up_nothing_fail_for_want_of_memory(tmp_path: Path) -> None:
     store = four_trials(tmp_path / "run", resources__slots_per_pack=2)
     assert make_controller(store, InProcessExecutor(TightLoader), num_workers=1).run()
