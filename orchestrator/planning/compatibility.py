@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from orchestrator.config import QuantConfig, SweepConfig, TrialConfig
+from orchestrator.planning.ranks import idle_patterns
 from orchestrator.planning.shape import BaseShape, UnknownShape
 
 Config = TypeVar("Config", TrialConfig, SweepConfig)
@@ -39,6 +40,9 @@ def problems(
     if isinstance(shape, UnknownShape) and shape.conv1d:
         rules += CONV1D_RULES
     found = [message for rule in rules for message in rule.finds(trial)]
+    if isinstance(shape, BaseShape):
+        targets = shape.targets(trial.adapter.target_modules)
+        found += idle_patterns(trial.adapter, [layer.name for layer in targets])
     return found or list(_workers_share_a_step(trial, workers_per_pack or 1))
 
 

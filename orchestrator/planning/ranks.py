@@ -4,9 +4,10 @@ In: an AdapterConfig and layer names. Out: numbers. Pure.
 """
 
 import math
+from collections.abc import Iterable
 
 from orchestrator.config import AdapterConfig
-from orchestrator.planning.patterns import matched
+from orchestrator.planning.patterns import matched, unmatched
 
 
 def rank_of(adapter: AdapterConfig, layer: str) -> int:
@@ -23,6 +24,17 @@ def scaling_of(adapter: AdapterConfig, layer: str) -> float:
     """What the layer's update is multiplied by."""
     rank = rank_of(adapter, layer)
     return alpha_of(adapter, layer) / (math.sqrt(rank) if adapter.rslora else rank)
+
+
+def idle_patterns(adapter: AdapterConfig, targets: Iterable[str]) -> list[str]:
+    """What is to be said of keys of patterns that match none of the layers it targets."""
+    names = list(targets)
+    return [
+        f"adapter.{field}: {key!r} matches no layer that adapter.target_modules names: leave it "
+        "out, or name the layer there"
+        for field in ("rank_pattern", "alpha_pattern")
+        for key in unmatched(getattr(adapter, field), names)
+    ]
 
 
 def largest_rank(adapter: AdapterConfig) -> int:

@@ -270,21 +270,22 @@ def sweep_premises(
 
 
 def check_patterns(config: SweepConfig, shape: BaseShape) -> None:
-    """Raises ConfigError for a key of a pattern that matches no layer of the base."""
-    names = [linear.name for linear in shape.linears]
+    """Raises ConfigError for a key of a pattern that matches no layer of the base, or none that an
+    adapter is put on."""
     trial, space = config.trial, config.search.space
-    written: dict[str, Any] = {
-        "quant.bit_width_pattern": trial.quant.bit_width_pattern,
-        "adapter.rank_pattern": trial.adapter.rank_pattern,
-        "adapter.alpha_pattern": trial.adapter.alpha_pattern,
+    layers = [linear.name for linear in shape.linears]
+    choices: Any = space.get("adapter.target_modules", (trial.adapter.target_modules,))
+    targets = [linear.name for choice in choices for linear in shape.targets(choice)]
+    written: dict[str, tuple[Any, list[str], str]] = {
+        "quant.bit_width_pattern": (trial.quant.bit_width_pattern, layers, "of the base model"),
+        "adapter.rank_pattern": (trial.adapter.rank_pattern, targets, "that takes an adapter"),
+        "adapter.alpha_pattern": (trial.adapter.alpha_pattern, targets, "that takes an adapter"),
     }
-    for name, own in written.items():
+    for name, (own, names, kind) in written.items():
         patterns: Any = space.get(name, (own,))
         for idle in itertools.chain(*(unmatched(pattern, names) for pattern in patterns)):
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in names}))
-            raise ConfigError(
-                f"{name}: {idle!r} matches no linear layer of the base model; it has {known}"
-            )
+            raise ConfigError(f"{name}: {idle!r} matches no linear layer {kind}; these are {known}")
 
 
 def pack_spec(

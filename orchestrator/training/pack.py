@@ -160,6 +160,8 @@ class PackWorker:
             f"world_size={spec.world_size}",
         ]
         words += ["recomputation"] if spec.gradient_checkpointing else []
+        # Kernels share out a lane's tokens by how many lanes there are.
+        words += [f"slots={spec.num_slots}"] if self.programs.kind in ("compiled", "graph") else []
         return ", ".join(words)
 
     def _join(self) -> Replicas:
@@ -210,7 +212,12 @@ class PackWorker:
 
     def _open(self, directive: Assign) -> list[Event]:
         number = next(n for n in range(self.spec.num_slots) if n not in self.slots)
-        slot = Slot(number, directive.task, self.rows, self.engine, self.feed, self._program)
+        task = directive.task
+        try:
+            slot = Slot(number, task, self.rows, self.engine, self.feed, self._program)
+        except TrialFailed as error:
+            words = error.reason, error.message
+            return [TrialStopped(task.trial, task.attempt, time.time(), *words)]
         self.slots[number] = slot
         self._meters[number] = _Meter(slot.tokens)
         self._check_resumed(slot)

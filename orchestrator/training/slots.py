@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import AdapterConfig
-from orchestrator.errors import BaseModelError, ConfigError
-from orchestrator.planning.patterns import unmatched
-from orchestrator.planning.ranks import rank_of, scaling_of
+from orchestrator.errors import BaseModelError, ConfigError, TrialFailed
+from orchestrator.planning.ranks import idle_patterns, rank_of, scaling_of
 from orchestrator.planning.shape import Targets, matching
 from orchestrator.training.dora import lengths, squared_lengths
 from orchestrator.training.frozen import PackedLinear
@@ -76,16 +75,13 @@ class Slots:
         loftq those of `corrections`, where a layer has some. Magnitudes are the rows' lengths.
 
         Raises:
-            ConfigError: a key of a pattern matches no layer that the trial targets.
+            TrialFailed: a key of a pattern matches no layer that the trial targets. Its sweep says
+                so before, where the base's shape is known.
         """
         self.clear(slot)
         targets = self._targets(adapter)
-        for field in ("rank_pattern", "alpha_pattern"):
-            if idle := unmatched(getattr(adapter, field), targets):
-                raise ConfigError(
-                    f"adapter.{field}: {idle[0]!r} matches no layer that adapter.target_modules "
-                    "names",
-                )
+        if idle := idle_patterns(adapter, targets):
+            raise TrialFailed("not_valid", "; ".join(idle))
         for number, layer in enumerate(self.layers):
             if layer.name not in targets:
                 continue

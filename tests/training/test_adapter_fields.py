@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.config import AdapterConfig, StrategyConfig, TrialConfig
-from orchestrator.errors import ConfigError
 from orchestrator.planning.ranks import largest_rank, rank_of, scaling_of
-from orchestrator.records import Evaluated, TrialDone
+from orchestrator.records import Evaluated, TrialDone, TrialStopped
 from orchestrator.training.adapter import saved_config
 from orchestrator.training.adapter_evaluation import evaluate_adapter
 from orchestrator.training.base_model import load_base_model
@@ -87,10 +86,20 @@ def test_a_saved_pattern_is_merged_evaluated_and_loaded_by_peft_as_it_was_traine
     assert saved_config(folder).rank == 4
 
 
-def test_a_pattern_for_no_layer_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
-    trial = trial_config(adapter__rank_pattern={"w_proj": 8})
-    with pytest.raises(ConfigError, match="rank_pattern: 'w_proj' matches no layer"):
-        train(make_spec(num_slots=1), [trial], tmp_path)
+def test_a_pattern_for_no_layer_stops_its_trial_alone(make_spec: MakeSpec, tmp_path: Path) -> None:
+    misspelt = trial_config(adapter__rank_pattern={"w_proj": 8})
+    not_targeted = trial_config(
+        adapter__target_modules=("q_proj",), adapter__alpha_pattern={"up_proj": 8}
+    )
+    adapters, events = train(make_spec(), [misspelt, trial_config(), not_targeted], tmp_path)
+    stopped = [event for event in events if isinstance(event, TrialStopped)]
+    assert [(event.trial, event.reason) for event in stopped] == [
+        (0, "not_valid"),
+        (2, "not_valid"),
+    ]
+    assert "adapter.rank_pattern: 'w_proj' matches no layer" in stopped[0].message
+    assert "adapter.alpha_pattern: 'up_proj' matches no layer" in stopped[1].message
+    assert set(adapters) == {1}
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48)])

@@ -124,10 +124,14 @@ def test_a_trial_of_auto_bits_trains_on_a_map_that_every_record_names(
 def test_a_pattern_for_no_layer_of_the_base_is_refused_before_anything_is_started(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for field in ("quant.bit_width_pattern", "adapter.rank_pattern", "adapter.alpha_pattern"):
+    for field, layers in (
+        ("quant.bit_width_pattern", "of the base model"),
+        ("adapter.rank_pattern", "that takes an adapter"),
+        ("adapter.alpha_pattern", "that takes an adapter"),
+    ):
         change = ["--set", f"trial.{field}={{w_proj: 8}}"]
         assert run(["sweep", str(config_file), "--dry-run", *change]) == 2
-        message = f"{field}: 'w_proj' matches no linear layer of the base model; it has down_proj"
+        message = f"{field}: 'w_proj' matches no linear layer {layers}; these are down_proj"
         assert message in capsys.readouterr().err
 
 
