@@ -27,12 +27,13 @@ BACKWARD_HIDDEN = 3
 COMPILED_BACKWARD_INTERMEDIATE, EAGER_BACKWARD_INTERMEDIATE = 3, 2
 # A pass that keeps nothing: residual, norm and output; base product and update of gate and of up.
 PASSING_HIDDEN, PASSING_INTERMEDIATE = 3, 4
-# Of MLPs whose adapters are joined, see training/gated_mlp.py: gate, up and their product. The
-# product is not kept; three sums over tokens, of B of gate and of up and A of down, are fp32.
+# Of MLPs whose adapters are joined, see training/gated_mlp.py: the product is not kept; three sums
+# over tokens, of B of gate and of up and A of down, are fp32. Where programs share a lane, each has
+# its own, and there are as many as fill a card.
 JOINED_LAYERS = ("gate_proj", "up_proj", "down_proj")
 JOINED_MOST_RANK = 64  # the kernels' sums for larger ones would not stay in registers
-JOINED_PASSING_INTERMEDIATE = 3
 JOINED_SUM_BYTES = 3 * 4
+JOINED_PARTIAL_VALUES = 2 * 4 * 132 * 64  # per rank: gated_mlp_kernels' programs and columns
 # The same in attention under a mask: residual and norm (2 H); queries, keys and values repeated for
 # all query heads, and the result (4 Q), beside keys and values as they were. torch's kernel makes
 # values of the mask's bools, and again in rows whose length is a multiple of 16.
@@ -116,9 +117,10 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
     hashes = HASH_BYTES * max(t.in_features for t in targets) if hashing else 0
     joined = joins_mlp(shape, load)
     if joined:
-        working += JOINED_SUM_BYTES * load.num_slots * load.max_rank * wide
-    passing = PASSING_HIDDEN * hidden
-    passing += (JOINED_PASSING_INTERMEDIATE if joined else PASSING_INTERMEDIATE) * wide
+        values = max(load.num_slots * wide, JOINED_PARTIAL_VALUES)
+        working += JOINED_SUM_BYTES * load.max_rank * values
+    passing = PASSING_HIDDEN * hidden + PASSING_INTERMEDIATE * wide
+    evaluating = passing - (wide if joined else 0)  # gate, up and their product
     evaluated = load.evaluation_tokens
     evaluated_loss = EVALUATED_HIDDEN * evaluated * hidden * value
     evaluated_loss += _chunk(evaluated) * shape.vocab_size * EVALUATED_COPIES * max(4, value)
@@ -129,7 +131,7 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
         kept_for_loss_bytes=kept,
         working_bytes=round(working + tokens * hashes) + dora_working,
         loss_bytes=LOSS_HIDDEN * tokens * hidden * value + _loss_logits_bytes(shape, load),
-        evaluation_bytes=max(round(evaluated * passing * value + weight), evaluated_loss),
+        evaluation_bytes=max(round(evaluated * evaluating * value + weight), evaluated_loss),
         evaluated_loss_bytes=evaluated_loss,
         generation_bytes=round(_generation_bytes(shape, load, passing)),
     )

@@ -21,6 +21,7 @@ from orchestrator.training.frozen import PackedLinear
 from orchestrator.training.lanes import AdaptedLinear
 
 PROBE_TOKENS = 8
+LARGE = 1e3  # some families clamp what is between the layers, at 7 or 10
 
 
 class GatedMlp(nn.Module):
@@ -52,9 +53,11 @@ class GatedMlp(nn.Module):
 
 def join_gated_mlps(base: LoadedBase) -> int:
     """Put a GatedMlp in the place of each decoder block's MLP that computes what one does, as long
-    as the layers have no adapters; returns their number."""
+    as the layers have no adapters; returns their number. The kernels are for bfloat16 alone."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if base.dtype != torch.bfloat16:
+        return 0
     like = torch.empty(0, dtype=base.dtype, device=base.device)
     found = [
         (block, name, part)
@@ -76,7 +79,8 @@ def _is_gated(own: nn.Module, like: Tensor) -> bool:
     if isinstance(own, GatedMlp) or len(signature(own.forward).parameters) != 1:
         return False
     width: Any = layers[0].in_features  # type: ignore[union-attr]
-    x = torch.randn(1, PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0)).to(like)
+    x = torch.randn(1, PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x, LARGE * x]).to(like)
     return torch.equal(GatedMlp(own)(x), own(x))
 
 

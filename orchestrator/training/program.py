@@ -263,9 +263,12 @@ def compile_blocks(model: nn.Module) -> int:
     # Or the first block would be a program of its own: its input alone would need no gradient.
     model.enable_input_require_grads()  # type: ignore[operator]
     blocks = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
-    # Each block counts as a recompilation of the first where something about it differs.
+    # Each block counts as a recompilation of the first where something about it differs, once for
+    # training, once for evaluation, and again for each number of lanes. Past the limit it would run
+    # uncompiled, and nobody be told.
     config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, len(blocks) + 8)
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, limit, max(getattr(config, limit), 16 * (len(blocks) + 1)))
     for block in blocks:
         block.compile(dynamic=False)
     return len(blocks)

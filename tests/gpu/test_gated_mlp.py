@@ -1,10 +1,15 @@
 """The kernels of joined MLPs against their reference in float32, and against themselves."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from orchestrator.config import QuantConfig
 from orchestrator.training.gated_mlp import updated_product
+from tests.training.conftest import MakeSpec, trial_config
+from tests.training.test_pack import train
 
 # Tokens and widths that fill tiles and do not; ranks below and above what a tensor core multiplies.
 SHAPES = [(1, 8, 16, 1), (2, 50, 200, 8), (3, 70, 136, 33), (16, 1024, 4864, 16), (1, 300, 512, 64)]
@@ -59,3 +64,12 @@ def test_a_joined_mlp_has_the_values_and_gradients_of_its_parts(
         assert (one - other).abs().max() < 0.02 * other.abs().max()
     for one, again in zip(found, joined(tensors, given), strict=True):
         assert torch.equal(one, again)
+
+
+def test_compiled_blocks_use_the_kernels(make_spec: MakeSpec, tmp_path: Path) -> None:
+    quant = QuantConfig(compute_dtype="bfloat16").model_dump()
+    spec = make_spec(device="cuda", quant=quant, step_program="compiled")
+    with torch.profiler.profile() as profile:
+        train(spec, [trial_config(steps=2)], tmp_path)
+    called = {event.key for event in profile.key_averages()}
+    assert {"orchestrator::gated_product", "orchestrator::gated_product_backward"} <= called

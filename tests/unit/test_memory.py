@@ -247,6 +247,14 @@ def test_joined_mlps_keep_no_products_up_to_the_kernels_largest_rank() -> None:
     assert not joins_mlp(replace(LLAMA_8B, activation="gelu"), LOAD)
 
 
+def test_answers_are_generated_by_eager_code_whatever_the_step() -> None:
+    answering = replace(LOAD, generated_tokens=64, generation_batch_size=8)
+    eager = replace(answering, step_program="eager")
+    found = {pass_memory(LLAMA_8B, load).generation_bytes for load in (answering, eager)}
+    assert len(found) == 1
+    assert found.pop() > 0
+
+
 def test_only_what_adapters_read_is_kept_for_them() -> None:
     def kept(*targets: str) -> int:
         narrow = replace(EAGER, micro_batch_size=8, target_modules=targets, max_rank=0)
