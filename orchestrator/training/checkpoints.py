@@ -1,6 +1,7 @@
 """Checkpoints of one slot: what resumes an attempt, verified by digest before use.
 
-A checkpoint is the slot's adapter row, its optimizer states and its counters. The data position is
+A checkpoint is the adapter's values, its optimizer states and its counters. What lies as the slot's
+row does is saved without the padding, and so can be restored in any pack. The data position is
 the step itself (data/order.py), and dropout masks are functions of the step (dropout.py), so there
 is no random state to keep. checkpoint.json is written last: without it the folder is no checkpoint.
 """
@@ -27,6 +28,7 @@ class Checkpoint:
     tokens: int
     train_s: float
     row: Tensor
+    """Without what is not the adapter's own, where `Stepper.layout` is empty."""
     optimizer: States
     program: str
     """How its steps were computed. Another way gives the same up to rounding, not to the bit."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from orchestrator.config import OptimizerConfig
 from orchestrator.training.lanes import staged
 from orchestrator.training.optimizers import (
+    ELEMENTWISE,
     RowOptimizers,
     States,
     clip_and_step,
@@ -39,7 +40,8 @@ class Stepper(Protocol):
     copies: int
     """fp32 values that each adapter parameter takes, optimizer states apart."""
     layout: str
-    """How the states lie, where that is not as in the row: others cannot be restored."""
+    """How the states lie, where not each belongs to one value of the row: then they can be restored
+    in the same row alone."""
 
     def gather(self) -> Tensor:
         """The slot's row of `Slots.rows`, holding the adapter's present values. All workers of the
@@ -151,11 +153,11 @@ class RowEngine:
 
 class RowStepper:
     copies = 2  # the row and its gradient
-    layout = ""
 
     def __init__(
         self, optimizers: RowOptimizers, gradient: Tensor, config: OptimizerConfig
     ) -> None:
+        self.layout = "" if config.name in ELEMENTWISE else "blocks of states along the row"
         self._row = optimizers.row
         self._row.grad = self._gradient = gradient
         self._optimizer = optimizers.begin(config)

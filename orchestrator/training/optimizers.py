@@ -216,3 +216,5 @@ OPTIMIZERS: dict[str, Callable[[nn.Parameter, OptimizerConfig], torch.optim.Opti
     "paged_adamw_32bit": _bitsandbytes("PagedAdamW32bit"),
     "deepspeed_cpu_adam": _deepspeed_cpu_adam,
 }
+# Each of whose states belongs to one value of the row; 8-bit ones share a maximum over 256.
+ELEMENTWISE = frozenset({"adamw", "paged_adamw_32bit", "deepspeed_cpu_adam"})

@@ -158,6 +158,7 @@ class PackWorker:
             self.programs.kind,
             f"micro_batch_size={spec.micro_batch_size}",
             f"world_size={spec.world_size}",
+            f"max_rank={spec.max_rank}",
         ]
         words += ["recomputation"] if spec.gradient_checkpointing else []
         # Kernels share out a lane's tokens by how many lanes there are.

@@ -5,11 +5,12 @@ of its step are through, it clips its own gradient and steps its own optimizer.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from orchestrator.config import TrialConfig
+from orchestrator.config import AdapterConfig, TrialConfig
 from orchestrator.data.reader import Batch
 from orchestrator.errors import TrialFailed
 from orchestrator.files import record_digest
@@ -135,16 +136,14 @@ class Slot:
 
     def save(self, writes: bool) -> Path | None:
         """All workers of the pack must call this; one `writes`, and returns the folder."""
-        checkpoint = Checkpoint(
-            self.step,
-            self.tokens,
-            self.train_s,
-            self._stepper.gather(),
-            self._stepper.states(),
-            self._program,
-        )
+        row, (tensors, numbers) = self._stepper.gather(), self._stepper.states()
         if not writes:
             return None
+        on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
+        row, tensors = self._converted(self._slots.values, row.cpu(), on_host)
+        checkpoint = Checkpoint(
+            self.step, self.tokens, self.train_s, row, (tensors, numbers), self._program
+        )
         return save_checkpoint(
             Path(self.task.attempt_dir), checkpoint, self._config_digest(), self._layout()
         )
@@ -153,9 +152,11 @@ class Slot:
         folders = [Path(folder) for folder in self.task.checkpoint_dirs]
         checkpoint, refused = latest_checkpoint(folders, self._config_digest(), self._layout())
         if checkpoint is not None:
-            self._slots.rows[self.number].copy_(checkpoint.row)
+            saved, numbers = checkpoint.optimizer
+            row, tensors = self._converted(self._slots.laid_out, checkpoint.row, saved)
+            self._slots.rows[self.number].copy_(row)
             self._stepper.scatter()
-            self._stepper.restore(checkpoint.optimizer)
+            self._stepper.restore((tensors, numbers))
             self.step = checkpoint.step
             self.tokens = checkpoint.tokens
             self.train_s = checkpoint.train_s
@@ -166,8 +167,25 @@ class Slot:
                 )
         return refused
 
+    def _converted(
+        self,
+        convert: Callable[[Tensor, AdapterConfig], Tensor],
+        row: Tensor,
+        states: dict[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The row, and the states that have a value for each of its own; where they have not, as it
+        is."""
+        if self._stepper.layout:
+            return row, states
+        adapter, size = self.trial.adapter, row.numel()
+        return convert(row, adapter), {
+            name: convert(tensor, adapter) if tensor.numel() == size else tensor
+            for name, tensor in states.items()
+        }
+
     def _layout(self) -> str:
-        return "; ".join(filter(None, [self._slots.layout_key(), self._stepper.layout]))
+        own = self._stepper.layout
+        return f"{self._slots.layout_key()}; {own}" if own else "the adapter's own values"
 
     def _config_digest(self) -> str:
         return record_digest(self.trial.model_dump(mode="json"))

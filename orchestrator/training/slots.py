@@ -168,6 +168,33 @@ class Slots:
         if len(tensors) != (3 if self.dora else 2) * len(self.layers):
             raise ValueError("the adapter has weights of layers that the base model does not have")
 
+    def values(self, row: Tensor, adapter: AdapterConfig) -> Tensor:
+        """Of a row [L] what is the adapter's own: the same in packs of any largest rank and any
+        layers."""
+        return torch.cat([part.ravel() for part in self._own(row, adapter)])
+
+    def laid_out(self, values: Tensor, adapter: AdapterConfig) -> Tensor:
+        """The way back from `values`: a row [L] that is zero elsewhere."""
+        row = values.new_zeros(self.layers[-1].end)
+        start = 0
+        for part in self._own(row, adapter):
+            part.copy_(values[start : start + part.numel()].view_as(part))
+            start += part.numel()
+        if start != len(values):
+            raise ValueError(f"{len(values)} values for an adapter of {start}")
+        return row
+
+    def _own(self, row: Tensor, adapter: AdapterConfig) -> Iterator[Tensor]:
+        targets = self._targets(adapter)
+        for layer in self.layers:
+            if layer.name in targets:
+                rank = rank_of(adapter, layer.name)
+                A, B = row[layer.start : layer.middle], row[layer.middle : layer.magnitudes]
+                yield A.view(layer.in_features, self.max_rank)[:, :rank]
+                yield B.view(self.max_rank, layer.out_features)[:rank]
+                if self.dora:
+                    yield row[layer.magnitudes : layer.end]
+
     def scalings(self, adapter: AdapterConfig) -> float | tuple[float, ...]:
         """What each layer's update is multiplied by; one number where that is the same for all."""
         targets = self._targets(adapter) if self.dora else {layer.name for layer in self.layers}

@@ -77,8 +77,17 @@ def spec_for(spec: PackSpec, trials: Sequence[TrialConfig]) -> PackSpec:
     return replace(spec, dropout=dropout, dora=any(adapter.use_dora for adapter in adapters))
 
 
-def killed_and_resumed(spec: PackSpec, config: TrialConfig, folder: Path) -> TrialDone:
+def killed_and_resumed(
+    spec: PackSpec, config: TrialConfig, folder: Path, other: PackSpec | None = None
+) -> TrialDone:
     """The end of a trial whose first worker was killed after its checkpoint at step 4."""
+    return resumed(spec, config, folder, other)[-1]  # type: ignore[return-value]
+
+
+def resumed(
+    spec: PackSpec, config: TrialConfig, folder: Path, other: PackSpec | None = None
+) -> list[Event]:
+    """All that the second worker tells, in the same pack or another one."""
     spec = spec_for(spec, [config])
     worker = PackWorker(spec)
     worker.load()
@@ -87,12 +96,12 @@ def killed_and_resumed(spec: PackSpec, config: TrialConfig, folder: Path) -> Tri
         events += worker.advance([])
     del worker  # killed: what is on disk is all there is
 
-    worker = PackWorker(spec)
+    worker = PackWorker(spec if other is None else spec_for(other, [config]))
     worker.load()
     events = worker.advance([task(0, config, folder, attempt=2)])
-    while not (done := [event for event in events if isinstance(event, TrialDone)]):
+    while not isinstance(events[-1:] and events[-1], TrialDone):
         events += worker.advance([])
-    return done[0]
+    return events
 
 
 def assert_equal(one: Adapter, other: Adapter, tolerance: float = 2e-6) -> None:
@@ -272,9 +281,40 @@ def test_a_trial_killed_and_resumed_ends_with_the_same_adapter_bytes(
     _, events = train(spec, [config], tmp_path / "whole")
     (undisturbed,) = [event for event in events if isinstance(event, TrialDone)]
 
-    resumed = killed_and_resumed(spec, config, tmp_path / "cut")
-    assert resumed.adapter_digest == undisturbed.adapter_digest
-    assert resumed.tokens == undisturbed.tokens
+    again = killed_and_resumed(spec, config, tmp_path / "cut")
+    assert again.adapter_digest == undisturbed.adapter_digest
+    assert again.tokens == undisturbed.tokens
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("optimizer", "step"), [("adamw", 4), ("paged_adamw_32bit", 4), ("adamw_8bit", 0)]
+)
+def test_a_trial_goes_on_in_a_pack_of_larger_ranks_and_more_layers(
+    make_spec: MakeSpec, tmp_path: Path, optimizer: str, step: int, dora: bool
+) -> None:
+    """Where a sweep is extended. 8-bit states belong to blocks of the old row: they begin anew."""
+    targets = ("q_proj", "down_proj")
+    config = trial_config(
+        optimizer__name=optimizer,
+        adapter__target_modules=targets,
+        adapter__rank_pattern={"down_proj": 2},
+        adapter__use_dora=dora,
+    )
+    small = make_spec(num_slots=1, max_rank=4, target_modules=targets)
+    undisturbed, _ = train(small, [config], tmp_path / "whole")
+    events = resumed(small, config, tmp_path / "cut", make_spec(num_slots=3, max_rank=8))
+    opened, done = events[0], events[-1]
+    assert isinstance(opened, TrialOpened)
+    assert isinstance(done, TrialDone)
+    assert opened.step == step
+    if step:
+        assert "max_rank=4" in opened.note
+        assert "equal up to rounding" in opened.note
+        path = Path(done.adapter_dir) / "adapter_model.safetensors"
+        assert_equal(load_file(path), undisturbed[0])
+    else:
+        assert "layout" in opened.refused_checkpoints[0]
 
 
 def test_a_pack_that_leaves_saves_every_slot_first(make_spec: MakeSpec, tmp_path: Path) -> None:
