@@ -63,8 +63,8 @@ class Measured:
     """Of one cuBLAS workspace."""
     pool_fraction: float
     """What a graph's memory pool holds beyond the tensors in it, as a part of them."""
-    zero_context_bytes: int
-    """More outside torch's allocator under ZeRO, for DeepSpeed's process group."""
+    group_context_bytes: int
+    """More outside torch's allocator for a process group."""
     gathering_context_bytes: int
     """The same where stage 3 gathers the base's layers from other GPUs."""
 
@@ -76,7 +76,7 @@ HOPPER = Measured(
     context_bytes=840 * MIB,
     workspace_bytes=32 * MIB,
     pool_fraction=0.03,
-    zero_context_bytes=480 * MIB,
+    group_context_bytes=480 * MIB,
     gathering_context_bytes=870 * MIB,
 )
 
@@ -225,13 +225,17 @@ def _runtime_bytes(load: PackLoad, measured: Measured) -> int:
     if not load.cuda:
         return PROCESS_BYTES
     count = GRAPH_WORKSPACES if load.graph else WORKSPACES
-    return context_bytes(load.strategy, measured) + count * measured.workspace_bytes
+    context = context_bytes(load.strategy, load.in_group, measured)
+    return context + count * measured.workspace_bytes
 
 
-def context_bytes(strategy: StrategyConfig, measured: Measured = HOPPER) -> int:
-    """Of one worker, outside torch's allocator."""
+def context_bytes(
+    strategy: StrategyConfig, in_group: bool = False, measured: Measured = HOPPER
+) -> int:
+    """Of one worker, outside torch's allocator. DeepSpeed makes a group of one worker, too; that of
+    a data-parallel pack is taken to be as large, which was not measured."""
     if strategy.kind != "zero":
-        return measured.context_bytes
+        return measured.context_bytes + (measured.group_context_bytes if in_group else 0)
     if strategy.stage == 3 and strategy.offload_params == "none":
         return measured.context_bytes + measured.gathering_context_bytes
-    return measured.context_bytes + measured.zero_context_bytes
+    return measured.context_bytes + measured.group_context_bytes

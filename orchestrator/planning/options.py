@@ -83,6 +83,8 @@ class PackWish:
     gradient_checkpointing: bool | None
     """As set; None to choose."""
     dora: bool = False
+    in_group: bool = False
+    """Whether several workers train it together."""
     as_set: str = "as set"
     """By whom these two are, in words."""
 
@@ -122,6 +124,7 @@ def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
         cuda=premises.device == "cuda",
         strategy=wish.strategy,
         dora=wish.dora,
+        in_group=wish.in_group,
         generated_tokens=premises.generated_tokens,
         generation_batch_size=premises.generation_batch_size,
     )

@@ -265,6 +265,7 @@ def _wish(
         micro_batch_size=key.micro_batch_size,
         gradient_checkpointing=key.gradient_checkpointing,
         dora=key.dora,
+        in_group=world_size > 1,
     )
     if had is None:
         return wish

@@ -432,6 +432,8 @@ def test_zero_takes_more_outside_torchs_allocator_and_gathering_most() -> None:
     two, three = (replace(ZERO, strategy=strategy) for strategy in stages)
     outside = [estimate_memory(LLAMA_8B, load).runtime_bytes for load in (EAGER, two, three)]
     assert outside == sorted(set(outside))
+    parallel = estimate_memory(LLAMA_8B, replace(EAGER, in_group=True)).runtime_bytes
+    assert parallel == outside[1], "a data-parallel pack has a process group, too"
 
 
 def test_zero_3_holds_llm_int8s_codes_twice() -> None:
