@@ -39,12 +39,13 @@ from orchestrator.planning.capacity import worker_count, worker_memory_bytes
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind, known_gpus, worker_kinds
 from orchestrator.planning.machine import this_machine
+from orchestrator.planning.shape import UnknownShape, read_shape
 from orchestrator.records import Notice, PackReady
 from orchestrator.search.space import check_space, next_trial
 from orchestrator.sweep.bits import RunOnWorker, check_hqq, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
-from orchestrator.sweep.flow import Services, auto_compute_dtype, run_sweep
+from orchestrator.sweep.flow import Services, auto_compute_dtype, check_layers, run_sweep
 from orchestrator.sweep.machine_use import SampleNodes, recorded_use, sample_this_node
 from orchestrator.sweep.run_store import RunStore, SweepRecord, holds_sweep, new_run_id
 from orchestrator.tracking.follower import (
@@ -63,7 +64,7 @@ from orchestrator.tracking.stores import (
     resolve_tracking_uri,
     without_password,
 )
-from orchestrator.training.model_source import find_source
+from orchestrator.training.model_source import find_source, folder_here
 
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "mlflow", "optuna")
 INTERRUPTED = 130
@@ -221,7 +222,8 @@ def check_inputs(config: SweepConfig) -> None:
 
 
 def check_files(config: SweepConfig) -> None:
-    """Raises BaseModelError or DataError for what is not there, ConfigError if both are not."""
+    """Raises BaseModelError or DataError for what is not there, ConfigError if both are not, or for
+    layers that a base which is here does not have."""
     try:
         find_source(config.base_model)
     except BaseModelError as mistake:
@@ -231,6 +233,10 @@ def check_files(config: SweepConfig) -> None:
             raise ConfigError(f"{mistake}\n{second}") from mistake
         raise
     check_sources(config.data)
+    if (folder := folder_here(config.base_model)) is not None:
+        shape = read_shape(folder)
+        if not isinstance(shape, UnknownShape):
+            check_layers(config, shape)
 
 
 def check_tracking(config: SweepConfig) -> None:

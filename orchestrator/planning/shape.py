@@ -14,6 +14,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.errors import ConfigError
+
 Targets = tuple[str, ...] | Literal["all-linear"]
 
 # The format's own limit; what a damaged file claims must not be read into memory.
@@ -93,6 +95,17 @@ def matching(names: Iterable[str], targets: Targets) -> list[str]:
         return list(names)
     endings = tuple(f".{target}" for target in targets)
     return [name for name in names if f".{name}".endswith(endings)]
+
+
+def check_targets(targets: Targets, layers: Sequence[str]) -> None:
+    """Raises ConfigError for a name that is no linear layer's."""
+    for target in targets if targets != "all-linear" else ():
+        if not matching(layers, (target,)):
+            known = sorted({name.rpartition(".")[2] for name in layers})
+            raise ConfigError(
+                f"adapter.target_modules: {target!r} matches no linear layer of the base model; it "
+                f"has {', '.join(known)}"
+            )
 
 
 def read_shape(folder: Path) -> BaseShape | UnknownShape:

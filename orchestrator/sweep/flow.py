@@ -29,7 +29,7 @@ from orchestrator.planning.memory import GIB, OPTIMIZER_BYTES
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.patterns import unmatched
-from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
+from orchestrator.planning.shape import BaseShape, UnknownShape, check_targets, read_shape
 from orchestrator.records import (
     BaseModel,
     ComputeDtype,
@@ -233,11 +233,11 @@ def sweep_premises(
     shape: BaseShape | UnknownShape,
     worker_memory_bytes: int,
 ) -> Premises:
-    """Raises ConfigError for a step program that the device cannot run, and for patterns that
-    match no layer of the base."""
+    """Raises ConfigError for a step program that the device cannot run, and for target modules and
+    patterns that match no layer of the base."""
     resources = config.resources
     if not isinstance(shape, UnknownShape):
-        check_patterns(config, shape)
+        check_layers(config, shape)
     if resources.step_program == "graph" and device == "cpu":
         raise ConfigError(
             "resources.step_program: graph needs GPUs, but the device is cpu: set auto or compiled"
@@ -269,12 +269,14 @@ def sweep_premises(
     return within(config.search.constraints, premises)
 
 
-def check_patterns(config: SweepConfig, shape: BaseShape) -> None:
-    """Raises ConfigError for a key of a pattern that matches no layer of the base, or none that an
-    adapter is put on."""
+def check_layers(config: SweepConfig, shape: BaseShape) -> None:
+    """Raises ConfigError for a target module that the base does not have, and for a key of a
+    pattern that matches none of its layers, or none that an adapter is put on."""
     trial, space = config.trial, config.search.space
     layers = [linear.name for linear in shape.linears]
     choices: Any = space.get("adapter.target_modules", (trial.adapter.target_modules,))
+    for choice in choices:
+        check_targets(choice, layers)
     targets = [linear.name for choice in choices for linear in shape.targets(choice)]
     written: dict[str, tuple[Any, list[str], str]] = {
         "quant.bit_width_pattern": (trial.quant.bit_width_pattern, layers, "of the base model"),

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.config import AdapterConfig
-from orchestrator.errors import BaseModelError, ConfigError, TrialFailed
+from orchestrator.errors import BaseModelError, TrialFailed
 from orchestrator.planning.ranks import idle_patterns, rank_of, scaling_of
-from orchestrator.planning.shape import Targets, matching
+from orchestrator.planning.shape import Targets, check_targets, matching
 from orchestrator.training.dora import lengths, squared_lengths
 from orchestrator.training.frozen import PackedLinear
 from orchestrator.training.loftq import Correction
@@ -248,14 +248,7 @@ def target_names(model: nn.Module, targets: Targets) -> list[str]:
             "the base model has no linear layer that an adapter could be put on: choose another "
             "base model"
         )
-    if targets != "all-linear":
-        for target in targets:
-            if not matching(linear, (target,)):
-                known = sorted({name.rpartition(".")[2] for name in linear})
-                raise ConfigError(
-                    f"adapter.target_modules: {target!r} matches no linear layer of the base "
-                    f"model; it has {', '.join(known)}"
-                )
+    check_targets(targets, linear)
     return matching(linear, targets)
 
 

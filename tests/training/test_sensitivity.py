@@ -135,6 +135,18 @@ def test_a_pattern_for_no_layer_of_the_base_is_refused_before_anything_is_starte
         assert message in capsys.readouterr().err
 
 
+def test_a_target_module_that_the_base_does_not_have_is_refused_before_anything_is_started(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for change in (
+        "trial.adapter.target_modules=[q_proj, v_prj]",
+        "search.space={adapter.target_modules: [[q_proj], [v_prj]]}",
+    ):
+        assert run(["sweep", str(config_file), "--dry-run", "--set", change]) == 2
+        message = "'v_prj' matches no linear layer of the base model; it has down_proj"
+        assert message in capsys.readouterr().err
+
+
 def test_a_budget_that_is_too_small_is_refused_before_anything_is_trained(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
