@@ -154,15 +154,16 @@ def test_changing_resources_does_not_open_a_complete_sweep_again(tmp_path: Path)
     assert store.read("done") is not None
 
 
-def test_a_grid_that_is_trained_whole_says_how_to_add_trials(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["grid", "tpe", "random"])
+def test_a_space_that_is_trained_whole_says_how_to_add_trials(tmp_path: Path, sampler: str) -> None:
     config = sweep_config(search__space={"adapter.rank": [4]})
     store = make_store(tmp_path / "run", config)
     store.add_trial(
         TrialSpec(0, {"adapter.rank": 4}, trial_with(config.trial, {"adapter.rank": 4}))
     )
     with pytest.raises(ConfigError, match="widen it with --set search.space"):
-        change_sweep(store, [], 5)
-    change_sweep(store, ["search.space.adapter.rank=[4, 8]"], 5)
+        change_sweep(store, [f"search.sampler={sampler}"], 5)
+    change_sweep(store, [f"search.sampler={sampler}", "search.space.adapter.rank=[4, 8]"], 5)
     assert store.sweep.config.search.num_trials == 6
 
 
