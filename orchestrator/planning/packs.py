@@ -255,10 +255,13 @@ def _wish(
 ) -> PackWish:
     asked = premises.resources.slots_per_pack
     num_slots = 1 if key.alone else min(asked, num_trials) if asked is not None else None
+    alone = key.alone
+    if alone and asked not in (None, 1):
+        alone += f" (resources.slots_per_pack: {asked} is for trials that can share)"
     wish = PackWish(
         quant=key.quant,
         strategy=StrategyConfig.model_validate(dict(key.strategy)),
-        alone=key.alone,
+        alone=alone,
         share=share,
         num_slots=num_slots,
         worker_blocks=key.micro_batch_size or (key.batch_size or 1) // world_size,

@@ -179,6 +179,7 @@ def test_what_slots_cannot_share_runs_alone_and_the_plan_says_why(
     assert not plan.fit.dequantise_once
     assert "alone" in plan.reason
     assert why in plan.reason
+    assert "resources.slots_per_pack: 4 is for trials that can share" in plan.reason
 
 
 def test_nothing_is_planned_without_waiting_trials_or_free_workers() -> None:
