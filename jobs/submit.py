@@ -16,6 +16,8 @@ from cluster.submission import decide_submission
 from cluster.target import Plan, Planner, Target
 from jobs.submitted import follow_job
 from jobs.terminal import Terminal
+from orchestrator.config import SweepConfig
+from orchestrator.data.streams import is_remote
 from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
 from orchestrator.search.space import check_space
@@ -95,6 +97,7 @@ def submit_sweep(
     """`reach` is called only if there is something to ask or to send."""
     config = load_config(path, overrides)
     check_space(config)
+    check_places(config)
     plan = plan_job(config, sending.name)
     if sending.crds is not None:
         _validate(plan, sending.crds)
@@ -126,6 +129,21 @@ def submit_sweep(
         person.say(f"follow it with `{command}`")
         return 0
     return follow_job(target, plan.submission.name, person, owns=True)
+
+
+def check_places(config: SweepConfig) -> None:
+    """Raises ConfigError for a path that only this machine can know."""
+    data = (*config.data.train_sources, *config.data.held_out_sources)
+    named = [("base_model.source", config.base_model.source)]
+    for field, place in [*named, *(("data", source.path) for source in data)]:
+        path = Path(place)
+        if path.is_absolute() or is_remote(place):
+            continue
+        if place.startswith((".", "~")) or path.exists():
+            raise ConfigError(
+                f"{field}: {place} is a path on this machine, but the sweep runs on a cluster: "
+                "give a hub id, a URL, or an absolute path on storage that all its nodes share"
+            )
 
 
 def _render(plan: Plan, folder: Path, person: Terminal) -> int:

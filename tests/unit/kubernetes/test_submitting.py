@@ -44,6 +44,25 @@ def rayjob(stage: Stage) -> dict:  # type: ignore[type-arg]
     return job
 
 
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"base_model__source": "./base"}, "base_model.source: ./base"),
+        ({"base_model__source": "here"}, "base_model.source: here"),
+        ({"data__train": ["org/name", "here/train.jsonl"]}, "data: here/train.jsonl"),
+        ({"data__held_out": "~/test.jsonl"}, "data: ~/test.jsonl"),
+    ],
+)
+def test_a_path_on_this_machine_is_refused(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], field: str
+) -> None:
+    monkeypatch.chdir(stage.folder)
+    (stage.folder / "here").mkdir()
+    (stage.folder / "here" / "train.jsonl").touch()
+    with pytest.raises(ConfigError, match=f"{field} is a path on this machine"):
+        stage.submit(**changes)
+
+
 def test_a_sweep_is_followed_to_its_end_with_its_drivers_log(stage: Stage) -> None:
     code = stage.submit(
         starting, running, prints("trial 0: ste"), prints("p 5\nwinner\n"), succeeded
