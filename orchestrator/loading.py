@@ -84,13 +84,17 @@ def data_config(content: dict[str, Any], overrides: Sequence[str]) -> DataConfig
         raise ConfigError("\n".join(_describe(error, DataConfig, content, lines, ""))) from error
 
 
-def trial_fields(model: type[BaseModel] = TrialConfig, prefix: str = "") -> list[str]:
+def trial_fields() -> list[str]:
     """All dotted leaf fields of a trial."""
+    return _leaf_fields(TrialConfig)
+
+
+def _leaf_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
     names = []
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names += trial_fields(inner, f"{prefix}{name}.")
+            names += _leaf_fields(inner, f"{prefix}{name}.")
         else:
             names.append(prefix + name)
     return names
@@ -105,7 +109,7 @@ def _checked(
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(error, SweepConfig, content, lines, name))) from error
     problems = [
-        f"{_place(name, lines, path)}{'.'.join(map(str, path))}: {message}"
+        f"{_place(name, lines, path, message)}{'.'.join(map(str, path))}: {message}"
         for path, message in _candidate_problems(config)
     ]
     if problems:
@@ -275,11 +279,16 @@ def _describe(
 ) -> list[str]:
     mistakes = {}
     for detail in error.errors(include_url=False):
-        path = _written_path(detail["loc"], content, detail["type"])
-        field = ".".join(map(str, path)) or "the file"
-        message = _rule(detail, path, model)
-        text = f"{_place(name, lines, path)}{field}: {message}"
-        mistakes[(lines.get(path, 0), field, message)] = text
+        found = _written_path(detail["loc"], content, detail["type"])
+        written = [found]
+        if detail["type"] == "extra_forbidden" and found not in lines:
+            # A group that --set made by writing into it: what it wrote is the mistake.
+            written = _set_within(found, lines) or written
+        for path in written:
+            field = ".".join(map(str, path)) or "the file"
+            message = _rule(detail, path, model)
+            text = f"{_place(name, lines, path, message)}{field}: {message}"
+            mistakes[(lines.get(path, 0), field, message)] = text
     return [text for _, text in sorted(mistakes.items(), key=lambda item: item[0][0])]
 
 
@@ -287,7 +296,7 @@ def _rule(detail: Any, path: FieldPath, model: type[BaseModel]) -> str:
     if detail["type"] == "missing":
         return "required field is missing"
     if detail["type"] == "extra_forbidden":
-        return f"unknown field{_suggestion(str(path[-1]), _siblings(path, model))}"
+        return f"unknown field{_nearest_field(path, model)}"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "value_error":  # the message names fields and values itself
         return message
@@ -309,13 +318,42 @@ def _written_path(loc: tuple[Any, ...], content: Any, kind: str) -> FieldPath:
     return tuple(path)
 
 
-def _place(name: str, lines: dict[FieldPath, int], path: FieldPath) -> str:
+def _place(name: str, lines: dict[FieldPath, int], path: FieldPath, message: str) -> str:
     """`file:line: `, or `--set `; nothing for what was written in neither."""
+    # A rule about several fields is found at their group, but broken by one that it names.
+    if any(
+        re.search(rf"\b{re.escape(str(field[-1]))}\b", message)
+        for field in _set_within(path, lines)
+    ):
+        return f"{COMMAND_LINE} "
     while path not in lines and path:
+        if _set_within(path, lines):
+            return f"{COMMAND_LINE} "
         path = path[:-1]
     if lines.get(path) == SET_LINE:
         return f"{COMMAND_LINE} "
     return f"{name}:{lines.get(path, 1)}: " if name else ""
+
+
+def _set_within(path: FieldPath, lines: dict[FieldPath, int]) -> list[FieldPath]:
+    """The fields inside a group that --set gives."""
+    depth = len(path)
+    return [
+        field
+        for field, line in lines.items()
+        if line == SET_LINE and len(field) > depth and field[:depth] == path
+    ]
+
+
+def _nearest_field(path: FieldPath, model: type[BaseModel]) -> str:
+    """A field that is written without its group, such as quant.bit_width, or misspelt."""
+    field = ".".join(map(str, path))
+    known = _leaf_fields(model)
+    for name in known:
+        groups, found, _ = f"{name}.".partition(f".{field}.")
+        if found:
+            return f"; did you mean '{groups}.{field}'?"
+    return _suggestion(str(path[-1]), _siblings(path, model)) or _suggestion(field, known, 0.75)
 
 
 def _siblings(path: FieldPath, model: type[BaseModel]) -> list[str]:
@@ -328,6 +366,6 @@ def _siblings(path: FieldPath, model: type[BaseModel]) -> list[str]:
     return list(model.model_fields)
 
 
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
+def _suggestion(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean '{near[0]}'?" if near else ""

@@ -150,6 +150,43 @@ def test_a_mistake_on_the_command_line_is_not_laid_to_a_line_of_the_file() -> No
         parse_config(text.replace("0", "1"), "f", ["search.space.seed=[1, -1]"])
 
 
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        ("quant.bit_width", "trial.quant.bit_width"),
+        ("quant.bit_widht", "trial.quant.bit_width"),
+        ("trial.qant.bit_width", "trial.quant.bit_width"),
+        ("steps", "trial.steps"),
+        ("sampler", "search.sampler"),
+    ],
+)
+def test_a_field_set_outside_its_group_is_named_with_the_whole_name(field: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        parse_config(GOOD, "f", [f"{field}=8"])
+    assert str(found.value) == f"--set {field}: unknown field; did you mean '{meant}'?"
+
+
+def test_a_group_outside_its_group_is_named_with_the_whole_name() -> None:
+    assert mistakes(GOOD + "quant: {bit_width: 8}\n") == [
+        "sweep.yaml:4: quant: unknown field; did you mean 'trial.quant'?"
+    ]
+
+
+def test_a_rule_of_a_group_is_laid_to_the_field_that_it_names() -> None:
+    text = GOOD + "search: {seed: 3, space: {adapter.rank: [4]}}\n"
+    for setting in ("space.adapter.rank=[]", "space={adapter.rank: []}"):
+        with pytest.raises(ConfigError, match=r"^--set search: space.adapter.rank needs at least"):
+            parse_config(text, "f", [f"search.{setting}"])
+    with pytest.raises(ConfigError, match=r"^f:4: search: space.adapter.rank needs at least"):
+        parse_config(text.replace("[4]", "[]"), "f", ["search.seed=5"])
+
+
+def test_a_field_missing_from_a_group_that_only_the_command_line_gives_is_laid_to_it() -> None:
+    without_base = "name: test\ndata: {train: rows.jsonl}\n"
+    with pytest.raises(ConfigError, match=r"^--set base_model.source: required field is missing$"):
+        parse_config(without_base, "f", ["base_model.revision=main"])
+
+
 @pytest.mark.parametrize("override", ["trial.steps", "=3", "name.x=3"])
 def test_a_malformed_override_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
