@@ -277,30 +277,68 @@ def _describe(
     lines: dict[FieldPath, int],
     name: str,
 ) -> list[str]:
-    mistakes = {}
-    for detail in error.errors(include_url=False):
-        found = _written_path(detail["loc"], content, detail["type"])
+    mistakes = []
+    for found, details in _by_path(error, content).items():
         written = [found]
-        if detail["type"] == "extra_forbidden" and found not in lines:
+        if details[0]["type"] == "extra_forbidden" and found not in lines:
             # A group that --set made by writing into it: what it wrote is the mistake.
             written = _set_within(found, lines) or written
         for path in written:
             field = ".".join(map(str, path)) or "the file"
-            message = _rule(detail, path, model)
+            message = _rule(details, path, model)
             text = f"{_place(name, lines, path, message)}{field}: {message}"
-            mistakes[(lines.get(path, 0), field, message)] = text
-    return [text for _, text in sorted(mistakes.items(), key=lambda item: item[0][0])]
+            mistakes.append((lines.get(path, 0), text))
+    return [text for _, text in sorted(mistakes, key=lambda mistake: mistake[0])]
 
 
-def _rule(detail: Any, path: FieldPath, model: type[BaseModel]) -> str:
+def _by_path(error: ValidationError, content: Any) -> dict[FieldPath, list[Any]]:
+    """The errors of each path: several where no branch of a union takes the value."""
+    found: dict[FieldPath, list[Any]] = {}
+    for detail in error.errors(include_url=False):
+        path = _written_path(detail["loc"], content, detail["type"])
+        found.setdefault(path, []).append(detail)
+    # An error further in is that of the branch that was meant, for it took what is around it.
+    outer = {path[:depth] for path in found for depth in range(len(path))}
+    return {path: details for path, details in found.items() if path not in outer}
+
+
+def _rule(details: list[Any], path: FieldPath, model: type[BaseModel]) -> str:
+    """One message for all errors of a path."""
+    # A branch that got as far as the value itself is the one that was meant.
+    refused = [detail for detail in details if not _is_mismatch(detail)]
+    if not refused:
+        return f"Input should be {_kinds_wanted(details)} (got {details[0]['input']!r})"
+    detail = refused[0]
     if detail["type"] == "missing":
         return "required field is missing"
     if detail["type"] == "extra_forbidden":
         return f"unknown field{_nearest_field(path, model)}"
+    if detail["type"] == "too_short":
+        return f"needs a list of at least {detail['ctx']['min_length']} (got {detail['input']!r})"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "value_error":  # the message names fields and values itself
         return message
     return f"{message} (got {detail['input']!r})"
+
+
+def _is_mismatch(detail: Any) -> bool:
+    kind: str = detail["type"]
+    return kind.endswith("_type") or kind == "literal_error"
+
+
+def _kinds_wanted(details: list[Any]) -> str:
+    """In YAML's words, where pydantic's are Python's."""
+    value = details[0]["input"]
+    words = {"model_type": "a mapping", "dict_type": "a mapping", "tuple_type": "a list"}
+    types = [detail["type"] for detail in details]
+    alone = isinstance(value, int | float | str) and not isinstance(value, bool)
+    if alone and "string_type" not in types:  # else a name is wanted, and a list of this is wrong
+        words["tuple_type"] = f"a list such as [{value!r}]"
+    kinds = [
+        words.get(detail["type"]) or str(detail["msg"]).removeprefix("Input should be ")
+        for detail in details
+    ]
+    return " or ".join(dict.fromkeys(kinds))
 
 
 def _written_path(loc: tuple[Any, ...], content: Any, kind: str) -> FieldPath:
@@ -357,13 +395,22 @@ def _nearest_field(path: FieldPath, model: type[BaseModel]) -> str:
 
 
 def _siblings(path: FieldPath, model: type[BaseModel]) -> list[str]:
+    """The fields of the models that may stand where the path's last part does."""
+    kinds: list[Any] = [model]
     for part in path[:-1]:
-        field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
-    return list(model.model_fields)
+        kinds = [inner for kind in kinds for inner in _options(_inside(kind, part))]
+    models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return [name for found in models for name in found.model_fields]
+
+
+def _inside(kind: Any, part: str | int) -> Any:
+    """The annotation of what a value of this type holds under a key or an index."""
+    if get_origin(kind) is dict:
+        return get_args(kind)[1]
+    if get_origin(kind) is tuple:
+        return get_args(kind)[0]
+    field = getattr(kind, "model_fields", {}).get(str(part))
+    return field.annotation if field else None
 
 
 def _suggestion(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -187,6 +187,56 @@ def test_a_field_missing_from_a_group_that_only_the_command_line_gives_is_laid_t
         parse_config(without_base, "f", ["base_model.revision=main"])
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "search.space.adapter.rank=4",
+            "search.space.adapter.rank: Input should be a list such as [4] or a mapping (got 4)",
+        ),
+        (
+            "search.space.adapter.rank={low: 2, high: 1}",
+            "search.space.adapter.rank: low < high must hold, but got (low=2.0, high=1.0)",
+        ),
+        (
+            "trial.adapter.target_modules=q_proj",
+            "trial.adapter.target_modules: Input should be 'all-linear' or a list such as "
+            "['q_proj'] (got 'q_proj')",
+        ),
+        (
+            "trial.adapter.target_modules=[3]",
+            "trial.adapter.target_modules.0: Input should be a valid string (got 3)",
+        ),
+        (
+            "data.train=[rows.jsonl, {path: rows.jsonl, wieght: 2}]",
+            "data.train.1.wieght: unknown field; did you mean 'weight'?",
+        ),
+        (
+            "data.train=3",
+            "data.train: Input should be a valid string or a mapping or a list (got 3)",
+        ),
+        ("data.train=[]", "data.train: needs a list of at least 1 (got [])"),
+        ("trial.quant=4", "trial.quant: Input should be a mapping (got 4)"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_mistake_in_the_words_of_yaml(
+    setting: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as found:
+        parse_config(GOOD, "f", [setting])
+    assert str(found.value) == f"--set {said}"
+
+
+def test_all_mistakes_of_one_mapping_are_named() -> None:
+    text = GOOD + RANDOM.format(field="adapter.rank", range="{low: x, hgh: 1}")
+    assert mistakes(text) == [
+        "sweep.yaml:4: search.space.adapter.rank.high: required field is missing",
+        "sweep.yaml:4: search.space.adapter.rank.low: Input should be a valid number, unable to "
+        "parse string as a number (got 'x')",
+        "sweep.yaml:4: search.space.adapter.rank.hgh: unknown field; did you mean 'high'?",
+    ]
+
+
 @pytest.mark.parametrize("override", ["trial.steps", "=3", "name.x=3"])
 def test_a_malformed_override_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
