@@ -28,6 +28,7 @@ COMMAND_LINE = "--set"
 # In place of the line of a field that --set gives.
 SET_LINE = 0
 STDIN = "-"
+SPACE = ("search", "space")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -67,12 +68,13 @@ def trial_with(trial: TrialConfig, params: dict[str, Any]) -> TrialConfig:
         for parent in parents:
             place = place.get(parent) if isinstance(place, dict) else None  # type: ignore[assignment]
         if not isinstance(place, dict) or field not in trial_fields():
-            raise ConfigError(f"{field} is no field of a trial{_suggestion(field, trial_fields())}")
+            raise ConfigError(_no_field(field))
         place[leaf] = value
     try:
         return TrialConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(error, TrialConfig, content, {}, ""))) from error
+        found = _mistakes(error, TrialConfig, content, {})
+        raise ConfigError("; ".join(_described(found, {}, ""))) from error
 
 
 def data_config(content: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
@@ -81,7 +83,8 @@ def data_config(content: dict[str, Any], overrides: Sequence[str]) -> DataConfig
     try:
         return DataConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(error, DataConfig, content, lines, ""))) from error
+        found = _mistakes(error, DataConfig, content, lines)
+        raise ConfigError("\n".join(_described(found, lines, ""))) from error
 
 
 def trial_fields() -> list[str]:
@@ -104,17 +107,31 @@ def _checked(
     content: dict[str, Any], overrides: Sequence[str], lines: dict[FieldPath, int], name: str
 ) -> SweepConfig:
     lines = _override(content, overrides, lines)
+    found = list(_unknown_in_space(content))
+    unknown = [path for path, _ in found]
     try:
         config = SweepConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(error, SweepConfig, content, lines, name))) from error
-    problems = [
-        f"{_place(name, lines, path, message)}{'.'.join(map(str, path))}: {message}"
-        for path, message in _candidate_problems(config)
-    ]
-    if problems:
-        raise ConfigError("\n".join(problems))
+        inner = _mistakes(error, SweepConfig, content, lines)
+        found += [(path, rule) for path, rule in inner if path[: len(SPACE) + 1] not in unknown]
+        raise ConfigError("\n".join(_described(found, lines, name))) from error
+    found += _candidate_problems(config)
+    if found:
+        raise ConfigError("\n".join(_described(found, lines, name)))
     return config
+
+
+def _unknown_in_space(content: dict[str, Any]) -> Iterable[tuple[FieldPath, str]]:
+    """Looks at what is written, for a mistake elsewhere must not hide these."""
+    search = content.get("search")
+    space = search.get("space") if isinstance(search, dict) else None
+    for field in space if isinstance(space, dict) else {}:
+        if isinstance(field, str) and field not in trial_fields():
+            yield (*SPACE, field), _no_field(field)
+
+
+def _no_field(field: str) -> str:
+    return f"{field} is no field of a trial{_suggestion(field, trial_fields())}"
 
 
 class _Loader(yaml.SafeLoader):
@@ -204,8 +221,8 @@ def _set_override(content: dict[str, Any], override: str) -> FieldPath:
     finally:
         loader.dispose()
     *parents, leaf = field.split(".")
-    if parents[:2] == ["search", "space"]:  # its keys have dots of their own
-        parents, leaf = ["search", "space"], field.removeprefix("search.space.")
+    if tuple(parents[:2]) == SPACE:  # its keys have dots of their own
+        parents, leaf = list(SPACE), field.removeprefix("search.space.")
     place = content
     for parent in parents:
         place = place.setdefault(parent, {})
@@ -219,7 +236,9 @@ def _candidate_problems(config: SweepConfig) -> Iterable[tuple[FieldPath, str]]:
     """Each value of the search space must make a valid trial, before any GPU is held."""
     # Values are tried one at a time; check_space in search/space.py looks at combinations.
     for field, values in config.search.space.items():
-        path = ("search", "space", field)
+        path = (*SPACE, field)
+        if field not in trial_fields():
+            continue  # named already
         if isinstance(values, RangeConfig):
             problem = _range_problem(config.trial, field, values)
             if problem:
@@ -235,7 +254,7 @@ def _candidate_problems(config: SweepConfig) -> Iterable[tuple[FieldPath, str]]:
 def _range_problem(trial: TrialConfig, field: str, values: RangeConfig) -> str:
     kind = _field_type(field)
     numbers = [option for option in _options(kind) if option in (int, float)]
-    if kind is not None and not numbers:
+    if not numbers:
         return f"a range needs a numeric field, and {field} is none: list the values instead"
     if numbers == [int] and not values.integer:
         return f"{field} is a whole number: add integer: true to its range"
@@ -252,9 +271,7 @@ def _value_problem(trial: TrialConfig, field: str, value: Any) -> str:
 
 
 def _field_type(field: str) -> Any:
-    """The annotation of a trial's dotted field; None where there is no such field."""
-    if field not in trial_fields():
-        return None
+    """The annotation of a trial's dotted field."""
     kind: Any = TrialConfig
     for part in field.split("."):
         kind = kind.model_fields[part].annotation
@@ -270,25 +287,26 @@ def _options(kind: Any) -> list[Any]:
     return [kind]
 
 
-def _describe(
-    error: ValidationError,
-    model: type[BaseModel],
-    content: Any,
-    lines: dict[FieldPath, int],
-    name: str,
+def _described(
+    mistakes: Iterable[tuple[FieldPath, str]], lines: dict[FieldPath, int], name: str
 ) -> list[str]:
-    mistakes = []
+    """One text per mistake, in the order of the file; those of --set come first."""
+    return [
+        f"{_place(name, lines, path, rule)}{'.'.join(map(str, path)) or 'the file'}: {rule}"
+        for path, rule in sorted(mistakes, key=lambda mistake: lines.get(mistake[0], 0))
+    ]
+
+
+def _mistakes(
+    error: ValidationError, model: type[BaseModel], content: Any, lines: dict[FieldPath, int]
+) -> Iterable[tuple[FieldPath, str]]:
     for found, details in _by_path(error, content).items():
         written = [found]
         if details[0]["type"] == "extra_forbidden" and found not in lines:
             # A group that --set made by writing into it: what it wrote is the mistake.
             written = _set_within(found, lines) or written
         for path in written:
-            field = ".".join(map(str, path)) or "the file"
-            message = _rule(details, path, model)
-            text = f"{_place(name, lines, path, message)}{field}: {message}"
-            mistakes.append((lines.get(path, 0), text))
-    return [text for _, text in sorted(mistakes, key=lambda mistake: mistake[0])]
+            yield path, _rule(details, path, model)
 
 
 def _by_path(error: ValidationError, content: Any) -> dict[FieldPath, list[Any]]:

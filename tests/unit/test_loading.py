@@ -99,9 +99,31 @@ def test_a_bad_value_in_the_search_space_is_found_at_once() -> None:
     assert mistakes(text) == [
         "sweep.yaml:6: search.space.adapter.rank.1: adapter.rank: "
         "Input should be greater than or equal to 1 (got 0)",
-        "sweep.yaml:7: search.space.quant.bit_widht.0: quant.bit_widht is no field of a trial; "
+        "sweep.yaml:7: search.space.quant.bit_widht: quant.bit_widht is no field of a trial; "
         "did you mean 'quant.bit_width'?",
     ]
+
+
+def test_a_mistake_elsewhere_does_not_hide_an_unknown_field_in_the_search_space() -> None:
+    text = GOOD.replace("name", "nam") + "search:\n  space:\n    adapter.rnk: [4, 8]\n"
+    assert mistakes(text) == [
+        "sweep.yaml:1: name: required field is missing",
+        "sweep.yaml:1: nam: unknown field; did you mean 'name'?",
+        "sweep.yaml:6: search.space.adapter.rnk: adapter.rnk is no field of a trial; "
+        "did you mean 'adapter.rank'?",
+    ]
+
+
+def test_an_unknown_field_in_the_search_space_is_named_alone_whatever_its_values() -> None:
+    for values in ("{rank: [4]}", "4", "{low: 1, high: 2}"):
+        (line,) = mistakes(GOOD + RANDOM.format(field="adaptr", range=values))
+        assert line.startswith("sweep.yaml:4: search.space.adaptr: adaptr is no field of a trial")
+
+
+def test_a_search_space_that_is_no_mapping_is_named() -> None:
+    for search in ("4", "{space: [4]}"):
+        (line,) = mistakes(GOOD + f"search: {search}\n")
+        assert "Input should be a mapping" in line
 
 
 @pytest.mark.parametrize(
