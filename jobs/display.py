@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from jobs.progress import (
     ANSWERED,
@@ -22,6 +23,7 @@ from jobs.progress import (
     FINISHED,
     OPENED,
     PRUNED,
+    TIGHT,
     TRAINED,
     Row,
     duration,
@@ -49,6 +51,7 @@ from orchestrator.records import (
 from orchestrator.search_config import SearchConfig
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
 from orchestrator.sweep.selection import ranking
+from orchestrator.tracking.translation import beyond_bits_and_rank, brief, searched, title_parts
 
 PLAIN_PROGRESS_EVERY_S = 15.0
 PLAIN_LEFT_EVERY_S = 60.0
@@ -114,7 +117,10 @@ class SweepDisplay:
     def _row(self, trial: TrialSpec) -> Row:
         """Of a trial that waits: at the step that a resume goes on from."""
         config = trial.config
-        row = Row(trial.number, config.quant.mean_bits, config.adapter.rank, config.steps)
+        also = ", ".join(title_parts(beyond_bits_and_rank(trial.params)))
+        row = Row(
+            trial.number, config.quant.mean_bits, config.adapter.rank, config.steps, also=also
+        )
         for furthest in self._store.checkpoints(trial.number)[:1]:
             row.step = checkpoint_step(furthest)
         return row
@@ -211,19 +217,24 @@ def results_table(
     may_win = {result.number for result in best}
     rest = [result for result in results if result.number not in may_win]
     rest.sort(key=lambda result: (result.eval_loss is None, result.eval_loss or 0.0))
-    table = Table()
+    others = {trial.number: searched(beyond_bits_and_rank(trial.params)) for trial in trials}
+    names = list(dict.fromkeys(name for found in others.values() for name in found))
+    table = Table(padding=TIGHT if names else (0, 1))
     scored = any(result.task_score is not None for result in results)
-    heads = ["trial", "bits", "rank", "eval\nloss", "gain", *(["right"] if scored else [])]
-    for name in (*heads, "tokens/s", "MiB", "state"):
-        table.add_column(name, justify="left" if name == "state" else "right")
+    heads = ["trial", "bits", "rank", *(name.replace("_", "\n") for name in names)]
+    heads += ["eval\nloss", "gain", *(["right"] if scored else []), "tokens/s", "MiB", "state"]
+    for name in heads:
+        table.add_column(name, justify="left" if name == "state" else "right", overflow="fold")
     for result in [*best, *rest]:
-        config = specs[result.number].config
+        config, other = specs[result.number].config, others[result.number]
         gain = (result.baseline_eval_loss or 0.0) - (result.eval_loss or 0.0)
         finished = result.state == "finished"
         table.add_row(
             str(result.number),
             str(config.quant.mean_bits),
             str(config.adapter.rank),
+            # A dash where a condition leaves the field as the trial is written.
+            *(Text(brief(other[name]) if name in other else "-") for name in names),
             number(result.eval_loss, ".4f"),
             number(gain if finished else None, ".4f"),
             *([number(result.task_score, ".1%")] if scored else []),

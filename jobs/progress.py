@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 State = Literal["waiting", "training", "finished", "pruned", "failed"]
 # What is worth a line of the screen, most of all first.
 URGENCY: tuple[State, ...] = ("training", "failed", "waiting", "pruned", "finished")
 # Of the table itself: title, borders, names of columns, caption; and one for the cursor.
-TABLE_LINES = 7
+TABLE_LINES = 8
+# Padding of cells where a table has columns of searched fields: one of them fits 80 characters.
+TIGHT = (0, 1, 0, 0)
 
 
 @dataclass
@@ -41,10 +44,13 @@ class Row:
     answered: int = 0
     questions: int = 0
     """Of its task; 0 until it is trained to its end, or where it has none."""
+    also: str = ""
+    """What else was searched, such as `lr 0.0001, alpha 16`."""
 
     @property
     def title(self) -> str:
-        return f"trial {self.number} ({self.bits:g}-bit, rank {self.rank})"
+        also = f", {self.also}" if self.also else ""
+        return f"trial {self.number} ({self.bits:g}-bit, rank {self.rank}{also})"
 
 
 @dataclass(frozen=True)
@@ -62,14 +68,17 @@ def sweep_table(title: str, rows: Iterable[Row], height: int) -> Table:
     counts = Counter(row.state for row in everything)
     total = ", ".join(f"{counts[state]} {state}" for state in URGENCY if counts[state])
     hidden = f"{len(everything)} trials: {total}" if len(everything) > room else None
-    table = Table(title=title, caption=hidden)
-    for name in ("trial", "bits", "rank", "step", "loss", "eval loss", "tokens/s", "state", "ETA"):
-        table.add_column(name, justify="left" if name == "state" else "right")
+    searched = any(row.also for row in everything)
+    table = Table(title=title, caption=hidden, padding=TIGHT if searched else (0, 1))
+    heads = ["trial", "bits", "rank", *(["also"] if searched else []), "step", "loss"]
+    for name in (*heads, "eval\nloss", "tokens\nper s", "state", "ETA"):
+        table.add_column(name, justify="left" if name in ("also", "state") else "right")
     for row in sorted(shown, key=lambda row: row.number):
         table.add_row(
             str(row.number),
             f"{row.bits:g}",
             str(row.rank),
+            *([Text(row.also)] if searched else []),
             f"{row.step}/{row.steps}",
             number(row.train_loss, ".3f"),
             number(row.eval_loss, ".4f"),
@@ -116,14 +125,14 @@ def line(row: Row, form: str) -> str:
 
 def read_line(text: str, rows: dict[int, Row]) -> Row | None:
     """The row that a line of a log tells of, brought up to date; None if it tells of none."""
-    head = _HEAD.fullmatch(text)
-    if head is None:
-        return None
     for form, pattern in _PATTERNS.items():
-        if found := pattern.fullmatch(head["what"]):
-            values = {name: _FIELDS[name].read(value) for name, value in found.groupdict().items()}
-            key, bits, rank = int(head["number"]), float(head["bits"]), int(head["rank"])
-            row = rows.setdefault(key, Row(key, bits, rank, values["steps"]))
+        if found := pattern.fullmatch(text):
+            told = found.groupdict()
+            key, bits, rank = int(told["number"]), float(told["bits"]), int(told["rank"])
+            values = {name: _FIELDS[name].read(told[name]) for name in told.keys() & _FIELDS.keys()}
+            row = rows.setdefault(
+                key, Row(key, bits, rank, values["steps"], also=told["also"] or "")
+            )
             row.state = FORMS[form]
             for name, value in values.items():
                 setattr(row, name, value)
@@ -179,15 +188,14 @@ _FIELDS: dict[str, _Field] = {
     "reason": _Field(r"[^:]+", str, str),
     "message": _Field(r".*", str, str),
 }
-_HEAD = re.compile(
-    r"trial (?P<number>\d+) \((?P<bits>[\d.]+)-bit, rank (?P<rank>\d+)\): (?P<what>.*)"
-)
+_HEAD = r"trial (?P<number>\d+) \((?P<bits>[\d.]+)-bit, rank (?P<rank>\d+)(?:, (?P<also>.+?))?\): "
 
 
 def _pattern(form: str) -> re.Pattern[str]:
     parts = re.split(r"\{(\w+)\}", form)  # words, a field's name, words, ...
     return re.compile(
-        "".join(
+        _HEAD
+        + "".join(
             f"(?P<{part}>{_FIELDS[part].pattern})" if index % 2 else re.escape(part)
             for index, part in enumerate(parts)
         )

@@ -64,6 +64,7 @@ from orchestrator.tracking.stores import (
     resolve_tracking_uri,
     without_password,
 )
+from orchestrator.tracking.translation import trial_name
 from orchestrator.training.model_source import find_source, folder_here
 
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "mlflow", "optuna")
@@ -468,7 +469,9 @@ def _say_summary(store: RunStore, display: SweepDisplay, registration: Registrat
     assert winner is not None
     display.say("")
     display.say(results_table(store.trials, store.results, store.sweep.config.search))
-    display.say(f"winner: {winner['reason']}")
+    params = next(trial.params for trial in store.trials if trial.number == winner["trial"])
+    display.say(f"winner: {trial_name(winner['trial'], params)}")
+    display.say(f"why: {winner['reason']}")
     folder = shown_path(store.folder)
     command = command_name()
     option = _store_option(store.sweep.config)

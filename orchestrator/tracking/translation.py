@@ -59,13 +59,22 @@ def searched(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def trial_name(number: int, params: Mapping[str, Any]) -> str:
-    """`trial 003 · 4-bit · rank 16`, from the searched fields."""
-    parts = [
+def beyond_bits_and_rank(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The searched fields that a table shows beside bits and rank, which it has of every trial."""
+    return {field: value for field, value in params.items() if field not in TITLES_FIRST}
+
+
+def title_parts(params: Mapping[str, Any]) -> list[str]:
+    """`4-bit`, `rank 16`, `lr 0.0001`: the searched fields in words."""
+    return [
         TITLES.get(name, f"{name} {{}}").format(brief(value))
         for name, value in searched(params).items()
     ]
-    return " · ".join([f"trial {number:03d}", *parts])
+
+
+def trial_name(number: int, params: Mapping[str, Any]) -> str:
+    """`trial 003 · 4-bit · rank 16`, from the searched fields."""
+    return " · ".join([f"trial {number:03d}", *title_parts(params)])
 
 
 def brief(value: Any) -> str:

@@ -38,6 +38,7 @@ rows = st.builds(
     bits=st.sampled_from([4.0, 4.5, 8.0, 16.0]),
     rank=counts,
     steps=counts,
+    also=st.sampled_from(["", "lr 0.0001, alpha 8", r"rank_pattern layers\.(0|1): 4; (v): 2"]),
     step=counts,
     train_loss=values,
     eval_loss=values,
@@ -54,6 +55,7 @@ def test_a_line_that_is_printed_can_be_read(row: Row, form: str) -> None:
     read = read_line(text, {})
     assert read is not None
     assert line(read, form) == text
+    assert read.also == row.also
     assert read.state == FORMS[form]
 
 
@@ -182,6 +184,68 @@ def test_the_last_table_has_right_answers_where_trials_gave_some() -> None:
     assert "right" in shown(console)
     assert "25.0%" in shown(console)
     assert "…" not in shown(console), "on a screen of 80 columns"
+
+
+RATES = {"optimizer.learning_rate": [1e-4, 1e9]}
+
+
+def test_the_live_lines_and_table_tell_trials_apart_by_every_searched_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config(search__space=RATES))
+    display = SweepDisplay(store)
+    with display.shown():
+        executor = InProcessExecutor(SimulatedWorker)
+        assert make_controller(store, executor, observe=display.observe).run()
+    printed = capsys.readouterr().out
+    assert "trial 0 (4-bit, rank 16, lr 0.0001): step 6/6" in printed
+    assert "trial 1 (4-bit, rank 16, lr 1e+09): step 6/6" in printed
+    followed = FollowedSweep("sums", screen())
+    followed.take(printed)
+    for table in (display.table(), followed.table()):
+        console = screen(80)
+        console.print(table)
+        rows = [line for line in shown(console).splitlines() if line.startswith("│")]
+        assert ["lr 0.0001" in rows[-2], "lr 1e+09" in rows[-1]] == [True, True]
+        assert "…" not in shown(console), "on a screen of 80 columns"
+
+
+def test_a_live_row_of_a_searched_rate_is_one_line_of_80_columns() -> None:
+    row = Row(0, 4, 16, 120, "training", 100, 2.333, 2.4444, 12345, 75, also="lr 0.0001")
+    console = screen(80)
+    console.print(sweep_table("t", [row], 25))
+    (text,) = [line for line in shown(console).splitlines() if "100/120" in line]
+    for cell in ("lr 0.0001", "2.333", "2.4444", "12,345", "training", "1:15"):
+        assert cell in text
+
+
+def test_the_last_table_has_a_column_for_each_searched_field() -> None:
+    space = RATES | {"adapter.target_modules": [["q_proj", "v_proj"], ["[up_proj]"]]}
+    config = sweep_config(search__space=space)
+    trials = [ask(config, [], [])]
+    trials.append(replace(trials[0], number=1, params={"optimizer.learning_rate": 1e9}))
+    results = [
+        TrialResult(number, "finished", 1, 0.0, eval_loss=1.0, baseline_eval_loss=2.0)
+        for number in range(2)
+    ]
+    console = screen()
+    console.print(results_table(trials, results, SearchConfig()))
+    table = [[cell.strip() for cell in line.split("│")] for line in shown(console).splitlines()]
+    assert [row[4:6] for row in table if row[1:2] in (["0"], ["1"])] == [
+        ["0.0001", "q_proj,v_proj"],
+        ["1e+09", "-"],
+    ]
+
+
+def test_the_last_table_of_a_searched_rate_fits_80_columns() -> None:
+    trials = [ask(sweep_config(search__space=RATES), [], [])]
+    result = TrialResult(0, "finished", 1, 0.0, eval_loss=1.0, baseline_eval_loss=2.0)
+    scored = replace(result, task_score=0.25, adapter_bytes=10**9, tokens_per_s=99_999.0)
+    console = screen(80)
+    console.print(results_table(trials, [scored], SearchConfig()))
+    (row,) = [line for line in shown(console).splitlines() if "finished" in line]
+    for cell in ("0.0001", "1.0000", "25.0%", "99,999", "953.7"):
+        assert cell in row
 
 
 def test_the_last_table_begins_with_the_winner_and_ends_with_what_cannot_win() -> None:
