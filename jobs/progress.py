@@ -19,7 +19,7 @@ State = Literal["waiting", "training", "finished", "pruned", "failed"]
 URGENCY: tuple[State, ...] = ("training", "failed", "waiting", "pruned", "finished")
 # Of the table itself: title, borders, names of columns, caption; and one for the cursor.
 TABLE_LINES = 8
-# Padding of cells where a table has columns of searched fields: one of them fits 80 characters.
+# Padding of cells of a table that would not fit 80 characters with rich's own.
 TIGHT = (0, 1, 0, 0)
 
 

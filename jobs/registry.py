@@ -11,6 +11,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from jobs.progress import TIGHT
 from orchestrator.config import GateConfig
 from orchestrator.errors import ConfigError, RegistryError
 from orchestrator.tracking.alias_history import carried_out, read_events
@@ -32,7 +33,10 @@ def list_models(uri: str) -> int:
     if not check_reachable(uri):
         print(NO_MODEL)
         return 0
-    table = _table("model", "versions", "champion", "eval loss", "base model", "candidate", "since")
+    table = _table(
+        "model", "versions", "champion", "eval\nloss", "base model", "candidate", "since"
+    )
+    table.padding = TIGHT
     with mlflow_calls(uri, RegistryError):
         api = client(uri)
         models = api.search_registered_models(max_results=1000)
@@ -47,7 +51,7 @@ def list_models(uri: str) -> int:
                 str(len(versions)),
                 str(number or ""),
                 _loss(tags.get("eval_loss")),
-                tags.get("base_model", ""),
+                tags.get("base_model", "").rstrip("/").rpartition("/")[2],
                 str(model.aliases.get("candidate", "")),
                 _when(events[-1].time) if events else "",
             )
@@ -227,15 +231,15 @@ def _print_numbers(promotion: Promotion) -> None:
 def _table(*columns: str) -> Table:
     table = Table(title_justify="left")
     words = ("model", "aliases", "base model", "what", "why", "when", "since")
-    # What is typed again is never broken; a date may be, before its time.
-    whole, widths = ("model", "aliases"), {"since": len("2026-11-28")}
+    # Only what is long is broken: a date may be, before its time.
+    broken, widths = ("base model", "what", "why", "when", "since"), {"since": len("2026-11-28")}
     for name in columns:
         justify: JustifyMethod = "left" if name in words else "right"
         table.add_column(
             name,
             justify=justify,
             overflow="fold",
-            no_wrap=name in whole,
+            no_wrap=name not in broken,
             min_width=widths.get(name),
         )
     return table

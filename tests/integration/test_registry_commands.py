@@ -45,7 +45,7 @@ def test_the_commands_show_compare_move_and_remember(
     name: str, said: Said, client: MlflowClient
 ) -> None:
     code, text = said("list")
-    (line,) = [line for line in text.splitlines() if f" {name} " in line]
+    (line,) = [line for line in text.splitlines() if f"{name} " in line]
     assert [word.strip() for word in line.split("│")[2:4]] == ["3", "2"]
 
     code, text = said("show", name)
@@ -89,6 +89,19 @@ def test_the_commands_show_compare_move_and_remember(
         assert code == 1
         assert words in text
         assert "Traceback" not in text
+
+
+def test_a_list_of_80_columns_breaks_no_short_word(
+    name: str, said: Said, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.set_model_version_tag(name, "2", "base_model", "/a/long/way/SmolLM2.Q4_1.gguf")
+    monkeypatch.setenv("COLUMNS", "80")
+    text = said("list")[1]
+    for word in ("model", "versions", "champion", "base model", "candidate", "since", name):
+        assert word in text
+    assert "/a/long" not in text
+    (line,) = [line for line in text.splitlines() if name in line]
+    assert "SmolLM2" in line
 
 
 def test_looking_for_models_makes_no_store(
