@@ -110,15 +110,14 @@ def _quantisation() -> Iterator[Finding]:
 def _deepspeed_ops() -> Iterator[Finding]:
     if importlib.util.find_spec("deepspeed") is None:
         return
-    from orchestrator.training.deepspeed_ops import OPS, is_built, ops_folder
+    from orchestrator.training.deepspeed_ops import BUILD_S, OPS, is_built, ops_folder
 
     for op in OPS:
-        text = (
-            f"built, in {ops_folder()}"
-            if is_built(op)
-            else "not built: its first use takes minutes"
-        )
-        yield Finding(f"DeepSpeed {op}", "ok", text)
+        if is_built(op):
+            yield Finding(f"DeepSpeed {op}", "ok", f"built, in {ops_folder()}")
+        else:
+            text = f"not built: its first use compiles it, about {BUILD_S[op]} seconds"
+            yield Finding(f"DeepSpeed {op}", "note", text)
 
 
 def _ray() -> Iterator[Finding]:

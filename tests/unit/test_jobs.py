@@ -73,6 +73,21 @@ def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"orchestrator {metadata.version('qlora-orchestrator')}\n"
 
 
+def test_doctor_says_how_long_each_operator_takes_to_compile(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.training.deepspeed_ops import BUILD_S
+
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "240")
+    run(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    for op, seconds in BUILD_S.items():
+        (line,) = [line for line in lines if f"DeepSpeed {op}" in line]
+        assert "note" in line
+        assert f"not built: its first use compiles it, about {seconds} seconds" in line
+
+
 class Interrupted(io.StringIO):
     def read(self, size: int | None = -1) -> str:
         raise KeyboardInterrupt
