@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from orchestrator.errors import RunFolderError
+from jobs.options import chosen_store
+from orchestrator.errors import RunFolderError, TrackingError
 from orchestrator.sweep.run_store import RunStore
 
 
@@ -53,9 +54,15 @@ def sync_run(run_dir: Path | None, runs_dir: Path, tracking_uri: str | None) -> 
 
 def serve_ui(port: int, tracking_uri: str | None, runs_dir: Path) -> NoReturn:
     """Becomes the server, so that whatever ends this command ends it."""
-    from orchestrator.tracking.stores import default_store, ui_command
+    from orchestrator.tracking.stores import default_store, is_absent, ui_command, without_password
 
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_store(runs_dir)
+    uri = chosen_store(tracking_uri, runs_dir)
+    if is_absent(uri):  # MLflow would make an empty one
+        if uri == default_store(runs_dir):
+            open_run(None, runs_dir)
+        raise TrackingError(
+            f"{without_password(uri)} is not there: `orchestrator sync` makes it of a run folder"
+        )
     command = ui_command(uri, port)
     print(f"MLflow UI on http://127.0.0.1:{port} (end it with Ctrl-C)")
     # What a browser shows until it is told otherwise, and remembers, has no runs on its first page.

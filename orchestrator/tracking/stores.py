@@ -74,6 +74,12 @@ def default_store(runs_dir: Path) -> str:
     return f"sqlite:///{runs_dir.expanduser().absolute() / 'mlflow.db'}"
 
 
+def is_absent(uri: str) -> bool:
+    """Whether it names a SQLite database that is not there."""
+    database = _sqlite_file(uri)
+    return database is not None and not database.exists()
+
+
 def artifact_location(uri: str, experiment: str) -> str | None:
     """Folder URI for the artifacts of a local experiment; None where the server decides."""
     database = _sqlite_file(uri)

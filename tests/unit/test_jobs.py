@@ -73,6 +73,34 @@ def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"orchestrator {metadata.version('qlora-orchestrator')}\n"
 
 
+def test_there_is_no_ui_where_there_is_no_run_and_nothing_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    runs = tmp_path / "runs"
+    said = []
+    for verb in ("ui", "report"):
+        assert run([verb, "--runs-dir", str(runs)]) == 2
+        said.append(capsys.readouterr().err)
+    assert said == [f"error: {runs} holds no run: name a run folder, or --runs-dir\n"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [[], ["--tracking-uri", "sqlite:///{folder}/other.db"]])
+def test_a_ui_of_a_store_that_is_not_there_points_to_sync(
+    tmp_path: Path,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    make_store(tmp_path / "run", sweep_config())
+    where = [option.format(folder=tmp_path) for option in options]
+    assert run(["ui", "--runs-dir", str(tmp_path), *where]) == 1
+    assert "is not there: `orchestrator sync` makes it" in capsys.readouterr().err
+    assert list(tmp_path.glob("*.db")) == []
+
+
 def test_doctor_says_how_long_each_operator_takes_to_compile(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
