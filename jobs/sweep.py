@@ -401,23 +401,26 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
         backend.gpus,
         backend.run_on_worker,
     )
-    with store.locked(lock_wait_s), interrupts.caught():
-        with environment(FORWARDING_ENVIRONMENT):
-            # A new SQLite store takes some seconds to set up; loading the base model does, too.
-            follower.start()
-            try:
-                with recorded_use(store.folder, backend.sample_nodes), display.shown():
-                    outcome = run_sweep(store, services)
-                interrupts.release()
-                status = "FINISHED" if outcome.finished else "KILLED"
-            except KeyboardInterrupt:
-                status = "KILLED"
-            finally:
-                if status != "FINISHED":
-                    _close_tracking(follower, view, status)
-        if status == "FINISHED":
-            return _conclude(store, follower, view, display)
-        code = _say_interrupted(store)
+    try:
+        with store.locked(lock_wait_s), interrupts.caught():
+            with environment(FORWARDING_ENVIRONMENT):
+                # A new SQLite store takes some seconds to set up; loading the base model does, too.
+                follower.start()
+                try:
+                    with recorded_use(store.folder, backend.sample_nodes), display.shown():
+                        outcome = run_sweep(store, services)
+                    interrupts.release()
+                    status = "FINISHED" if outcome.finished else "KILLED"
+                except KeyboardInterrupt:
+                    status = "KILLED"
+                finally:
+                    if status != "FINISHED":
+                        _close_tracking(follower, view, status)
+            if status == "FINISHED":
+                return _conclude(store, follower, view, display)
+    except KeyboardInterrupt:  # also while tracking is closed, or the winner registered
+        pass
+    code = _say_interrupted(store)
     if interrupts.is_evicted:  # the run folder is free now for the driver that comes next
         await_the_end()
     return code

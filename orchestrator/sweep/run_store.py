@@ -23,6 +23,7 @@ One process owns the folder at a time, by a lock that dies with it. Writes are a
 """
 
 import secrets
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -303,7 +304,10 @@ def config_differences(old: SweepConfig, new: SweepConfig) -> list[str]:
 def _why_not_empty(store: RunStore, config: SweepConfig) -> str:
     differences = config_differences(store.sweep.config, config)
     if not differences:
-        return f"{store.folder} already holds this sweep: go on with `orchestrator resume`"
+        return (
+            f"{store.folder} already holds this sweep: go on with "
+            f"`orchestrator resume {shlex.quote(str(store.folder))}`"
+        )
     return (
         f"{store.folder} holds another sweep ({'; '.join(differences)}): choose another --run-dir"
     )

@@ -200,7 +200,7 @@ def _known_models(api: "MlflowClient") -> str:
     for model in api.search_registered_models(max_results=100):
         known += [f"models:/{model.name}@{alias}" for alias in model.aliases]
     if not known:
-        return "no model has an alias yet; register one with `orchestrator resume`"
+        return "no model has an alias yet; register one with `orchestrator sweep`"
     return f"choose one of {', '.join(sorted(known))}, or models:/NAME/VERSION"
 
 

@@ -314,5 +314,6 @@ def test_ctrl_c_twice_ends_at_once_and_loses_no_finished_trial(
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=START_TIMEOUT_S)
     assert process.returncode == 130, output
+    assert "orchestrator resume runs/one" in output
     assert "Traceback" not in output
     assert [result.state for result in store_of(tmp_path).results] == ["finished"]

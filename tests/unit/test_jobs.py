@@ -129,6 +129,24 @@ def test_a_command_that_is_interrupted_says_so(
     assert capsys.readouterr().err.split() == ["interrupted"]
 
 
+class InterruptedAtTheWarning(io.StringIO):
+    def write(self, text: str) -> int:
+        if "brings MLflow up to date later" in text:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+def test_an_interrupt_while_tracking_is_closed_still_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sweep_config(tracking__uri="http://127.0.0.1:9", base_model__source="/no/base")
+    folder = make_store(tmp_path / "run", config).folder
+    printed = InterruptedAtTheWarning()
+    monkeypatch.setattr("sys.stdout", printed)
+    assert run(["resume", str(folder)]) == 130
+    assert f"orchestrator resume {folder}" in printed.getvalue()
+
+
 def test_a_settled_config_means_the_same_from_every_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

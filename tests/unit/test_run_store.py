@@ -2,6 +2,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +63,10 @@ def test_a_finished_trial_never_changes(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_same_sweep_is_to_be_resumed_not_started(tmp_path: Path) -> None:
-    make_store(tmp_path / "run", sweep_config())
-    with pytest.raises(RunFolderError, match="already holds this sweep.*orchestrator resume"):
-        make_store(tmp_path / "run", sweep_config())
+    make_store(tmp_path / "my run", sweep_config())
+    words = re.escape(f"orchestrator resume '{tmp_path / 'my run'}'")
+    with pytest.raises(RunFolderError, match=f"already holds this sweep.*{words}"):
+        make_store(tmp_path / "my run", sweep_config())
 
 
 def test_a_folder_of_another_sweep_is_refused_with_what_differs(tmp_path: Path) -> None:
