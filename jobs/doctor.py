@@ -18,6 +18,7 @@ from rich.table import Table
 from jobs.submit import KUBERNETES, connect
 from orchestrator.files import cache_dir
 from orchestrator.records import Finding
+from orchestrator.wording import counted
 
 PACKAGES = (
     "torch transformers peft bitsandbytes deepspeed ray mlflow optuna datasets safetensors"
@@ -37,7 +38,9 @@ def examine_target(target: str, namespace: str | None, context: str | None) -> i
 
         return _shown(list(examine_cluster(KubernetesApi.connect(context, namespace))))
     jobs = connect(target).list()
-    return _shown([Finding("Ray job API", "ok", f"{target} answers; {len(jobs)} sweeps")])
+    return _shown(
+        [Finding("Ray job API", "ok", f"{target} answers; {counted(len(jobs), 'sweep')}")]
+    )
 
 
 def _shown(findings: list[Finding]) -> int:

@@ -31,6 +31,7 @@ from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.stores import resolve_tracking_uri, without_password
 from orchestrator.tracking.translation import shown
 from orchestrator.training.model_source import find_source, folder_here
+from orchestrator.wording import counted
 
 NO_BASE_YET = UnknownShape("the base is not here yet: a sweep fetches it, and chooses anew")
 
@@ -98,16 +99,18 @@ def _placement(config: SweepConfig, ray_address: str | None, machine: Node) -> P
     if device == "auto":
         device = "cuda" if machine.num_gpus else "cpu"
     num_workers = worker_count(resources, device, [machine])
-    unit = "GPU" if device == "cuda" else f"{resources.cpus_per_worker} CPU core(s)"
+    unit = "1 GPU" if device == "cuda" else f"{resources.cpus_per_worker} CPU core(s)"
     memory_bytes = worker_memory_bytes(resources, device, [machine], num_workers)
-    words = f"{num_workers} workers, each with {unit} of this machine"
+    words = f"1 worker with {unit} of this machine"
+    if num_workers > 1:
+        words = f"{num_workers} workers, each with {unit} of this machine"
     return Placement(device, num_workers, memory_bytes, words)
 
 
 def trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
     total = num_trials(config.search)
     more = "" if total == len(trials) else f", the first {len(trials)} shown"
-    table = Table(title=f"{config.name}: {total} trials ({config.search.sampler}{more})")
+    table = Table(title=f"{config.name}: {counted(total, 'trial')} ({config.search.sampler}{more})")
     table.add_column("trial", justify="right")
     for name in config.search.space:
         table.add_column(name, justify="right")
@@ -181,7 +184,8 @@ def _print_packs(
         console.print(f"  pack {number}: {plan.reason}; {starts}", markup=False, highlight=False)
     later = len(valid) - sum(len(members) for _, members in packs)
     if later:
-        console.print(f"  {later} trials follow as slots come free")
+        follow = "trial follows" if later == 1 else "trials follow"
+        console.print(f"  {later} {follow} as slots come free")
 
 
 def _shards(config: SweepConfig) -> list[str]:
@@ -195,8 +199,8 @@ def _shards(config: SweepConfig) -> list[str]:
             if slices is None:
                 size = "known once it is made or downloaded"
             else:
-                size = f"{sum(part.num_bytes for part in slices) / MIB:.1f} MiB in {len(slices)} "
-                size += "slices"
+                size = f"{sum(part.num_bytes for part in slices) / MIB:.1f} MiB in "
+                size += counted(len(slices), "slice")
             lines.append(f"shards: {role}: {source.path}: {size}{weight}")
     if data.held_out is None:
         share = data.held_out_fraction

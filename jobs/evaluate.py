@@ -151,7 +151,7 @@ def _progress(out: TextIO) -> Callable[[int, int], None]:
         nonlocal said
         if time.monotonic() - said >= PROGRESS_EVERY_S:
             said = time.monotonic()
-            print(f"answered {done} of {total}", file=out)
+            print(f"generating answers: {done} of {total} done", file=out)
 
     return observe
 

@@ -66,6 +66,7 @@ from orchestrator.tracking.stores import (
 )
 from orchestrator.tracking.translation import trial_name
 from orchestrator.training.model_source import find_source, folder_here
+from orchestrator.wording import counted
 
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "mlflow", "optuna")
 INTERRUPTED = 130
@@ -277,7 +278,7 @@ def _ray_backend(
     print("starting Ray" if address is None else f"attaching to Ray at {address}")
     awaited = None
     if await_workers_s and config.resources.num_workers:
-        print(f"waiting for room for {config.resources.num_workers} workers")
+        print(f"waiting for room for {counted(config.resources.num_workers, 'worker')}")
         gpus = 1 if config.resources.device == "cuda" else 0
         cpus = config.resources.cpus_per_worker
         awaited = Awaited(config.resources.num_workers, cpus, gpus, await_workers_s)

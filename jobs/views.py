@@ -8,6 +8,7 @@ from typing import NoReturn
 from jobs.options import chosen_store
 from orchestrator.errors import RunFolderError, TrackingError
 from orchestrator.sweep.run_store import RunStore
+from orchestrator.wording import counted
 
 
 def open_run(run_dir: Path | None, runs_dir: Path) -> RunStore:
@@ -48,7 +49,8 @@ def sync_run(run_dir: Path | None, runs_dir: Path, tracking_uri: str | None) -> 
         view.finish("FINISHED" if store.read("winner") else "KILLED")
     for run_id in dead:
         print(f"{run_id} is dead: its runs are closed")
-    print(f"{without_password(uri)} shows {len(store.trials)} trials of {store.folder.name}")
+    shown = counted(len(store.trials), "trial")
+    print(f"{without_password(uri)} shows {shown} of {store.folder.name}")
     return 0
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import OBJECTIVES, Objective, candidates, pareto_front
 from orchestrator.search_config import SearchConfig
+from orchestrator.wording import counted
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _reason(
         reason += f" (untrained base {best.baseline_eval_loss:.4f})"
     else:
         reason += f" (held-out loss {best.eval_loss:.4f})"
-    reason += f", of {num_finished} finished trials"
+    reason += f", of {counted(num_finished, 'finished trial')}"
     if num_finished > len(ranked):
         reason += f", {len(ranked)} of which keep to the constraints"
     if len(ranked) > 1:
@@ -78,7 +79,8 @@ def _reason(
         else:
             reason += f"; next is trial {second.number} with {_value(objective, second)}"
     if pruned := [result for result in results if result.state == "pruned"]:
-        reason += f"; {len(pruned)} trials were stopped early"
+        were = "was" if len(pruned) == 1 else "were"
+        reason += f"; {counted(len(pruned), 'trial')} {were} stopped early"
         losses = [result for result in pruned if _below(result, best)]
         if losses:
             named = min(losses, key=lambda result: result.eval_loss or 0.0)

@@ -7,6 +7,7 @@ from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.figures import PLOTS
 from orchestrator.tracking.summary import SummaryRow, summary_rows
 from orchestrator.tracking.translation import MAX_TAG_CHARS, brief
+from orchestrator.wording import counted
 
 MAX_ROWS = 20
 MAX_BARS = 10
@@ -37,7 +38,7 @@ def _headline(store: RunStore, rows: list[SummaryRow]) -> str:
     pruned = f"{count['pruned']} pruned, " if count["pruned"] else ""
     return (
         f"## {config.name}\n\nQLoRA adapters for **{_cell(config.base_model.source)}** on "
-        f"**{_cell(config.data.train_name)}**: {len(rows)} trials over {space} "
+        f"**{_cell(config.data.train_name)}**: {counted(len(rows), 'trial')} over {space} "
         f"({count['finished']} finished, {pruned}{count['failed']} failed)."
     )
 

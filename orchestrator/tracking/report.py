@@ -20,6 +20,7 @@ from orchestrator.tracking.page import card, facts, page, section, table
 from orchestrator.tracking.summary import SummaryRow, summary_rows
 from orchestrator.tracking.timeline import PackTime, pack_times
 from orchestrator.tracking.translation import brief, perplexity
+from orchestrator.wording import counted
 
 MAX_DECISIONS = 40
 
@@ -63,7 +64,7 @@ def _headline(store: RunStore, rows: Sequence[SummaryRow]) -> str:
     reason = winner["reason"] if winner else "There is no winner yet."
     return (
         f"<h1>{escape(sweep.config.name)}</h1>"
-        f'<p class="soft">{escape(sweep.config.base_model.source)} · {len(rows)} trials'
+        f'<p class="soft">{escape(sweep.config.base_model.source)} · {counted(len(rows), "trial")}'
         f"{f' ({counts})' if counts else ''} · {escape(sweep.device)} · began {began} · "
         f"{escape(sweep.run_id)}</p>"
         f'<div class="cards">{"".join(_cards(store, rows))}</div><p>{escape(reason)}</p>'

@@ -105,7 +105,7 @@ def test_an_evaluation_tells_loss_perplexity_and_exact_matches(
     printed, told = capsys.readouterr()
     for word in ("perplexity", "exact match", "tokens with loss"):
         assert word in printed
-    assert told.startswith("answered 0 of 5\n"), "through the libraries' silence"
+    assert told.startswith("generating answers: 0 of 5 done\n"), "through the libraries' silence"
 
 
 def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> None:

@@ -397,7 +397,7 @@ def test_a_pruned_trial_never_wins_and_is_spoken_of(tmp_path: Path) -> None:
     winner = select_winner(store.trials, store.results)
     assert winner is not None
     assert winner.trial == 0
-    assert "of 1 finished trials; 15 trials were stopped early" in winner.reason
+    assert "of 1 finished trial; 15 trials were stopped early" in winner.reason
 
 
 def test_each_verdict_is_recorded_with_its_reason(tmp_path: Path) -> None:

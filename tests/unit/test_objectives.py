@@ -132,7 +132,7 @@ def test_a_better_loss_of_a_pruned_trial_is_told_but_does_not_win() -> None:
     winner = select_winner(trials(2), results)
     assert winner is not None
     assert winner.trial == 0
-    assert winner.reason.endswith("; 1 trials were stopped early, among them trial 1 with 0.9000")
+    assert winner.reason.endswith("; 1 trial was stopped early, among them trial 1 with 0.9000")
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -201,3 +201,10 @@ def test_packs_are_planned_within_the_memory_that_is_allowed() -> None:
     assert within(search().constraints, given) == given
     config = sweep_config(search__constraints={"peak_memory_gib": 24})
     assert premises(config, "cuda", LLAMA_8B, 16 * GIB).worker_memory_bytes == 16 * GIB
+
+
+def test_the_reason_counts_one_trial_as_one() -> None:
+    winner = select_winner(trials(1), [result(0, 1.0)])
+    assert winner is not None
+    assert "of 1 finished trial" in winner.reason
+    assert "1 trials" not in winner.reason
