@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.sweep import check_sources, settled
+from jobs.inputs import check_sources
+from jobs.sweep import settled
 from orchestrator.config import SweepConfig
 from orchestrator.data.formats import Tokenizer
 from orchestrator.data.inspection import Figures, ShownBlock, read_figures, show_block

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jobs.sweep import check_files
+from jobs.inputs import check_files
 from orchestrator.config import SweepConfig
 from orchestrator.data.sources import estimate_slices
 from orchestrator.data_config import MIB

@@ -18,34 +18,30 @@ from typing import Any
 from jobs.ahead import tokenizer_ahead
 from jobs.display import SweepDisplay, command_name, results_table, shown_path
 from jobs.environment import describe_environment
+from jobs.inputs import check_inputs, check_tracking
 from jobs.interrupts import Interrupts, await_the_end, ignore_eviction
 from orchestrator import __version__
 from orchestrator.config import SweepConfig, has_password
 from orchestrator.data.prepare import RunTasks, run_in_process
-from orchestrator.data.sources import estimate_slices, is_small
+from orchestrator.data.sources import is_small
 from orchestrator.data.streams import is_remote
-from orchestrator.data_config import DataConfig
 from orchestrator.errors import (
-    BaseModelError,
     ConfigError,
-    DataError,
     RegistryError,
     RunFolderError,
     TrackingError,
-    TrackingUnreachable,
 )
 from orchestrator.loading import load_config, override_config
 from orchestrator.planning.capacity import worker_count, worker_memory_bytes
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind, known_gpus, worker_kinds
 from orchestrator.planning.machine import this_machine
-from orchestrator.planning.shape import UnknownShape, read_shape
 from orchestrator.records import Notice, PackReady
 from orchestrator.search.space import ask, check_space, next_trial
-from orchestrator.sweep.bits import RunOnWorker, check_hqq, run_here
+from orchestrator.sweep.bits import RunOnWorker, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
-from orchestrator.sweep.flow import Services, auto_compute_dtype, check_layers, run_sweep
+from orchestrator.sweep.flow import Services, auto_compute_dtype, run_sweep
 from orchestrator.sweep.machine_use import SampleNodes, recorded_use, sample_this_node
 from orchestrator.sweep.run_store import RunStore, SweepRecord, holds_sweep, new_run_id
 from orchestrator.tracking.follower import (
@@ -58,14 +54,12 @@ from orchestrator.tracking.registry import Registration, Registry
 from orchestrator.tracking.report import write_report
 from orchestrator.tracking.stores import (
     FORWARDING_ENVIRONMENT,
-    check_reachable,
     default_store,
     environment,
     resolve_tracking_uri,
     without_password,
 )
 from orchestrator.tracking.translation import trial_name
-from orchestrator.training.model_source import find_source, folder_here
 from orchestrator.wording import counted
 
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "mlflow", "optuna")
@@ -221,46 +215,6 @@ def _absolute_source(written: Any) -> Any:
     if isinstance(written, dict):
         return written | {"path": _absolute(written["path"])}
     return tuple(map(_absolute_source, written)) if written else written
-
-
-def check_inputs(config: SweepConfig) -> None:
-    """Find all that is wrong before anything is written, started or downloaded."""
-    check_space(config)
-    check_hqq(config)
-    check_files(config)
-    check_tracking(config)
-
-
-def check_files(config: SweepConfig) -> None:
-    """Raises BaseModelError or DataError for what is not there, ConfigError if both are not, or for
-    layers that a base which is here does not have."""
-    try:
-        find_source(config.base_model)
-    except BaseModelError as mistake:
-        try:
-            check_sources(config.data)
-        except DataError as second:
-            raise ConfigError(f"{mistake}\n{second}") from mistake
-        raise
-    check_sources(config.data)
-    if (folder := folder_here(config.base_model)) is not None:
-        shape = read_shape(folder)
-        if not isinstance(shape, UnknownShape):
-            check_layers(config, shape)
-
-
-def check_tracking(config: SweepConfig) -> None:
-    """A server that is down may come back while trials train; anything else is refused now."""
-    try:
-        check_reachable(resolve_tracking_uri(config))
-    except TrackingUnreachable as error:
-        print(f"warning: {error}; training does not wait for it: the run folder keeps everything")
-
-
-def check_sources(data: DataConfig) -> None:
-    """Raises DataError for a source that is not there, as far as that is cheap to tell."""
-    for source in (*data.train_sources, *data.held_out_sources):
-        estimate_slices(source, data.slice_bytes)
 
 
 @contextmanager
