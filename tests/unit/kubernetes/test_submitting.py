@@ -85,7 +85,7 @@ def test_in_a_terminal_the_sweeps_own_table_is_shown(stage: Stage) -> None:
     shown = stage.screen.file.getvalue()
     (row,) = {line for line in shown.splitlines() if "5/32" in line}
     assert row.replace("│", " ").split() == "7 4 16 5/32 2.345 1,234 training 1:05".split()
-    assert "tokens/s" in shown
+    assert "per s" in shown
     assert "base model: org/base" in shown
     assert "test succeeded" in stage.output
 
