@@ -37,7 +37,7 @@ from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind, known_gpus, worker_kinds
 from orchestrator.planning.machine import this_machine
 from orchestrator.records import Notice, PackReady
-from orchestrator.search.space import ask, check_space, next_trial
+from orchestrator.search.space import ask, check_space, next_trial, num_trials
 from orchestrator.sweep.bits import RunOnWorker, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
@@ -152,9 +152,8 @@ def change_sweep(store: RunStore, overrides: list[str], add_trials: int | None) 
         RunFolderError: a field is changed that decides what the present trials train.
     """
     if add_trials is not None:
-        search = store.sweep.config.search
-        total = add_trials + (search.num_trials or len(store.trials))
-        overrides = [*overrides, f"search.num_trials={total}"]
+        present = max(num_trials(store.sweep.config.search), len(store.trials))
+        overrides = [*overrides, f"search.num_trials={present + add_trials}"]
     config = settled(override_config(store.sweep.config, overrides))
     check_space(config)
     if add_trials is not None and not _has_new_point(config, store):

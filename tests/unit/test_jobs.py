@@ -208,6 +208,13 @@ def test_a_complete_sweep_can_be_extended(
     assert store.read("done") is None
 
 
+def test_trials_are_added_to_those_that_are_not_asked_for_yet(tmp_path: Path) -> None:
+    config = sweep_config(search__space={"adapter.rank": [2, 4, 8]})
+    store = make_store(tmp_path / "run", config)
+    change_sweep(store, ["search.space.adapter.rank=[2, 4, 8, 16, 32]"], 1)
+    assert store.sweep.config.search.num_trials == 4
+
+
 def test_changing_resources_does_not_open_a_complete_sweep_again(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
     store.write("done", {})
