@@ -8,7 +8,7 @@ the choice exactly: one width a layer, the least sum of losses, within the budge
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from orchestrator.config import QuantConfig
@@ -61,6 +61,10 @@ class Allocation:
             f"{counts}: {self.average_bits:.3f} bits a weight, expected loss "
             f"+{self.loss_increase:.2g} against +{four:.2g} with 4 bits everywhere"
         )
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Allocation":
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

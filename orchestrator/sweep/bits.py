@@ -1,8 +1,9 @@
 """`bit_width: auto` becomes a map of bits before a trial is planned.
 
 In: a RunStore, the base, the data. Out: TrialSpecs whose quant names every layer's bits. What was
-measured is kept in the cache and in the run folder; what was chosen in bits.json there. Measuring
-needs a worker's device and is done before any pack holds it.
+measured is kept in the cache; what was chosen in the run folder's bits.json, and stays chosen, also
+where another machine measures anew. Measuring needs a worker's device and is done before any pack
+holds it.
 """
 
 import importlib.util
@@ -86,7 +87,7 @@ class BitChooser:
         if quant.bit_width != "auto" or self._is_settled(quant):
             return trial
         allocation = self.allocation(quant)
-        self.chosen[record_digest(quant.model_dump(mode="json"))[:12]] = {
+        self.chosen[_key(quant)] = {
             "asked": quant.model_dump(mode="json"),
             "reason": allocation.reason,
             **allocation.to_json(),
@@ -95,6 +96,8 @@ class BitChooser:
         return replace(trial, config=TrialConfig.model_validate(content))
 
     def allocation(self, quant: QuantConfig) -> Allocation:
+        if known := self.chosen.get(_key(quant)):
+            return Allocation.from_json(known)
         return _allocation(self._concrete(quant), self._layers(quant), self._shape)
 
     def _layers(self, quant: QuantConfig) -> list[LayerLoss]:
@@ -119,6 +122,10 @@ class BitChooser:
             **{name: getattr(concrete, name) for name in MADE_WITH},
         }
         return cache_dir() / "sensitivity" / f"{record_digest(key)[:32]}.json"
+
+
+def _key(quant: QuantConfig) -> str:
+    return record_digest(quant.model_dump(mode="json"))[:12]
 
 
 def check_hqq(config: SweepConfig) -> None:

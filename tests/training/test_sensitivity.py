@@ -1,6 +1,7 @@
 """What layers' bits cost: measured, and what a sweep makes of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +9,17 @@ import yaml
 
 from jobs.cli import run
 from orchestrator.config import QuantConfig
+from orchestrator.data.prepare import find_prepared
 from orchestrator.files import read_json
-from orchestrator.planning.allocation import allocate, resolved
+from orchestrator.planning.allocation import LayerLoss, allocate, resolved
 from orchestrator.planning.bits import bits_of
+from orchestrator.planning.shape import BaseShape, read_shape
+from orchestrator.records import TrialSpec
+from orchestrator.sweep.bits import BitChooser
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.training.base_model import load_base_model
 from orchestrator.training.sensitivity import measure_sensitivity
+from tests.sweeps import sweep_config
 from tests.training.conftest import MakeSpec
 
 FLOAT32 = QuantConfig(compute_dtype="float32")
@@ -163,3 +169,35 @@ def test_the_map_that_was_chosen_covers_every_layer_of_the_base(make_spec: MakeS
     asked = QuantConfig(bit_width="auto", average_bits=5, compute_dtype="float32")
     quant = resolved(asked, allocate(asked, layers, 0, 4))
     assert {bits_of(quant, layer.name) for layer in layers} <= {4, 8, 16}
+
+
+def test_a_map_stays_as_it_was_chosen_where_layers_are_measured_anew(
+    make_spec: MakeSpec, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, shape = make_spec(), read_shape(base_folder)
+    data = find_prepared(spec.data_place)
+    assert data is not None
+    assert isinstance(shape, BaseShape)
+    auto = {"bit_width": "auto", "average_bits": 5}
+    config = sweep_config(trial__quant=auto, search__space={})
+    trial = TrialSpec(0, {}, config.trial)
+    layers = shape.linears
+
+    def settled(machine: str, losses: list[float], chosen: dict[str, Any]) -> TrialSpec:
+        monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / machine))
+        found = [
+            LayerLoss(layer.name, layer.num_params, {4: loss, 8: loss / 200, 16: 0.0})
+            for layer, loss in zip(layers, losses, strict=True)
+        ]
+        chooser = BitChooser(spec.base_model, shape, data, "float32", "cpu")
+        chooser.chosen |= chosen
+        chooser.measure(config, lambda job: found, lambda words: None)
+        settled = chooser.settle(trial)
+        chosen |= chooser.chosen
+        return settled
+
+    rising = [float(number + 1) for number in range(len(layers))]
+    chosen: dict[str, Any] = {}
+    first = settled("one", rising, chosen)
+    assert settled("another", rising[::-1], chosen) == first
+    assert settled("another", rising[::-1], {}) != first
