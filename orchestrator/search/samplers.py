@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import OBJECTIVES, overshoots
 from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
@@ -54,7 +56,8 @@ def draw(
     """Trial number len(known). Not for the grid."""
     import optuna
 
-    sampler = SAMPLERS[search.sampler](search.seed + len(known))
+    place = len(known)
+    sampler = SAMPLERS[search.sampler](_seed(search.seed, place))
     drawn = _drawn(search, known, searched)
     if search.sampler == "random":  # looks at no earlier trial, and adding a thousand takes long
         known = ()
@@ -77,13 +80,18 @@ def draw(
     draws: list[Draw] = []
     for number in range(MAX_DRAWS):
         if number:  # one that learns may insist on what it found best
-            study.sampler = SAMPLERS["random"](search.seed + len(drawn) + number)
+            study.sampler = SAMPLERS["random"](_seed(search.seed, place, number))
         trial = study.ask()
         params = suggest(choose)
         draws.append(Draw(params, dict(study.get_trials(deepcopy=False)[-1].system_attrs)))
         if _point(params) not in drawn:
             return draws[-1]
     return draws[0]
+
+
+def _seed(*parts: int) -> int:
+    """Sums would make the trials of one seed those of the seed before, one later."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def _drawn(
@@ -149,7 +157,9 @@ def _frozen(
 
 def _contains(values: Values, value: Choice) -> bool:
     if isinstance(values, RangeConfig):
-        return isinstance(value, int | float) and values.low <= value <= values.high
+        if not isinstance(value, int | float) or (values.integer and value % 1):
+            return False
+        return values.low <= value <= values.high
     return value in values
 
 
