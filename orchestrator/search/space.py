@@ -6,7 +6,7 @@ undisturbed one would have asked for at that point.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loading import trial_with
 from orchestrator.planning.compatibility import RULED_FIELDS, problems, sweep_problems
+from orchestrator.planning.ranks import largest_rank
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.samplers import STARTUP_TRIALS, Draw, draw, encoded
 from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
@@ -182,13 +183,21 @@ def grid_points(search: SearchConfig) -> Iterator[dict[str, Choice]]:
     return itertools.islice(points, search.num_trials)
 
 
-def bounds(trial: TrialConfig, search: SearchConfig) -> Bounds:
+def bounds(trial: TrialConfig, search: SearchConfig, asked: Iterable[TrialConfig] = ()) -> Bounds:
+    """Of the space and of trials `asked` for while it may have been another one."""
+    asked = list(asked)
+    adapters = [one.adapter for one in asked]
+    dropouts = search.space.get("adapter.dropout", (trial.adapter.dropout,))
+    inits = {*_choices(search, "adapter.init", trial.adapter.init), *(a.init for a in adapters)}
+    names = [*_optimizers(trial, search), *(one.optimizer.name for one in asked)]
     return Bounds(
-        max_rank=_max_rank(trial, search),
-        target_modules=_target_modules(trial, search),
-        dropout=_highest(search.space.get("adapter.dropout", (trial.adapter.dropout,))) > 0,
-        optimizers=_optimizers(trial, search),
-        loftq="loftq" in _choices(search, "adapter.init", trial.adapter.init),
+        max_rank=max([_max_rank(trial, search), *map(largest_rank, adapters)]),
+        target_modules=_all_targets(
+            [_target_modules(trial, search), *(adapter.target_modules for adapter in adapters)]
+        ),
+        dropout=_highest(dropouts) > 0 or any(adapter.dropout > 0 for adapter in adapters),
+        optimizers=tuple(dict.fromkeys(names)),
+        loftq="loftq" in inits,
     )
 
 
@@ -222,6 +231,11 @@ def _target_modules(
 ) -> tuple[str, ...] | Literal["all-linear"]:
     choices = search.space.get("adapter.target_modules", (trial.adapter.target_modules,))
     assert isinstance(choices, tuple)
+    return _all_targets(choices)
+
+
+def _all_targets(choices: Iterable[Choice]) -> tuple[str, ...] | Literal["all-linear"]:
+    choices = list(choices)
     if "all-linear" in choices:
         return "all-linear"
     names = (name for choice in choices if isinstance(choice, tuple) for name in choice)

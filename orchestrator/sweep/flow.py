@@ -41,7 +41,7 @@ from orchestrator.records import (
     TrialSpec,
 )
 from orchestrator.search.objectives import violations
-from orchestrator.search.space import bounds, next_trial
+from orchestrator.search.space import Bounds, bounds, next_trial
 from orchestrator.sweep.bits import BitChooser, RunOnWorker, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.earlier import keep_speeds, speeds_to_begin_with
@@ -170,8 +170,12 @@ def _train(
             store.write("bits", chooser.chosen)
         return settled
 
+    over = {result.number for result in store.results}
+    asked = [trial.config for trial in store.trials if trial.number not in over]
+    room = bounds(config.trial, config.search, asked)
+
     def build_pack(number: int, plan: PackPlan) -> PackSpec:
-        return pack_spec(store, base, data, number, plan)
+        return pack_spec(store, base, data, number, plan, room)
 
     def observe(notice: Notice) -> None:
         services.display.observe(notice)
@@ -185,6 +189,7 @@ def _train(
             store.sweep.compute_dtype,
             shape,
             services.worker_memory_bytes,
+            room,
         )
         pace = _pace(store, premises, services.gpus)
         controller = Controller(
@@ -232,9 +237,14 @@ def sweep_premises(
     compute_dtype: str,
     shape: BaseShape | UnknownShape,
     worker_memory_bytes: int,
+    room: Bounds | None = None,
 ) -> Premises:
-    """Raises ConfigError for a step program that the device cannot run, and for target modules and
-    patterns that match no layer of the base."""
+    """`room` is the space's own if it is left out.
+
+    Raises:
+        ConfigError: the device cannot run the step program, or target modules or patterns match no
+            layer of the base.
+    """
     resources = config.resources
     if not isinstance(shape, UnknownShape):
         check_layers(config, shape)
@@ -247,7 +257,7 @@ def sweep_premises(
             "resources.step_program: in_place trains one trial at a time, but got "
             f"resources.slots_per_pack={resources.slots_per_pack}: set it to 1, or leave it out"
         )
-    room = bounds(config.trial, config.search)
+    room = room or bounds(config.trial, config.search)
     usable = resources.memory_fraction if device == "cuda" else 1.0
     task = config.evaluation.task
     premises = Premises(
@@ -291,11 +301,15 @@ def check_layers(config: SweepConfig, shape: BaseShape) -> None:
 
 
 def pack_spec(
-    store: RunStore, base: BaseModel, data: PreparedData, number: int, plan: PackPlan
+    store: RunStore,
+    base: BaseModel,
+    data: PreparedData,
+    number: int,
+    plan: PackPlan,
+    room: Bounds,
 ) -> PackSpec:
     sweep = store.sweep
     config = sweep.config
-    room = bounds(config.trial, config.search)
     quant = plan.key.quant.model_dump()
     if quant["compute_dtype"] == "auto":
         quant["compute_dtype"] = sweep.compute_dtype

@@ -272,6 +272,40 @@ def test_slots_have_room_for_the_largest_rank_of_the_space() -> None:
     assert bounds(config.trial, sweep_config().search).max_rank == 16
 
 
+def test_slots_have_room_for_trials_that_were_asked_for_in_a_wider_space() -> None:
+    wide = {"rank": 64, "target_modules": ["k_proj"], "dropout": 0.1, "init": "loftq"}
+    asked = sweep_config(trial__adapter=wide, trial__optimizer={"name": "adamw_8bit"}).trial
+    config = sweep_config(search={"space": TARGETS})
+    room = bounds(config.trial, config.search, [asked])
+    assert room.max_rank == 64
+    assert room.target_modules == ("q_proj", "v_proj", "k_proj")
+    assert room.dropout
+    assert room.loftq
+    assert set(room.optimizers) == {config.trial.optimizer.name, "adamw_8bit"}
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "nsga2"])
+def test_another_seed_asks_for_other_trials(sampler: str) -> None:
+    drawn = []
+    for seed in (0, 1):
+        search = {"space": RANGES, "sampler": sampler, "num_trials": 8, "seed": seed}
+        config = sweep_config(search=search)
+        known: list[TrialSpec] = []
+        for _ in range(8):
+            known.append(ask(config, known, []))
+        drawn.append({json.dumps(spec.params, sort_keys=True) for spec in known})
+    assert not drawn[0] & drawn[1]
+
+
+def test_a_range_may_be_narrowed_to_whole_numbers() -> None:
+    search = {"space": {"adapter.alpha": {"low": 8, "high": 32}}, "sampler": "tpe", "num_trials": 4}
+    config = sweep_config(search=search)
+    first = ask(config, [], [])
+    search["space"] = {"adapter.alpha": {"low": 8, "high": 32, "integer": True}}
+    second = ask(sweep_config(search=search), [first], [])
+    assert second.params["adapter.alpha"] % 1 == 0  # type: ignore[operator]
+
+
 def test_every_sampler_of_the_schema_exists() -> None:
     choices = SweepConfig.model_json_schema()["$defs"]["SearchConfig"]["properties"]["sampler"]
     assert set(choices["enum"]) == {"grid", *SAMPLERS}
