@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ConfigError, DiskFull
@@ -58,10 +57,11 @@ from orchestrator.sweep.policy import (
     SweepView,
     decide,
 )
+from orchestrator.sweep.results import failed_result, finished_result, pruned_result
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
 from orchestrator.sweep.running import RunningPack, standing
 from orchestrator.sweep.silence import Silences
-from orchestrator.sweep.verdicts import pruned_result, recall_pruning, verdict_facts
+from orchestrator.sweep.verdicts import recall_pruning, verdict_facts
 
 POLL_S = 0.5
 # How long packs may take to save and leave after Ctrl-C: a step and a checkpoint, not an epoch.
@@ -142,6 +142,8 @@ class Controller:
             ConfigError: a trial that is not over does not suit the settings of this start.
             DiskFull: a worker could not write.
         """
+        for result in self._results.values():
+            self._store.drop_files(result)  # where its sweep was killed before it could
         self._check_trials()
         self._decided("start", "sweep", f"{len(self._results)} trials are over already")
         self._ask_for_trials()
@@ -171,7 +173,7 @@ class Controller:
         for trial in list(self._view().waiting):
             # Where its sweep was killed before it could say so.
             if found := problems(trial.config, shape=self._premises.shape):
-                self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
+                self._end(failed_result(trial.number, 0, "not_valid", "; ".join(found)))
                 continue
             if refused := self._refusal(trial):
                 self._end(refused)
@@ -189,7 +191,7 @@ class Controller:
             self._pruning.add(trial)
             given = self._premises
             if found := problems(trial.config, given.resources.workers_per_pack, given.shape):
-                self._end(_failed(trial.number, 0, "not_valid", "; ".join(found)))
+                self._end(failed_result(trial.number, 0, "not_valid", "; ".join(found)))
             elif refused := self._refusal(trial):
                 self._end(refused)
 
@@ -209,19 +211,20 @@ class Controller:
         for number, event in list(self._done.items()):
             if self._pruning.is_settled(number):
                 del self._done[number]
-                self._end(self._finished(event))
+                self._end(finished_result(self._store, event))
 
     def _stop_trial(self, verdict: Verdict) -> None:
         trial = verdict.trial
+        saving = None
         for number, pack in self._packs.items():
             if trial in pack.attempts:
                 # Before what is assigned next, so that the slot is free for it at once.
                 pack.directives.insert(0, Prune(trial))
                 self._close(number, pack, trial)
+                saving = None if pack.idle else pack
         self._done.pop(trial, None)
-        self._store.drop_adapter(trial)
         result = pruned_result(self._store, verdict, time.time())
-        self._end(result)
+        self._end(result, saving)
         self._observe(
             TrialPruned(trial, result.time, verdict.rung, verdict.eval_loss, verdict.reason)
         )
@@ -334,6 +337,8 @@ class Controller:
             self._measure(number, pack, event)
             self._apply(number, pack, event)
             self._observe(event)
+        if pack.idle:
+            self._drop_stopped(pack)
 
     def _measure(self, number: int, pack: RunningPack, event: Event) -> None:
         """Before the event is applied: so many slots were at work until then."""
@@ -379,7 +384,7 @@ class Controller:
                 self._done[event.trial] = event
             case TrialStopped():
                 self._close(number, pack, event.trial)
-                self._end(_failed(event.trial, event.attempt, event.reason, event.message))
+                self._end(failed_result(event.trial, event.attempt, event.reason, event.message))
             case PackLeft():
                 self._end_pack(number)
             case PackLost():
@@ -394,9 +399,15 @@ class Controller:
 
     def _end_pack(self, number: int) -> None:
         self._executor.stop_pack(number)
-        del self._packs[number]
+        self._drop_stopped(self._packs.pop(number))
         self._silences.end(number)
         self._happened(number, "ended")
+
+    def _drop_stopped(self, pack: RunningPack) -> None:
+        """Call it when nothing of the pack is at work."""
+        for result in pack.stopped:
+            self._store.drop_files(result)
+        pack.stopped.clear()
 
     def _lost(self, pack: RunningPack, event: PackLost) -> None:
         if event.reason == "disk_full":
@@ -421,10 +432,10 @@ class Controller:
             losses = self._losses.get(trial, 0) + (not planned_anew)
             self._losses[trial] = losses
             if not retried:
-                self._end(_failed(trial, attempt, event.reason, event.message))
+                self._end(failed_result(trial, attempt, event.reason, event.message))
             elif losses > self._max_restarts:
                 message = f"{event.message} ({losses} times, max_restarts={self._max_restarts})"
-                self._end(_failed(trial, attempt, event.reason, message))
+                self._end(failed_result(trial, attempt, event.reason, message))
             else:
                 reason = f"its pack is lost: {event.reason}: {event.message}"
                 self._decided("retry_trial", f"trial {trial}", reason)
@@ -445,15 +456,13 @@ class Controller:
             reason += f"; passed over: {'; '.join(event.refused_checkpoints)}"
         self._decided("resume_trial", f"trial {event.trial}", reason)
 
-    def _finished(self, event: TrialDone) -> TrialResult:
-        values = {**event.__dict__}
-        number = values.pop("trial")
-        folder = Path(values.pop("adapter_dir")).relative_to(self._store.folder)
-        return TrialResult(number=number, state="finished", adapter_dir=str(folder), **values)
-
-    def _end(self, result: TrialResult) -> None:
+    def _end(self, result: TrialResult, saving: RunningPack | None = None) -> None:
+        """`saving`: a pack that may be writing the trial's files, until it answers."""
         self._store.finish_trial(result)
-        self._store.drop_checkpoints(result.number)
+        if saving is None:
+            self._store.drop_files(result)
+        else:
+            saving.stopped.append(result)
         self._results[result.number] = result
         self._pruning.end(result.number)
         reason = result.message or f"held-out loss {result.eval_loss:.4f}"
@@ -485,14 +494,3 @@ class Controller:
         decision = Decision(time.time(), action, subject, reason, facts or {})
         self._store.add_decision(decision)
         self._observe(decision)
-
-
-def _failed(trial: int, attempt: int, reason: str, message: str) -> TrialResult:
-    return TrialResult(
-        number=trial,
-        state="failed",
-        attempt=attempt,
-        time=time.time(),
-        reason=reason,
-        message=message,
-    )

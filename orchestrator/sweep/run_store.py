@@ -22,6 +22,7 @@
 One process owns the folder at a time, by a lock that dies with it. Writes are atomic.
 """
 
+import logging
 import secrets
 import shlex
 import shutil
@@ -52,6 +53,8 @@ from orchestrator.records import (
     TrialResult,
     TrialSpec,
 )
+
+log = logging.getLogger(__name__)
 
 DRIVER_LOG = "driver.log"
 # Fields that may differ between a start and a resume: they do not change what is trained.
@@ -221,15 +224,16 @@ class RunStore:
             return Arithmetic(**read_json(folder.parent / "arithmetic.json"))
         return None
 
-    def drop_checkpoints(self, number: int) -> None:
-        """A trial that is over needs them no more; each holds a row and its optimizer states."""
-        for folder in self.trial_dir(number).glob("attempts/*/checkpoint-*"):
-            shutil.rmtree(folder)
-
-    def drop_adapter(self, number: int) -> None:
-        """Of a trial that was trained to its end before it was known to be stopped at a rung."""
-        for folder in self.trial_dir(number).glob("attempts/*/adapter"):
-            shutil.rmtree(folder)
+    def drop_files(self, result: TrialResult) -> None:
+        """What a trial that is over needs no more: its checkpoints, each a row with its optimizer
+        states, and the adapter of one that was stopped after it was trained to its end."""
+        names = ["checkpoint-*"] + ["adapter"] * (result.state == "pruned")
+        for name in names:
+            for folder in self.trial_dir(result.number).glob(f"attempts/*/{name}"):
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:  # as of a worker that is being killed and writes there yet
+                    log.warning("%s: the next start of the sweep removes it: %s", folder, error)
 
     def _attempts(self, number: int) -> list[int]:
         return [int(path.name) for path in self.trial_dir(number).glob("attempts/*")]

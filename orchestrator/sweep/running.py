@@ -17,6 +17,8 @@ class RunningPack:
     ready: bool = False
     idle: bool = False
     directives: list[Directive] = field(default_factory=list)
+    stopped: list[TrialResult] = field(default_factory=list)
+    """Trials that its worker may be saving until it answers: their files stay until then."""
     _seen: PackView | None = None
 
     def view(self, number: int) -> PackView:

@@ -1,11 +1,10 @@
 """The pruner's verdicts in the run folder: how they are written, and what a resume makes of them.
 
-In: a RunStore. Out: the Pruning as it stood, and results of trials that it stopped.
+In: a RunStore. Out: the Pruning as it stood.
 """
 
 from typing import Any
 
-from orchestrator.records import TrialResult
 from orchestrator.search.pruning import Pruning, Verdict
 from orchestrator.sweep.run_store import RunStore
 
@@ -32,23 +31,3 @@ def recall_pruning(store: RunStore) -> Pruning:
     for result in store.results:
         pruning.end(result.number)
     return pruning
-
-
-def pruned_result(store: RunStore, verdict: Verdict, now: float) -> TrialResult:
-    """As far as its curve tells: its worker may be at work on it still."""
-    points = store.points(verdict.trial)
-    baseline = next((row["eval_loss"] for row in points if row["step"] == 0), None)
-    losses = [row["train_loss"] for row in points if row["kind"] == "progress"]
-    return TrialResult(
-        number=verdict.trial,
-        state="pruned",
-        attempt=max(row["attempt"] for row in points),
-        time=now,
-        reason=store.sweep.config.search.pruner.kind,
-        message=verdict.reason,
-        eval_loss=verdict.eval_loss,
-        baseline_eval_loss=baseline,
-        train_loss=losses[-1] if losses else None,
-        steps=verdict.rung,
-        tokens=max(row["tokens"] for row in points),
-    )

@@ -18,13 +18,16 @@ from orchestrator.planning.shape import UnknownShape
 from orchestrator.planning.waiting import pack_key
 from orchestrator.records import (
     Arithmetic,
+    Checkpointed,
     Decision,
     Directive,
+    Evaluated,
     Event,
     Notice,
     PackLost,
     PackReady,
     PackSpec,
+    TrialDone,
     TrialSpec,
 )
 from orchestrator.sweep.executor import InProcessExecutor
@@ -389,6 +392,56 @@ def test_a_pruned_trial_gives_up_its_slot_at_once(tmp_path: Path) -> None:
     packs = [event for event in store.pack_events if event["what"] == "start"]
     assert len(packs) == 1
     assert list(store.folder.rglob("checkpoint-*")) == []
+
+
+class AnswersAfterAVerdict(InProcessExecutor):
+    """Pack 1 runs ahead until its answer has an event of this kind. That answer is under way while
+    pack 0 comes to its first rung, where trials of pack 1 are stopped."""
+
+    def __init__(self, kind: type[Checkpointed] | type[TrialDone]) -> None:
+        super().__init__(SimulatedWorker)
+        self.written: list[Path] = []
+        self.kept = False
+        self._kind = kind
+        self._under_way: list[tuple[int, list[Event]]] = []
+        self._begun = self._at_rung = False
+
+    def poll(self, timeout_s: float) -> list[tuple[int, list[Event]]]:
+        if self._under_way and self._at_rung:
+            self.kept = all(folder.exists() for folder in self.written)
+            answers, self._under_way = self._under_way, []
+            return answers
+        if not self.written:
+            self._due = dict(sorted(self._due.items(), reverse=self._begun))
+            self._begun = True
+        answers = super().poll(timeout_s)
+        events = [event for _, found in answers for event in found]
+        self._at_rung |= bool(self.written) and any(isinstance(e, Evaluated) for e in events)
+        if self.written or not any(isinstance(event, self._kind) for event in events):
+            return answers
+        self._under_way = answers
+        self.written = [
+            Path(event.folder if isinstance(event, Checkpointed) else event.adapter_dir)
+            for event in events
+            if isinstance(event, Checkpointed | TrialDone)
+        ]
+        return []
+
+
+@pytest.mark.parametrize("kind", [Checkpointed, TrialDone])
+def test_files_of_a_stopped_trial_go_only_once_its_pack_has_answered(
+    tmp_path: Path, kind: type[Checkpointed] | type[TrialDone]
+) -> None:
+    search = {"space": {"adapter.rank": [16, 8, 4, 2]}, "pruner": "asha"}
+    config = sweep_config(search=search, resources__slots_per_pack=2)
+    store = make_store(tmp_path / "run", config)
+    executor = AnswersAfterAVerdict(kind)
+    assert make_controller(store, executor, num_workers=2).run()
+    assert [result.state for result in store.results] == ["finished"] + ["pruned"] * 3
+    assert len(executor.written) == 2  # of trials 2 and 3
+    assert executor.kept, "who writes there would fail"
+    assert list(store.folder.rglob("checkpoint-*")) == []
+    assert list(store.folder.rglob("adapter")) == [store.folder / store.results[0].adapter_dir]
 
 
 def test_a_pruned_trial_never_wins_and_is_spoken_of(tmp_path: Path) -> None:

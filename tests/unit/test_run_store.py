@@ -125,6 +125,19 @@ def test_what_a_trial_was_trained_with_is_that_of_the_attempt_that_got_furthest(
     assert store.arithmetic(0) == Arithmetic(2, 8, True)
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_told_of_and_keeps_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    _, folder = store.start_attempt(0, Arithmetic(1, 8, False))
+    (folder / "checkpoint-00000002").symlink_to(tmp_path)  # which rmtree refuses
+    for step in (1, 3):
+        write_json(folder / f"checkpoint-{step:08d}" / "checkpoint.json", {})
+    store.drop_files(result(0, 1.0))
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-00000002"]
+    assert f"{folder}/checkpoint-00000002: the next start of the sweep removes it" in caplog.text
+
+
 def test_a_curve_shows_the_latest_attempt_where_attempts_overlap(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
     for attempt, step, loss in ((1, 1, 3.0), (1, 2, 2.0), (2, 2, 2.5), (2, 3, 1.0)):

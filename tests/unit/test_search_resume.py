@@ -147,6 +147,7 @@ def test_a_sweep_killed_20_times_ends_with_the_same_trials_verdicts_and_winner(
     assert states == {"finished", "pruned"}
     killed = killed_often(tmp_path / "killed", config, seed=1, num_writes=num_writes(alone))
     assert conclusion(killed) == expected
+    assert list(killed.folder.rglob("checkpoint-*")) == []
 
 
 def test_the_number_of_workers_changes_no_verdict(tmp_path: Path) -> None:
@@ -179,3 +180,28 @@ def test_trials_that_race_ahead_are_pruned_all_the_same_even_at_their_end(tmp_pa
     for number in pruned:
         assert not list((store.trial_dir(number) / "attempts").glob("*/adapter"))
     assert 16 in reached  # trained to its end before the first trials came to a rung
+
+
+class DiesAtAnEnd(RunStore):
+    """Its process is killed once a trial is stopped that was trained to its end already."""
+
+    def finish_trial(self, result: TrialResult) -> None:
+        super().finish_trial(result)
+        if result.state == "pruned" and result.number in self.done_events:
+            raise Killed
+
+
+def test_what_a_kill_left_of_a_trial_that_is_over_goes_at_the_next_start(tmp_path: Path) -> None:
+    search = SEARCHES["random, asha"] | {"space": {**RANGES, "quant.bit_width": [4]}}
+    config = sweep_config(search=search, trial__steps=16, resources__slots_per_pack=2)
+    store = DiesAtAnEnd.open(make_store(tmp_path / "run", config).folder)
+    with pytest.raises(Killed):
+        make_controller(store, FirstTrialsComeLast(SimulatedWorker), num_workers=2).run()
+    (over,) = store.done_events.keys() & {result.number for result in store.results}
+    attempt = store.trial_dir(over) / "attempts" / "1"
+    assert list(attempt.glob("checkpoint-*"))
+    assert (attempt / "adapter").exists()
+    again = RunStore.open(store.folder)
+    assert make_controller(again, InProcessExecutor(SimulatedWorker)).run()
+    assert list(again.folder.rglob("checkpoint-*")) == []
+    assert not (attempt / "adapter").exists()
