@@ -242,10 +242,13 @@ class RunStore:
         row = {"kind": type(point).__name__.lower(), **point.__dict__}
         append_json_line(self.trial_dir(point.trial) / "progress.jsonl", row)
 
+    def all_points(self, number: int) -> list[dict[str, Any]]:
+        """Of all attempts, as they came in."""
+        return read_json_lines(self.trial_dir(number) / "progress.jsonl")
+
     def points(self, number: int) -> list[dict[str, Any]]:
         """The trial's curve, by step: where attempts overlap, the latest one's rows."""
-        rows = read_json_lines(self.trial_dir(number) / "progress.jsonl")
-        latest = {(row["kind"], row["step"]): row for row in rows}
+        latest = {(row["kind"], row["step"]): row for row in self.all_points(number)}
         return sorted(latest.values(), key=lambda row: (row["step"], row["kind"]))
 
     def add_done_event(self, event: TrialDone) -> None:

@@ -25,7 +25,7 @@ def recall_pruning(store: RunStore) -> Pruning:
             pruning.recall(Verdict(keep=keep, reason=decision["reason"], **decision["facts"]))
     for trial in store.trials:
         if pruning.rungs(trial.number):
-            for row in store.points(trial.number):
+            for row in store.all_points(trial.number):  # the first report at a rung counts
                 if row["kind"] == "evaluated":
                     pruning.report(trial.number, row["step"], row["eval_loss"])
     for result in store.results:

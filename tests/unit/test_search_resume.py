@@ -20,6 +20,7 @@ from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
 from orchestrator.sweep.simulated import SimulatedWorker
+from orchestrator.sweep.verdicts import recall_pruning
 from tests.sweeps import make_controller, make_store, sweep_config
 
 KILLS = 20
@@ -205,3 +206,16 @@ def test_what_a_kill_left_of_a_trial_that_is_over_goes_at_the_next_start(tmp_pat
     assert make_controller(again, InProcessExecutor(SimulatedWorker)).run()
     assert list(again.folder.rglob("checkpoint-*")) == []
     assert not (attempt / "adapter").exists()
+
+
+def test_a_resume_goes_by_the_first_report_at_a_rung_as_its_sweep_did(tmp_path: Path) -> None:
+    search = {"space": {"adapter.rank": [16, 8]}, "pruner": {"kind": "asha", "rungs": [4]}}
+    store = make_store(tmp_path / "run", sweep_config(search=search))
+    for number in (0, 1):
+        store.add_trial(TrialSpec(number, {}, store.sweep.config.trial))
+    for attempt, loss in ((1, 2.0), (2, 2.5)):  # trial 1's worker was lost, and it came by again
+        store.add_point(Evaluated(1, attempt, 0.0, 4, 400, loss))
+    pruning = recall_pruning(store)
+    assert pruning.decide() == []  # trial 0 has not reported
+    pruning.report(0, 4, 1.0)
+    assert [verdict.eval_loss for verdict in pruning.decide()] == [1.0, 2.0]
