@@ -100,7 +100,9 @@ class DataConfig(Strict):
     example stays on its side when others are added. Not used when `held_out` is given."""
 
     max_train_examples: PositiveInt | None = None
-    """Use at most this many training examples, the first ones by content hash."""
+    """Use at most this many different training examples, the first ones by content hash: of each
+    source as many as its size times its weight asks for. One that a weight above 1 makes come again
+    in an epoch counts once."""
 
     max_held_out_examples: PositiveInt | None = 256
     """Evaluate on at most this many examples, the first ones by content hash."""

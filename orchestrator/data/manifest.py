@@ -12,7 +12,7 @@ from orchestrator.data.store import ShardStore, join, open_store
 from orchestrator.errors import DataError
 from orchestrator.files import record_digest
 
-FORMAT_VERSION = 2  # raise it when the same recipe would give other bytes
+FORMAT_VERSION = 3  # raise it when the same recipe would give other bytes
 
 Role = Literal["train", "held_out"]
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -103,7 +103,7 @@ def select_held_out(
     joined = _joined(orders)
     taken = keys.mask(joined)
     if config.max_held_out_examples is not None:
-        taken = _capped(taken, joined, config.max_held_out_examples)
+        taken = _capped(taken, config.max_held_out_examples, (joined,))
     return _portions(config, slices, orders, taken, keys), joined[taken]
 
 
@@ -128,10 +128,14 @@ def select_train(
     left_out = (duplicate & config.deduplicate) | (contaminated & config.decontaminate)
     taken &= ~left_out
     if config.max_train_examples is not None:
-        taken = _capped(taken, joined, config.max_train_examples)
-        last = int(joined[taken].max()) if taken.any() else keys.start
-        keys = KeyRange(keys.start, last + 1)
-    seen = keys.mask(joined) & (taken | left_out)
+        places = _joined(
+            [_places(item, keys, found) for item, found in zip(slices, orders, strict=True)]
+        )
+        taken = _capped(taken, config.max_train_examples, (joined, places))
+        last = int(places[taken].max()) if taken.any() else 0
+        keys = KeyRange(keys.start, min(keys.end, keys.start + last + 1))
+        left_out &= places <= np.uint64(last)
+    seen = taken | left_out
     counts = Repeats(int((duplicate & seen).sum()), int((contaminated & seen).sum()))
     return _portions(config, slices, orders, taken, keys), counts
 
@@ -181,10 +185,25 @@ def _portions(
     return portions
 
 
-def _capped(taken: NDArray[np.bool_], orders: KeyOrders, count: int) -> NDArray[np.bool_]:
-    """The first `count` of those taken by key, and of equal ones by place."""
-    places = np.flatnonzero(taken)
-    kept = places[np.argsort(orders[places], kind="stable")[:count]]
+def _places(item: WeighedSlice, keys: KeyRange, orders: KeyOrders) -> KeyOrders:
+    """How far from the start of the role's range each example would be, if its source's part of
+    that were as wide as the range. So the first of all sources' are the same part of each one's.
+
+    Examples outside the source's part are at 0. Doubles divide alike on every machine (IEEE 754).
+    """
+    part = keys.first(min(1.0, item.weight))
+    offsets = np.where(part.mask(orders), orders - np.uint64(keys.start), np.uint64(0))
+    if item.weight >= 1:  # a double would round it
+        return offsets
+    last_double = np.nextafter(2.0**64, 0)  # that a uint64 holds
+    return np.minimum(offsets / np.float64(item.weight), last_double).astype(np.uint64)
+
+
+def _capped(taken: NDArray[np.bool_], count: int, keys: tuple[KeyOrders, ...]) -> NDArray[np.bool_]:
+    """The first `count` of those taken by the last of the keys, then by the one before it, and of
+    equal ones by their order."""
+    inside = np.flatnonzero(taken)
+    kept = inside[np.lexsort([key[inside] for key in keys])[:count]]
     capped = np.zeros_like(taken)
     capped[kept] = True
     return capped

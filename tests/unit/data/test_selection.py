@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.data.formats import row_format
-from orchestrator.data.keys import END_OF_KEYS, KeyOrders
+from orchestrator.data.keys import END_OF_KEYS, KeyOrders, split_ranges
 from orchestrator.data.selection import (
     Portion,
     WeighedSlice,
@@ -121,6 +121,54 @@ def test_a_weight_is_how_often_an_example_comes(
     assert len(_taken(again, orders)) == sum(times) - sum(min(1, count) for count in times)
 
 
+def _random_orders(*counts: int) -> list[KeyOrders]:
+    draw = np.random.default_rng(0)
+    return [draw.integers(0, END_OF_KEYS, count, dtype=np.uint64) for count in counts]
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ((1.0, 0.1), (909, 91)),
+        ((0.1, 1.0), (91, 909)),
+        ((0.5, 0.25), (667, 333)),
+        ((2.0, 0.5), (667, 333)),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"held_out": None, "held_out_fraction": 0.3}])
+def test_a_cap_leaves_the_mixture_as_its_weights_say(
+    weights: tuple[float, float], expected: tuple[int, int], settings: dict[str, Any]
+) -> None:
+    """Different examples: a weight above 1 has as many of these as a weight of 1."""
+    orders = _random_orders(100_000, 100_000)
+    config = _config(max_train_examples=1000, **settings)
+    portions, _ = select_train(config, _slices(orders, weights), orders, _nothing())
+    masks = [portion.taken for portion in portions if not portion.again]
+    taken = [np.sort(found[mask]) for found, mask in zip(orders, masks, strict=True)]
+    assert sum(map(len, taken)) == 1000
+    assert [len(keys) for keys in taken] == pytest.approx(expected, abs=40)
+    start = split_ranges(0.3)[0].start if settings else 0
+    for found, keys in zip(orders, taken, strict=True):
+        assert np.array_equal(keys, np.sort(found[found >= start])[: len(keys)])
+
+
+def test_a_cap_that_all_sources_pass_cuts_each_at_the_same_part_of_its_own() -> None:
+    tenth = END_OF_KEYS // 10
+    orders = _orders([tenth, 4 * tenth, 7 * tenth], [tenth // 10 + 5, tenth // 2, 2 * tenth])
+    config = _config(max_train_examples=3)
+    portions, _ = select_train(config, _slices(orders, [1.0, 0.1]), orders, _nothing())
+    assert _taken(portions, orders) == [tenth, 4 * tenth, tenth // 10 + 5]
+
+
+def test_a_cap_counts_an_example_that_comes_again_once() -> None:
+    orders = _random_orders(10_000, 10_000)
+    config = _config(max_train_examples=1000)
+    portions, _ = select_train(config, _slices(orders, [1.5, 1.0]), orders, _nothing())
+    taken = _taken(portions, orders)
+    assert len(set(taken)) == 1000
+    assert len(taken) == pytest.approx(1250, abs=40)
+
+
 KEYS = st.lists(st.integers(0, 40).map(lambda n: n * (END_OF_KEYS // 41)), max_size=12)
 
 
@@ -178,7 +226,9 @@ def test_a_cap_is_never_passed_by_equal_examples() -> None:
 
 @given(st.floats(1e-30, 1 - 1e-9), st.sampled_from([1e-9, 0.3, 1.0, 1.7]))
 def test_any_fraction_and_weight_can_be_chosen_by(fraction: float, weight: float) -> None:
-    config = DataConfig(train="a.jsonl", held_out_fraction=fraction, deduplicate=True)
+    config = DataConfig(
+        train="a.jsonl", held_out_fraction=fraction, deduplicate=True, max_train_examples=2
+    )
     orders = _orders([0, 1, HALF, END_OF_KEYS - 1])
     slices = _slices(orders, [weight])
     select_by_range(config, "train", slices)
