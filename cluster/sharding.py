@@ -47,7 +47,6 @@ class RayTasks:
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         """Actors by the ref of their readiness. On a busy cluster some may never get a core."""
-        self._lost = 0
         self._warn = warn
         self._queued_after_s: float | None = queued_after_s
         """None once it was said that no actor has got a core yet."""
@@ -70,7 +69,8 @@ class RayTasks:
         Raises:
             ClusterError: Ray failed, or a task's actor was lost again and again.
         """
-        run = _Run(function, tasks)
+        # Actors that start already, for earlier tasks, may be lost with their node as well.
+        run = _Run(function, tasks, LOSSES_PER_TASK * len(tasks) + len(self._starting))
         try:
             for number in range(len(tasks)):
                 while number not in run.results:
@@ -113,10 +113,10 @@ class RayTasks:
                 ray.get(ref)
             self._idle.append(actor)
         except (RayActorError, ObjectLostError, OutOfMemoryError) as error:
-            _end([actor])
-            self._lost += 1
-            most = LOSSES_PER_TASK * len(run.tasks)
-            if run.put_back(ref) == LOSSES_PER_TASK or self._lost > most:
+            # The idle ones may be lost with the same node: each would cost the task another loss.
+            _end([actor, *self._idle])
+            self._idle = []
+            if run.put_back(ref):
                 raise ClusterError(
                     f"sharding failed: actors are lost again and again ({error}): look at Ray's "
                     "log, and lower data.slice_bytes if they run out of memory"
@@ -126,13 +126,16 @@ class RayTasks:
 class _Run:
     """One function over some tasks: what waits, what runs where, what is done."""
 
-    def __init__(self, function: Callable[[Any], Any], tasks: Sequence[Any]) -> None:
+    def __init__(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], most_losses: int
+    ) -> None:
         self.tasks = tasks
         self.waiting = deque(range(len(tasks)))
         self.running: dict[Any, tuple[Any, int]] = {}
         self.results: dict[int, Any] = {}
         self._function = function
         self._losses = [0] * len(tasks)
+        self._losses_left = most_losses
 
     def give(self, actor: Any) -> None:
         number = self.waiting.popleft()
@@ -144,14 +147,16 @@ class _Run:
         _, number = self.running.pop(ref)
         self.results[number] = result
 
-    def put_back(self, ref: Any) -> int:
-        """The task that ran is to run again, if any did; how often that has happened to it."""
+    def put_back(self, ref: Any) -> bool:
+        """An actor is lost, and the task that it ran, if any, is to run again. Whether that has
+        happened too often."""
+        self._losses_left -= 1
         if ref not in self.running:
-            return 0
+            return self._losses_left < 0
         _, number = self.running.pop(ref)
         self.waiting.appendleft(number)
         self._losses[number] += 1
-        return self._losses[number]
+        return self._losses[number] == LOSSES_PER_TASK or self._losses_left < 0
 
 
 class _ShardingActor:

@@ -89,6 +89,30 @@ def test_the_task_of_a_killed_actor_runs_again(cluster: LocalCluster, tmp_path: 
     assert os.path.exists(sign)
 
 
+def test_actors_that_are_lost_together_while_idle_count_once(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    """And what an earlier stage lost does not count against a later one."""
+
+    def meet(folder: str) -> int:
+        """None ends before all four have begun, so that each is another actor's."""
+        open(f"{folder}/{os.getpid()}", "w").close()
+        while len(os.listdir(folder)) < 4:
+            time.sleep(0.05)
+        return os.getpid()
+
+    cluster.add(num_cpus=2)
+    with RayTasks(4) as run:
+        for stage in ("first", "second"):
+            (tmp_path / stage).mkdir()
+            actors = list(run(meet, [str(tmp_path / stage)] * 4))
+            assert len(set(actors)) == 4
+            for actor in actors:
+                os.kill(actor, 9)
+        assert list(run(abs, [-7])) == [7]
+    cluster.kill(cluster.node_ids()[-1])
+
+
 def test_a_task_that_always_ends_its_actor_is_given_up_with_the_remedy(
     cluster: LocalCluster,
 ) -> None:
