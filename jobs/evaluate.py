@@ -107,6 +107,7 @@ def _losses(folder: Path, config: DataConfig) -> Report:
     interval = paired_interval((ours.nll - theirs.nll)[:, None], ours.labels, CONFIDENCE, RESAMPLES)
     return {
         "examples": len(adapter["examples"]),
+        "bad_rows": manifest.totals.bad_rows,
         "labels": int(ours.labels.sum()),
         "loss": adapter["eval_loss"],
         "perplexity": math.exp(adapter["eval_loss"]),
@@ -135,8 +136,9 @@ def _generated(
         raise BaseModelError(str(error)) from error
     report: Report = {}
     if config and answers:
-        found = answers_of_rows(model, tokenizer, config, answers, progress)
+        found, bad_rows = answers_of_rows(model, tokenizer, config, answers, progress)
         report["exact_match"] = sum(answer.exact for answer in found) / len(found)
+        report["exact_match_bad_rows"] = bad_rows
         report["answers"] = [vars(answer) for answer in found]
     if tasks:
         report["tasks"] = run_tasks(model, tokenizer, tasks, limit)
@@ -161,6 +163,8 @@ def _table(report: Report) -> Table:
     if "loss" in report:
         low, high = report["difference"]
         table.add_row("examples", f"{report['examples']:,}", "")
+        if report["bad_rows"]:
+            table.add_row("bad rows skipped", f"{report['bad_rows']:,}", "")
         table.add_row("tokens with loss", f"{report['labels']:,}", "")
         table.add_row("loss", f"{report['loss']:.4f}", f"{report['base_loss']:.4f}")
         table.add_row(
@@ -169,6 +173,9 @@ def _table(report: Report) -> Table:
         table.add_row(f"difference, {CONFIDENCE:.0%} interval", f"[{low:+.4f}, {high:+.4f}]", "")
     if "exact_match" in report:
         table.add_row("exact match", f"{report['exact_match']:.1%}", "")
+        if report["exact_match_bad_rows"]:
+            skipped = report["exact_match_bad_rows"]
+            table.add_row("exact match, bad rows skipped", f"{skipped:,}", "")
     for task, metrics in report.get("tasks", {}).items():
         for name, value in metrics.items():
             if isinstance(value, float):

@@ -3,7 +3,7 @@
 In: prompts and answers, a loaded model. Out: each generated text, and whether it is right.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,19 @@ def answers_of_rows(
     config: DataConfig,
     task: TaskConfig,
     observe: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Answer]:
-    """Of all rows of `config.train`, by the likeliest token each time.
+) -> tuple[list[Answer], int]:
+    """Of all rows of `config.train`, by the likeliest token each time; and the bad rows skipped.
 
     `observe` is told how many are answered, and of how many, before the first and after each batch.
+
+    Raises:
+        DataError: with file and line, for a row that cannot be used, unless these are skipped; or
+            none can be used.
     """
     from orchestrator.tracking.adapter_model import continued, encode
 
     pattern = task.answer_pattern
-    rows = list(_rows(config, pattern))
+    rows, bad_rows = _read(config, pattern)
     prompts = [encode(tokenizer, prompt) for prompt, _, _ in rows]
     texts: dict[int, str] = {}
     observe(0, len(rows))
@@ -56,19 +60,21 @@ def answers_of_rows(
         generated = continued(model, tokenizer, asked, task.max_new_tokens)
         texts |= dict(zip(batch, generated, strict=True))
         observe(len(texts), len(rows))
-    return [
+    found = [
         Answer(prompt, answer, texts[number], compared(texts[number], pattern) == expected)
         for number, (prompt, answer, expected) in enumerate(rows)
     ]
+    return found, bad_rows
 
 
-def _rows(config: DataConfig, pattern: str | None) -> Iterator[tuple[str, str, str]]:
-    """Prompt, answer, and what is compared of it."""
+def _read(config: DataConfig, pattern: str | None) -> tuple[list[tuple[str, str, str]], int]:
+    """Of each row prompt, answer, and what is compared of it; and how many were skipped."""
     fields = config.fields
     files = [file for source in config.train_sources for file in source_files(source)]
     parts = [part for file in files for part in plan_file(PlanTask(file, config.slice_bytes))]
     if not parts:
         raise no_rows(config.train_name)
+    rows, bad_rows = [], 0
     for part in parts:
         for number, row in read_slice(part, read_options(config)):
             try:
@@ -76,6 +82,14 @@ def _rows(config: DataConfig, pattern: str | None) -> Iterator[tuple[str, str, s
                     raise row
                 prompt = text_field(row, "prompt", fields.prompt)
                 answer = text_field(row, "completion", fields.completion)
-                yield prompt, answer, expected_answer(answer, pattern)
+                rows.append((prompt, answer, expected_answer(answer, pattern)))
             except RowProblem as problem:
-                raise DataError(f"{place(part, number)}: {problem}") from problem
+                if config.on_bad_row == "error":
+                    raise DataError(f"{place(part, number)}: {problem}") from problem
+                bad_rows += 1
+    if not rows:
+        raise DataError(
+            f"{config.train_name}: at least one row with an answer is needed, but all {bad_rows} "
+            "were skipped: take out on_bad_row: skip to see what is wrong with the first"
+        )
+    return rows, bad_rows

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -116,14 +117,42 @@ def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> N
 
     model, tokenizer = load(trained)
     config, task = DataConfig(train=str(rows)), TaskConfig(max_new_tokens=3, batch_size=2)
-    said = answers_of_rows(model, tokenizer, config, task)
+    said, _ = answers_of_rows(model, tokenizer, config, task)
     lines = [{"prompt": a.prompt, "completion": f" {a.generated}\n"} for a in said]
     lines[0]["completion"] = "something else"
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     told: list[tuple[int, int]] = []
-    found = answers_of_rows(model, tokenizer, config, task, lambda *counts: told.append(counts))
+    found, _ = answers_of_rows(model, tokenizer, config, task, lambda *counts: told.append(counts))
     assert told == [(0, 5), (2, 5), (4, 5), (5, 5)]
     assert [answer.exact for answer in found] == [False] + [True] * 4
+
+
+def test_bad_rows_are_skipped_for_losses_and_answers_where_the_data_say_so(
+    rows: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The answers skip one more: it has nothing that the pattern finds."""
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    with rows.open("a") as file:
+        file.write('{broken\n{"prompt": "Why?"}\n{"prompt": "Why?", "completion": "No number."}\n')
+    out = tmp_path / "out.json"
+    where = ["--model", str(trained), "--data", str(rows), "--out", str(out)]
+    exact = ["--exact-match", "--max-new-tokens", "3", "--answer-pattern", "[0-9]+"]
+    assert run(["evaluate", *where, *exact]) == 2
+    assert "rows.jsonl:6: " in capsys.readouterr().err
+    assert run(["evaluate", *where, *exact, "--set", "on_bad_row=skip"]) == 0
+    report = read_json(out)
+    assert (report["examples"], report["bad_rows"]) == (6, 2)
+    assert (len(report["answers"]), report["exact_match_bad_rows"]) == (5, 3)
+    printed = capsys.readouterr().out
+    assert re.search(r"^.*exact match, bad rows skipped\W+3\W", printed, re.MULTILINE)
+    assert re.search(r"^\W*bad rows skipped\W+2\W", printed, re.MULTILINE)
+    exact[-1] = "never"
+    assert run(["evaluate", *where, *exact, "--set", "on_bad_row=skip"]) == 2
+    assert "at least one row with an answer is needed, but all 8 were" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
