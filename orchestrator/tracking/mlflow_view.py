@@ -97,13 +97,16 @@ class MlflowView:
             self._experiment_id = ensure_experiment(self._client, self.uri, name)
             runs = list(find_runs(self._client, self._experiment_id, self._sweep.run_id))
             parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
-            self._run_id = parents[0].info.run_id if parents else self._create_parent()
-            if parents and parents[0].info.status != "RUNNING":
+            parent = parents[0] if parents else self._create_parent()
+            self._run_id = str(parent.info.run_id)
+            if not parent.data.params:  # new, or left so by a process that ended here
+                log(self._client, self._run_id, params=self._parent_params())
+            if parent.info.status != "RUNNING":
                 self._client.update_run(self._run_id, "RUNNING")
             self._delete(parents[1:])
+            self._provenance = None
             self._find_trials([run for run in runs if TRIAL_TAG in run.data.tags])
             self._system = SystemMetrics(self._client, self._run_id, self._store.folder)
-        self._provenance = None
         self._connected = True
         self._write_ids()
 
@@ -157,15 +160,18 @@ class MlflowView:
             ended = max((decision["time"] for decision in self._store.decisions), default=None)
             end(self._client, self._run_id, status, ended)
 
-    def _create_parent(self) -> str:
+    def _create_parent(self) -> "Run":
         sweep = self._sweep
         versions = {f"orchestrator.version.{k}": v for k, v in sweep.versions.items()}
-        run = self._client.create_run(
+        return self._client.create_run(
             self._experiment_id,
             start_time=milliseconds(sweep.created),
             run_name=sweep.run_id,
             tags=own_tags(sweep.run_id) | versions | {FOLDER_TAG: str(self._store.folder)},
         )
+
+    def _parent_params(self) -> dict[str, str]:
+        sweep = self._sweep
         params = {
             "base_model": sweep.config.base_model.source,
             "train_data": sweep.config.data.train_name,
@@ -175,8 +181,7 @@ class MlflowView:
             "device": sweep.device,
             "compute_dtype": sweep.compute_dtype,
         }
-        log(self._client, run.info.run_id, params=cut(params))
-        return str(run.info.run_id)
+        return cut(params)
 
     def _find_trials(self, runs: Sequence["Run"]) -> None:
         self._trial_runs = {}
@@ -189,6 +194,10 @@ class MlflowView:
             self._trial_runs[number] = TrialRun.found(
                 self._client, run, self._store, trial, self._sweep.compute_dtype
             )
+            # It has none where a process ended after it had made the run.
+            if run.inputs is None or not run.inputs.dataset_inputs:
+                datasets = self._known_provenance().datasets
+                log_datasets(self._client, run.info.run_id, datasets)
 
     def _delete_strangers(self) -> None:
         """Runs that MLflow's own retries made, unnoticed."""

@@ -16,6 +16,7 @@ from orchestrator.tracking.follower import TrackingFollower
 from orchestrator.tracking.mlflow_view import MlflowView
 from orchestrator.tracking.model_files import download_adapter
 from orchestrator.tracking.registry import Registry
+from orchestrator.tracking.runs import find_runs
 from orchestrator.tracking.stores import FORWARDING_ENVIRONMENT, environment
 from tests import runs as samples
 from tests.integration.conftest import Command, write_config
@@ -50,6 +51,9 @@ def check(store: RunStore, view: MlflowView, server: str) -> None:
     client = MlflowClient(tracking_uri=server)
     assert lost_and_doubled(store, client, view.experiment_id) == HOLDS_ALL
     assert client.get_run(view.run_id).info.status == "FINISHED"
+    for run in find_runs(client, view.experiment_id, store.sweep.run_id):
+        assert run.data.params, run.info.run_name
+        assert len(run.inputs.dataset_inputs) == 2, run.info.run_name
 
 
 @pytest.mark.parametrize("down", ["at the start", "in the middle", "at the end"])

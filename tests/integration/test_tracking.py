@@ -18,7 +18,7 @@ from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.follower import TrackingFollower
 from orchestrator.tracking.mlflow_view import MlflowView
 from orchestrator.tracking.registry import Registry
-from orchestrator.tracking.runs import milliseconds
+from orchestrator.tracking.runs import TRIAL_TAG, ensure_experiment, milliseconds, own_tags
 from orchestrator.tracking.stores import check_reachable, default_store
 from orchestrator.tracking.system_run import PROBE
 from tests import runs as samples
@@ -138,6 +138,24 @@ def test_a_crash_between_a_batch_and_the_end_sends_the_rest_once(
     assert num_points(client, view.trial_run_id(0), "train_loss") == 20
     assert num_points(client, view.trial_run_id(0), "eval_loss") == 4
     assert client.get_run(view.trial_run_id(0)).info.status == "FINISHED"
+
+
+def test_runs_that_a_crash_left_empty_are_filled(
+    make_run: MakeRun, uri: str, client: MlflowClient
+) -> None:
+    store = make_run()
+    experiment_id = ensure_experiment(client, uri, store.sweep.config.experiment_name)
+    tags = own_tags(store.sweep.run_id)
+    parent = client.create_run(experiment_id, tags=tags).info.run_id
+    inner = tags | {"mlflow.parentRunId": parent, TRIAL_TAG: "0"}
+    trial = client.create_run(experiment_id, tags=inner).info.run_id
+    view = connected(store, uri)
+    view.sync()
+    assert (view.run_id, view.trial_run_id(0)) == (parent, trial)
+    filled, filled_trial = client.get_run(parent), client.get_run(trial)
+    assert filled.data.params["train_data"] == store.sweep.config.data.train_name
+    assert filled_trial.data.params["rank"] == str(store.trials[0].config.adapter.rank)
+    assert [len(run.inputs.dataset_inputs) for run in (filled, filled_trial)] == [2, 2]
 
 
 def test_points_that_come_late_for_a_step_are_sent(
