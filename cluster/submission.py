@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-import yaml
-
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.files import record_digest
 from orchestrator.sweep.run_store import DRIVER_LOG, RESUMABLE_FIELDS
+from orchestrator.yaml_core import dump_yaml
 
 # KubeRay derives names of pods and services from a job's, and refuses longer ones.
 MAX_JOB_NAME = 47
@@ -189,7 +188,7 @@ def _entrypoint(config: SweepConfig, run_dir: str, await_workers_s: int) -> str:
         *("--log-file", f"{run_dir}/{DRIVER_LOG}"),
     ]
     content = config.model_dump(mode="json", exclude_defaults=True)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text = dump_yaml(content)
     if END_OF_SWEEP in text.splitlines():
         raise ConfigError(
             f"a line of the configuration is {END_OF_SWEEP}, which ends it: change it"

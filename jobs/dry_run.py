@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from orchestrator.tracking.stores import resolve_tracking_uri, without_password
 from orchestrator.tracking.translation import shown
 from orchestrator.training.model_source import find_source, folder_here
 from orchestrator.wording import counted
+from orchestrator.yaml_core import dump_yaml
 
 NO_BASE_YET = UnknownShape("the base is not here yet: a sweep fetches it, and chooses anew")
 
@@ -229,7 +229,7 @@ def _print_settings(
     for name, value in resolved.items():
         console.print(f"  {name}: {value}", highlight=False)
     console.print("settings:")
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    text = dump_yaml(config.model_dump(mode="json"))
     console.print("  " + text.replace("\n", "\n  ").rstrip(), markup=False)
 
 

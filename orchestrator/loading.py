@@ -3,8 +3,8 @@
 In: a path and `field=value` overrides. Out: SweepConfig. Each mistake is one line,
 `file:line: field: rule (got value)`, with a suggestion for a misspelt name.
 
-YAML 1.2's numbers and booleans are used, for PyYAML's 1.1 rules change meaning silently: `2e-4`
-would be a string, `off` a boolean, `1:30` the number 90; and a key given twice would be lost.
+Numbers and booleans are YAML 1.2's, see yaml_core.py; a key given twice is a mistake, for PyYAML
+would take the last.
 """
 
 import difflib
@@ -22,6 +22,7 @@ from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import ConfigError
 from orchestrator.search_config import RangeConfig
+from orchestrator.yaml_core import CoreLoader
 
 FieldPath = tuple[str | int, ...]
 COMMAND_LINE = "--set"
@@ -134,28 +135,8 @@ def _no_field(field: str) -> str:
     return f"{field} is no field of a trial{_suggestion(field, trial_fields())}"
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars, no duplicate keys, and no dates."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:null", re.compile(r"^(?:null|~|)$"), ["n", "~", ""]
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|nan)$"),
-    list("-+0123456789."),
-)
-
-
 def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[FieldPath, int]]:
-    loader = _Loader(text)
+    loader = CoreLoader(text)
     try:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
@@ -213,7 +194,7 @@ def _set_override(content: dict[str, Any], override: str) -> FieldPath:
     field, equals, text = override.partition("=")
     if not equals or not field:
         raise ConfigError(f"{COMMAND_LINE} {override}: must be written field=value")
-    loader = _Loader(text)
+    loader = CoreLoader(text)
     try:
         value = loader.get_single_data()
     except yaml.YAMLError as error:

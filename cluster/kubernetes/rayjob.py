@@ -24,6 +24,7 @@ from cluster.submission import Submission, plan_submission
 from orchestrator.config import SweepConfig
 from orchestrator.data_config import BUILTIN_DATASETS
 from orchestrator.errors import ConfigError
+from orchestrator.yaml_core import CoreDumper
 
 Object = dict[str, Any]
 
@@ -285,12 +286,11 @@ def _without_autoscaler(cluster: Object) -> None:
     cluster["headGroupSpec"]["template"]["spec"]["automountServiceAccountToken"] = False
 
 
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+class _Dumper(CoreDumper):
+    """Texts of several lines stay so."""
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     style = "|" if "\n" in text else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

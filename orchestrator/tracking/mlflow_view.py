@@ -12,8 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import yaml
-
 from orchestrator.records import TrialSpec
 from orchestrator.sweep.run_store import DRIVER_LOG, RunStore
 from orchestrator.tracking.description import describe_sweep
@@ -44,6 +42,7 @@ from orchestrator.tracking.translation import (
     trial_name,
 )
 from orchestrator.tracking.trial_run import TrialRun
+from orchestrator.yaml_core import dump_yaml
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -299,7 +298,7 @@ class MlflowView:
         with TemporaryDirectory() as scratch:
             path = Path(scratch) / "config.yaml"
             content = self._sweep.config.model_dump(mode="json")
-            path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            path.write_text(dump_yaml(content), encoding="utf-8")
             self._client.log_artifact(self._run_id, str(path))
 
     def _write_ids(self) -> None:

@@ -10,8 +10,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from orchestrator.files import write_text
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.figures import report_figures
@@ -21,6 +19,7 @@ from orchestrator.tracking.summary import SummaryRow, summary_rows
 from orchestrator.tracking.timeline import PackTime, pack_times
 from orchestrator.tracking.translation import brief, perplexity
 from orchestrator.wording import counted
+from orchestrator.yaml_core import dump_yaml
 
 MAX_DECISIONS = 40
 
@@ -194,7 +193,7 @@ def _data(store: RunStore) -> str:
 
 
 def _configuration(config: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    text = dump_yaml(dict(config))
     return (
         f"<section><details><summary>Configuration</summary><pre>{escape(text)}</pre>"
         "</details></section>"

@@ -370,3 +370,16 @@ def test_a_loaded_configuration_is_overridden_and_checked_anew() -> None:
         override_config(config, ["trial.steps=0"])
     with pytest.raises(ConfigError, match=r"^--set search.space.seed.0: seed: Input should be"):
         override_config(config, ["search.space.seed=[-1]"])
+
+
+@pytest.mark.parametrize(("written", "meant"), [("010", 10), ("08", 8), ("+007", 7)])
+def test_zeros_before_a_whole_number_change_nothing(written: str, meant: int) -> None:
+    assert parse_config(GOOD + f"trial: {{steps: {written}}}\n", "f").trial.steps == meant
+    assert parse_config(GOOD, "f", [f"trial.steps={written}"]).trial.steps == meant
+
+
+def test_a_whole_number_of_more_digits_than_can_be_read_is_a_mistake() -> None:
+    (line,) = mistakes(GOOD + f"trial: {{steps: {'1' * 5000}}}\n")
+    assert line.startswith("sweep.yaml:4: not valid YAML: no whole number that can be read: 111")
+    with pytest.raises(ConfigError, match="the value is not valid YAML"):
+        parse_config(GOOD, "f", [f"trial.steps={'1' * 5000}"])

@@ -86,6 +86,11 @@ def test_the_entrypoint_carries_the_whole_sweep() -> None:
     assert "--or-resume" in command
 
 
+def test_a_name_that_looks_like_a_number_is_a_text_to_every_reader() -> None:
+    job = rendered(name="4e5").rayjob
+    assert "qlora-orchestrator/sweep-name: '4e5'" in to_yaml(job)
+
+
 def test_a_value_never_reaches_the_shell(tmp_path: Path) -> None:
     evil = f"org/$(touch {tmp_path}/x)`touch {tmp_path}/y`'\"; touch {tmp_path}/z"
     entrypoint = rendered(data__train=evil).rayjob["spec"]["entrypoint"]
