@@ -167,10 +167,10 @@ def driver_output(log: str) -> str:
 
 
 def exit_code(view: JobView) -> int:
-    """0 succeeded, 1 the work failed, 2 the input is wrong, 3 cancelled, 4 never started."""
+    """0 succeeded, 1 the work failed, 2 wrong input, 3 cancelled or paused, 4 never started."""
     if view.state == "succeeded":
         return 0
-    if view.state == "stopped":
+    if view.state in ("stopped", "suspended"):
         return 3
     if view.never_ran:
         return 4

@@ -1,8 +1,8 @@
 """The command line: `orchestrator VERB`. Parses, calls one function, turns errors into exit codes.
 
 Exit codes: 0 done, 1 the work failed, 2 the input is wrong, 130 interrupted; of a sweep on a
-cluster also 3 cancelled, 4 never started, 5 no contact. Imports nothing heavy: `--help` answers in
-well under half a second.
+cluster also 3 cancelled or paused, 4 never started, 5 no contact. Imports nothing heavy: `--help`
+answers in well under half a second.
 """
 
 import atexit

@@ -1,7 +1,8 @@
 """`orchestrator submit`: send a sweep to a cluster and follow it to its end.
 
 In: a configuration and a target. Out: an exit code, the sweep's own: 0 succeeded, 1 the work
-failed, 2 the input is wrong, 3 cancelled, 4 never started, 5 no contact, 130 left with Ctrl-C.
+failed, 2 the input is wrong, 3 cancelled or paused, 4 never started, 5 no contact, 130 left with
+Ctrl-C.
 """
 
 from collections.abc import Callable

@@ -241,6 +241,7 @@ def test_a_sweep_on_more_gpus_is_the_same_sweep() -> None:
         (view("failed", "", exit_code=1), 1),
         (view("failed", "", exit_code=2), 2),
         (view("stopped", ""), 3),
+        (view("suspended", ""), 3),
         (view("failed", "", never_ran=True), 4),
     ],
 )

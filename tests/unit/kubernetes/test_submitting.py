@@ -254,6 +254,15 @@ def test_a_pause_without_a_queue_suspends_and_a_submit_goes_on(stage: Stage) -> 
     assert rayjob(stage)["spec"]["suspend"] is False
 
 
+def test_whoever_follows_a_sweep_that_another_pauses_is_not_told_of_a_failure(stage: Stage) -> None:
+    def paused(stage: Stage) -> None:
+        stage.target.pause(NAME)
+        stage.status("Suspended")
+
+    assert stage.submit(running, paused) == 3
+    assert "test suspended" in stage.output
+
+
 def test_a_pause_with_a_queue_makes_the_workload_inactive(tmp_path: Path) -> None:
     stage = queued_stage(tmp_path)
     stage.submit(sending=Sending(detach=True))
