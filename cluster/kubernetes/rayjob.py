@@ -33,6 +33,8 @@ SWEEP_LABEL = f"{PREFIX}/sweep"
 SWEEP_NAME = f"{PREFIX}/sweep-name"
 DIGEST = f"{PREFIX}/config-digest"
 RUN_DIR = f"{PREFIX}/run-dir"
+# What a cancel or a pause has changed in the spec, as it was: a job that goes on has it again.
+SPEC_BEFORE_STOP = f"{PREFIX}/spec-before-stop"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 

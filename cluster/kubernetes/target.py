@@ -6,6 +6,7 @@ nothing: rendering, the linter and the story are pure and elsewhere.
 
 import base64
 import copy
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,13 @@ from cluster.kubernetes import linter
 from cluster.kubernetes.api import KubernetesApi
 from cluster.kubernetes.options import KubernetesOptions, shape
 from cluster.kubernetes.quantities import Object
-from cluster.kubernetes.rayjob import QUEUE_LABEL, SWEEP_LABEL, pods, render_rayjob
+from cluster.kubernetes.rayjob import (
+    QUEUE_LABEL,
+    SPEC_BEFORE_STOP,
+    SWEEP_LABEL,
+    pods,
+    render_rayjob,
+)
 from cluster.kubernetes.story import Observed, tell
 from cluster.kubernetes.translation import job_view
 from cluster.ray_jobs import Answer, RayJobs
@@ -123,7 +130,7 @@ class KubernetesTarget:
         if job_id and job_view(job).state == "running":
             if "deletionStrategy" in job["spec"]:
                 # Its rules know no end by a stop: the cluster would stay for ever.
-                self._api.patch("RayJob", name, {"spec": SHUT_DOWN})
+                self._api.patch("RayJob", name, _keep_nothing(job))
             try:
                 self._ray(name).stop(job_id)
                 return
@@ -138,8 +145,9 @@ class KubernetesTarget:
             self._api.patch("Workload", workload["metadata"]["name"], {"spec": {"active": False}})
         else:
             # The operator suspends no job that keeps its cluster.
-            kept = SHUT_DOWN if "deletionStrategy" in job["spec"] else {}
-            self._api.patch("RayJob", name, {"spec": {"suspend": True, **kept}})
+            change = _keep_nothing(job) if "deletionStrategy" in job["spec"] else {"spec": {}}
+            change["spec"]["suspend"] = True
+            self._api.patch("RayJob", name, change)
 
     def resume(self, name: str) -> None:
         job = self._existing(name)
@@ -150,7 +158,9 @@ class KubernetesTarget:
         elif workload is not None:
             self._api.patch("Workload", workload["metadata"]["name"], {"spec": {"active": True}})
         else:
-            self._api.patch("RayJob", name, {"spec": {"suspend": False}})
+            change: Object = {"spec": {"suspend": False, **_before_stop(job)}}
+            change["metadata"] = {"annotations": {SPEC_BEFORE_STOP: None}}
+            self._api.patch("RayJob", name, change)
 
     def _existing(self, name: str) -> Object:
         job = self._api.get("RayJob", name)
@@ -219,6 +229,21 @@ class KubernetesTarget:
         return RayJobs(send)
 
 
+def _keep_nothing(job: Object) -> Object:
+    """The change that takes a job's deletionStrategy away, and remembers it."""
+    before = {name: job["spec"].get(name) for name in SHUT_DOWN}
+    return {
+        "metadata": {"annotations": {SPEC_BEFORE_STOP: json.dumps(before)}},
+        "spec": dict(SHUT_DOWN),
+    }
+
+
+def _before_stop(job: Object) -> Object:
+    """The fields that `_keep_nothing` has changed, as they were; None: not given."""
+    fields: Object = json.loads(job["metadata"].get("annotations", {}).get(SPEC_BEFORE_STOP, "{}"))
+    return fields
+
+
 def _as_sent(job: Object) -> Object:
     """Without what the API server and the operator have added."""
     sent = copy.deepcopy(job)
@@ -227,4 +252,7 @@ def _as_sent(job: Object) -> Object:
     sent["metadata"] = {name: sent["metadata"][name] for name in kept if name in sent["metadata"]}
     for field in ("suspend", "jobId"):
         sent["spec"].pop(field, None)
+    sent["metadata"].get("annotations", {}).pop(SPEC_BEFORE_STOP, None)
+    sent["spec"] |= _before_stop(job)
+    sent["spec"] = {name: value for name, value in sent["spec"].items() if value is not None}
     return sent

@@ -1,5 +1,6 @@
 """A sweep is submitted to the stand-in of Kubernetes and followed to its end, whatever happens."""
 
+import copy
 import io
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from cluster.kubernetes.linter import lint
 from cluster.kubernetes.options import KubernetesOptions
 from jobs.submit import Sending
 from jobs.submitted import (
@@ -412,6 +414,27 @@ def test_a_pause_gives_back_what_a_failure_would_keep(tmp_path: Path) -> None:
     spec = rayjob(stage)["spec"]
     assert (spec["suspend"], spec["shutdownAfterJobFinishes"]) == (True, True)
     assert "deletionStrategy" not in spec
+
+
+@pytest.mark.parametrize("pause", [False, True])
+def test_a_sweep_that_is_resumed_keeps_its_cluster_again_if_it_fails(
+    tmp_path: Path, pause: bool
+) -> None:
+    stage = Stage(tmp_path, KubernetesOptions(gpus=2, keep_failed_s=1800))
+    stage.submit(sending=Sending(detach=True))
+    sent = copy.deepcopy(rayjob(stage))
+    for _ in range(2):  # what is resumed may be stopped again
+        running(stage)
+        stage.play(lambda stage: stage.status("Complete", stage.ray.jobs["job-1"]["status"]))
+        cancel_job(stage.target, NAME, pause, stage.person)
+        assert "deletionStrategy" not in rayjob(stage)["spec"]
+        if pause:
+            stage.status("Suspended")
+        resume_job(stage.target, NAME, True, stage.person)
+        job = rayjob(stage)
+        assert job["metadata"]["annotations"] == sent["metadata"]["annotations"]
+        assert {**job["spec"], "suspend": False} == {**sent["spec"], "suspend": False}
+        assert lint(job) == []
 
 
 def queued_stage(tmp_path: Path) -> Stage:
