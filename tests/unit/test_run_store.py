@@ -125,9 +125,7 @@ def test_what_a_trial_was_trained_with_is_that_of_the_attempt_that_got_furthest(
     assert store.arithmetic(0) == Arithmetic(2, 8, True)
 
 
-def test_a_checkpoint_that_cannot_be_removed_is_told_of_and_keeps_no_other(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_checkpoint_that_cannot_be_removed_keeps_no_other(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
     _, folder = store.start_attempt(0, Arithmetic(1, 8, False))
     (folder / "checkpoint-00000002").symlink_to(tmp_path)  # which rmtree refuses
@@ -135,7 +133,6 @@ def test_a_checkpoint_that_cannot_be_removed_is_told_of_and_keeps_no_other(
         write_json(folder / f"checkpoint-{step:08d}" / "checkpoint.json", {})
     store.drop_files(result(0, 1.0))
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-00000002"]
-    assert f"{folder}/checkpoint-00000002: the next start of the sweep removes it" in caplog.text
 
 
 def test_a_curve_shows_the_latest_attempt_where_attempts_overlap(tmp_path: Path) -> None:
