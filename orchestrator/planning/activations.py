@@ -139,17 +139,13 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
 
 def joins_mlp(shape: BaseShape, load: PackLoad) -> bool:
     """Whether the adapters of the base's MLPs are one operator with what is between them."""
-    leaves = Counter(
-        target.name.rpartition(".")[2] for target in shape.targets(load.target_modules)
-    )
-    return (
-        all(leaves[name] == shape.num_layers for name in JOINED_LAYERS)
-        and shape.activation == "silu"
-        and load.cuda
-        and load.dtype_bytes == 2
-        and load.max_rank <= JOINED_MOST_RANK
-        and not (load.eager or load.dora or load.dropout)
-    )
+    if load.eager or load.dora or load.dropout or not load.cuda or load.dtype_bytes != 2:
+        return False
+    if shape.activation != "silu" or load.max_rank > JOINED_MOST_RANK:
+        return False
+    targets = shape.targets(load.target_modules)
+    leaves = Counter(target.name.rpartition(".")[2] for target in targets)
+    return all(leaves[name] == shape.num_layers for name in JOINED_LAYERS)
 
 
 def _generation_bytes(shape: BaseShape, load: PackLoad, passing: int) -> float:

@@ -19,6 +19,7 @@ from orchestrator.planning.options import (
 )
 from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import StepProgram
+from orchestrator.wording import counted
 
 # The estimate's error, and what else there is on the device.
 BUDGET_FRACTION = 0.9
@@ -90,7 +91,7 @@ def after_out_of_memory(
     if lost.memory is None:
         most = min(premises.max_slots_unknown, max(1, lost.num_slots // 2))
         known = replace(premises, max_slots_unknown=most)
-        reason = f"{_slots(lost.num_slots)} ran out of memory: at most {most} from now on"
+        reason = f"{counted(lost.num_slots, 'slot')} ran out of memory: at most {most} from now on"
     else:
         expected = lost.memory.total_bytes
         held = int(OUT_OF_MEMORY_FACTOR * expected / BUDGET_FRACTION)
@@ -147,8 +148,9 @@ def _without_estimate(premises: Premises, wish: PackWish, unknown: str) -> Fit:
     why = ", as the memory is unknown" if careful else ""
     reasons = (
         _set_slots(wish)
-        or f"{_slots(num_slots)} for {wish.share} (at most {premises.max_slots_unknown})",
-        f"{_blocks(micro)} in a pass{why if wish.micro_batch_size is None else f', {wish.as_set}'}",
+        or f"{counted(num_slots, 'slot')} for {wish.share} (at most {premises.max_slots_unknown})",
+        f"{counted(micro, 'block')} in a pass"
+        + (why if wish.micro_batch_size is None else f", {wish.as_set}"),
         *(["dequantised once, as set"] if resident else []),
         _set_recomputation(wish) or (f"recomputation{why}" if recomputes else "no recomputation"),
         _program_reason(premises, wish),
@@ -171,7 +173,7 @@ class _Reasons:
     def slots(self) -> str:
         if words := _set_slots(self.wish):
             return words
-        words = f"{_slots(self.chosen.num_slots)} for {self.wish.share}"
+        words = f"{counted(self.chosen.num_slots, 'slot')} for {self.wish.share}"
         if self.chosen.num_slots == self.wanted.num_slots:
             most = max_slots(self.premises, self.wanted.micro_batch_size)
             return f"{words} (at most {most})"
@@ -180,10 +182,10 @@ class _Reasons:
     def micro_batch(self) -> str:
         micro = self.chosen.micro_batch_size
         if self.wish.micro_batch_size is not None:
-            return f"{_blocks(micro)} in a pass, {self.wish.as_set}"
+            return f"{counted(micro, 'block')} in a pass, {self.wish.as_set}"
         if micro == self.wish.worker_blocks:
-            return f"all {_blocks(micro)} in one pass"
-        words = f"{micro} of {_blocks(self.wish.worker_blocks)} in a pass"
+            return f"all {counted(micro, 'block')} in one pass"
+        words = f"{micro} of {counted(self.wish.worker_blocks, 'block')} in a pass"
         if micro == self.wanted.micro_batch_size:
             return f"{words}, which fill the GPU"
         recomputes = self.chosen.gradient_checkpointing or self.wish.gradient_checkpointing is False
@@ -244,7 +246,7 @@ class _Reasons:
 def _set_slots(wish: PackWish) -> str:
     if wish.alone:
         return f"alone, for {wish.alone}"
-    return f"{_slots(wish.num_slots)}, as set" if wish.num_slots is not None else ""
+    return f"{counted(wish.num_slots, 'slot')}, as set" if wish.num_slots is not None else ""
 
 
 def _set_recomputation(wish: PackWish) -> str:
@@ -260,14 +262,6 @@ def _program_reason(premises: Premises, wish: PackWish) -> str:
         return f"step program {program}, for {wish.only_eager}"
     as_set = "" if premises.resources.step_program == "auto" else ", as set"
     return f"step program {program}{as_set}"
-
-
-def _slots(count: int) -> str:
-    return "1 slot" if count == 1 else f"{count} slots"
-
-
-def _blocks(count: int) -> str:
-    return "1 block" if count == 1 else f"{count} blocks"
 
 
 def _gib(num_bytes: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind
+from orchestrator.wording import counted
 
 # One pack may have had a slow host; the median of three is not moved by one. As a pack counts in
 # its scope and in both wider ones, one alone moves the factor of its own by 70 %, two by 96 %.
@@ -91,8 +92,7 @@ class Factors:
             return ""
         self._told[scope] = factor
         expected, found = self._median(scope).rates
-        count = self.num_packs(*scope)
-        packs = "1 pack" if count == 1 else f"{count} packs"
+        packs = counted(self.num_packs(*scope), "pack")
         return (
             f"predicted {expected:,.0f} tokens/s, measured {found:,.0f} in {packs}: "
             f"durations x {factor:.2f}"

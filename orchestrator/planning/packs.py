@@ -24,6 +24,7 @@ from orchestrator.planning.kinds import ALIKE, WorkerKind, longest_for
 from orchestrator.planning.options import PackWish, Premises
 from orchestrator.planning.waiting import FRESH, Kept, Lines, PackKey, indexed, pack_key
 from orchestrator.records import Arithmetic, TrialSpec
+from orchestrator.wording import counted
 
 AS_HAD = "as half-trained trials had"
 
@@ -82,7 +83,7 @@ def why_not_kept(
         return f"resources.workers_per_pack is {wanted} now"
     large = [kind for kind in kinds if kind.count >= had.world_size]
     if not large:
-        return f"the sweep has {_workers(sum(kind.count for kind in kinds))} now"
+        return f"the sweep has {counted(sum(kind.count for kind in kinds), 'worker')} now"
     wish = _wish(pack_key(trial), 1, 1, had.world_size, premises, had)
     if not any(fit(premises_for(kind, premises), wish).fits for kind in large):
         return "it does not fit the memory now"
@@ -135,7 +136,7 @@ def plan_pack(
     if had is None:
         world_size, why = _world_size(key, number, lines, kind.count, workers, premises)
     else:
-        world_size, why = had.world_size, f"{_workers(had.world_size)}, {AS_HAD}"
+        world_size, why = had.world_size, f"{counted(had.world_size, 'worker')}, {AS_HAD}"
     if world_size > kind.count:
         return None
     share = math.ceil(number / max(1.0, _num_packs(key, lines, free, kinds, world_size, groups)))
@@ -227,7 +228,7 @@ def _world_size(
     """Workers for the next pack of this key, and why; `free_here` are of the kind in question."""
     wanted = premises.resources.workers_per_pack
     if wanted is not None:
-        words = f"{_workers(wanted)}, as set"
+        words = f"{counted(wanted, 'worker')}, as set"
         idle = free_here - wanted
         if 0 < idle < wanted:
             words += f", which leaves {idle} of {free_here} free ones idle"
@@ -241,8 +242,8 @@ def _world_size(
     size = max(count for count in range(1, spare + 1) if parts % count == 0)
     few = f"{num_waiting} waiting over {free_workers} free"
     if size == spare:
-        return size, f"{_workers(size)}, {few}"
-    return size, f"{_workers(size)}, {few}: the batch divides no further"
+        return size, f"{counted(size, 'worker')}, {few}"
+    return size, f"{counted(size, 'worker')}, {few}: the batch divides no further"
 
 
 def _wish(
@@ -278,7 +279,3 @@ def _wish(
         gradient_checkpointing=had.gradient_checkpointing,
         as_set=AS_HAD,
     )
-
-
-def _workers(count: int) -> str:
-    return "1 worker" if count == 1 else f"{count} workers"
