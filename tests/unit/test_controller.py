@@ -10,10 +10,9 @@ import pytest
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError, DiskFull
 from orchestrator.files import read_json, write_json
-from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import GIB
 from orchestrator.planning.options import Premises
-from orchestrator.planning.packs import learn_from, preview_packs
+from orchestrator.planning.packs import preview_packs
 from orchestrator.planning.shape import UnknownShape
 from orchestrator.planning.waiting import pack_key
 from orchestrator.records import (
@@ -31,7 +30,6 @@ from orchestrator.records import (
     TrialSpec,
 )
 from orchestrator.sweep.executor import InProcessExecutor
-from orchestrator.sweep.lessons import heeding, lesson
 from orchestrator.sweep.policy import AbandonPack, PackView, SweepView, decide
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
@@ -297,44 +295,6 @@ def test_a_resume_does_not_run_out_of_memory_again(tmp_path: Path) -> None:
     assert make_controller(store, InProcessExecutor(TightWorker), num_workers=1).run()
     assert finished(store) == [0, 1, 2, 3]
     assert "plan_less_memory" not in {d["action"] for d in store.decisions[before:]}
-
-
-@pytest.mark.parametrize("kind", ["", "H200"])
-def test_less_memory_is_remembered_as_a_part_of_it(kind: str) -> None:
-    config = sweep_config()
-    given = on_gpus(config)
-    kinds = (WorkerKind(kind, 1, 141 * GIB),) if kind else ()
-    trials = [TrialSpec(n, {}, config.trial) for n in range(8)]
-    ((lost, _),) = preview_packs(trials, 1, given, kinds=kinds)
-    learned = learn_from(lost, given)
-    assert learned is not None
-    facts = lesson(given, learned[0])
-    decisions = [{"action": "plan_less_memory", "facts": facts}, {"action": "start"}]
-    ((again, _),) = preview_packs(trials, 1, heeding(given, decisions), kinds=kinds)
-    ((as_then, _),) = preview_packs(trials, 1, learned[0], kinds=kinds)
-    assert again.fit.budget_bytes == pytest.approx(as_then.fit.budget_bytes, rel=1e-6)
-    assert again.fit.budget_bytes < lost.fit.budget_bytes
-    ((smaller, _),) = preview_packs(
-        trials, 1, heeding(premises(config, "cuda", LLAMA_8B, 70 * GIB), decisions)
-    )
-    assert smaller.fit.budget_bytes < 0.9 * 70 * GIB, "and of workers with other memory too"
-
-
-@pytest.mark.parametrize("kind", ["", "H200"])
-def test_packs_on_a_base_without_an_estimate_give_up_slots(kind: str) -> None:
-    config = sweep_config()
-    given = premises(config, "cuda", UnknownShape("a mixture of experts"), 141 * GIB)
-    kinds = (WorkerKind(kind, 1, 141 * GIB),) if kind else ()
-    trials = [TrialSpec(n, {}, config.trial) for n in range(8)]
-    slots = []
-    for _ in range(8):
-        ((lost, _),) = preview_packs(trials, 1, given, kinds=kinds)
-        slots.append(lost.num_slots)
-        if (learned := learn_from(lost, given)) is None:
-            break
-        given, _ = learned
-    assert slots == sorted(set(slots), reverse=True)
-    assert slots[-1] == 1
 
 
 def test_trials_whose_pack_can_give_up_nothing_fail_for_want_of_memory(tmp_path: Path) -> None:

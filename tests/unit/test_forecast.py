@@ -1,6 +1,5 @@
 """The sweep in simulated time, through the real policy."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 from benchmarks.memory_cases import base_shape
 from benchmarks.models import SHAPES
 from benchmarks.planner_simulation import simulated
-from benchmarks.recording import RESULTS
 from orchestrator.config import QuantConfig
 from orchestrator.planning.gpus import GPUS
 from orchestrator.planning.kinds import WorkerKind
@@ -19,6 +17,7 @@ from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.speed import tokens_per_s
 from orchestrator.records import TrialSpec
 from orchestrator.sweep.forecast import Forecast, Loss, forecast
+from tests.recorded import recorded_packs
 from tests.sweeps import LLAMA_8B, premises, sweep_config
 
 START_S = 10.0
@@ -83,20 +82,9 @@ def test_a_simulated_sweep_ends_with_every_trial_trained_near_its_lower_bound() 
     assert 0.5 < row["slot_utilisation"] <= 1.0
 
 
-RECORDED = ("packs_gpu", "engine_single")
-NAMES = ("shape", "bit_width", "adapters", "tokens_per_adapter")
-
-
 def recorded_rates() -> list[Any]:
-    files = [json.loads((RESULTS / f"{name}.json").read_text()) for name in RECORDED]
     # A compiled step waits for its CPU, which differs from machine to machine.
-    own = {
-        " ".join(str(row[name]) for name in NAMES): row
-        for content in files
-        for row in content["rows"]
-        if row["who"] == "pack" and row["program"] == "graph"
-    }
-    return [pytest.param(row, id=name) for name, row in own.items()]
+    return [param for param in recorded_packs() if param.values[0]["program"] == "graph"]
 
 
 @pytest.mark.parametrize("row", recorded_rates())

@@ -1,10 +1,6 @@
-"""The base's shape from its files, and the memory model over it."""
+"""The memory model over a base's shape."""
 
-import json
-import struct
-from collections.abc import Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +9,6 @@ from hypothesis import strategies as st
 
 from benchmarks.memory_cases import base_shape
 from benchmarks.models import SHAPES
-from benchmarks.recording import RESULTS
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.planning.activations import joins_mlp, pass_memory
 from orchestrator.planning.load import PackLoad
@@ -23,7 +18,7 @@ from orchestrator.planning.memory import (
     PackMemory,
     estimate_memory,
 )
-from orchestrator.planning.shape import UnknownShape, matching, read_shape
+from tests.recorded import recorded_packs
 from tests.sweeps import LLAMA_8B, LLAMA_HALF_B
 
 LOAD = PackLoad(
@@ -42,77 +37,6 @@ LOAD = PackLoad(
     step_program="graph",
     cuda=True,
 )
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_attention_heads": 2,
-    "vocab_size": 40,
-    "tie_word_embeddings": True,
-}
-TENSORS = {
-    "model.embed_tokens.weight": [40, 8],
-    "model.layers.0.self_attn.q_proj.weight": [8, 8],
-    "model.layers.0.self_attn.q_proj.bias": [8],
-    "model.layers.0.mlp.up_proj.weight": [16, 8],
-    "model.norm.weight": [8],
-    "lm_head.weight": [40, 8],
-}
-
-
-def write_base(folder: Path, **changes: Any) -> Path:
-    """A base whose files have headers and no weights."""
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    for part in (0, 1):
-        write_weights(folder / f"model-{part}.safetensors", list(TENSORS)[part::2])
-    return folder
-
-
-def write_weights(path: Path, names: Sequence[str], prefix: str = "") -> None:
-    header = {prefix + name: {"dtype": "BF16", "shape": TENSORS[name]} for name in names}
-    text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text)
-
-
-def test_a_shape_is_read_from_the_headers_of_all_files(tmp_path: Path) -> None:
-    shape = read_shape(write_base(tmp_path))
-    assert not isinstance(shape, UnknownShape)
-    sizes = {linear.name: (linear.in_features, linear.out_features) for linear in shape.linears}
-    assert sizes == {
-        "model.layers.0.self_attn.q_proj": (8, 8),
-        "model.layers.0.mlp.up_proj": (8, 16),
-    }
-    assert (shape.num_kv_heads, shape.head_dim) == (2, 4)
-    assert shape.num_linear_params == 64 + 128
-    assert shape.num_plain_params == 320 + 8 + 8  # tied: the head's copy is not loaded
-    assert shape.tied_embeddings
-
-
-@pytest.mark.parametrize("single", [True, False])
-def test_a_base_that_lies_in_its_folder_twice_is_counted_once(tmp_path: Path, single: bool) -> None:
-    alone = read_shape(write_base(tmp_path))
-    if single:
-        write_weights(tmp_path / "model.safetensors", list(TENSORS))
-    else:
-        files = {name: f"model-{n % 2}.safetensors" for n, name in enumerate(TENSORS)}
-        index = tmp_path / "model.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": files}))
-    write_weights(tmp_path / "consolidated.safetensors", list(TENSORS), prefix="other.")
-    assert read_shape(tmp_path) == alone
-
-
-def test_a_damaged_index_leaves_the_shape_unknown(tmp_path: Path) -> None:
-    (write_base(tmp_path) / "model.safetensors.index.json").write_text("{}")
-    assert isinstance(read_shape(tmp_path), UnknownShape)
-
-
-def test_an_output_head_of_its_own_is_not_quantised(tmp_path: Path) -> None:
-    shape = read_shape(write_base(tmp_path, tie_word_embeddings=False))
-    assert not isinstance(shape, UnknownShape)
-    assert shape.num_linear_params == 64 + 128
-    assert shape.num_plain_params == 2 * 320 + 8 + 8
-    assert not shape.tied_embeddings
 
 
 def test_in_place_an_embedding_that_no_head_shares_is_planned_on_the_host() -> None:
@@ -125,60 +49,6 @@ def test_in_place_an_embedding_that_no_head_shares_is_planned_on_the_host() -> N
     embedding = 128_256 * 4096 * 2
     assert tied.base_bytes - untied.base_bytes == embedding
     assert untied.host_bytes - tied.host_bytes == embedding
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"hidden_size": None}, "family 'llama': its config.json has no hidden_size"),
-        ({"num_local_experts": 8}, "a mixture of experts"),
-        ({"quantization_config": {"bits": 4}}, "quantised already"),
-    ],
-)
-def test_a_family_that_the_model_does_not_cover_is_named(
-    tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
-    shape = read_shape(write_base(tmp_path, **changes))
-    assert isinstance(shape, UnknownShape)
-    assert words in shape.reason
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff" * 20, struct.pack("<Q", 9) + b"not json."])
-def test_a_damaged_file_leaves_the_shape_unknown(tmp_path: Path, content: bytes) -> None:
-    (write_base(tmp_path) / "model-0.safetensors").write_bytes(content)
-    assert isinstance(read_shape(tmp_path), UnknownShape)
-
-
-def test_a_folder_without_weights_leaves_the_shape_unknown(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert read_shape(tmp_path) == UnknownShape("the base has no .safetensors files")
-
-
-def test_the_shape_of_a_real_folder_has_the_layers_that_take_adapters(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
-    from tests.tiny import make_base_model
-
-    make_base_model(tmp_path)
-    shape = read_shape(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert not isinstance(shape, UnknownShape)
-    assert shape.num_params == sum(parameter.numel() for parameter in model.parameters())
-    head = model.get_output_embeddings()
-    modules = model.named_modules()
-    linear = {n for n, m in modules if isinstance(m, torch.nn.Linear) and m is not head}
-    assert {layer.name for layer in shape.linears} == linear
-
-
-def test_adapters_go_where_names_end_as_the_user_wrote() -> None:
-    assert len(LLAMA_8B.targets("all-linear")) == 7 * 32
-    named = LLAMA_8B.targets(("q_proj", "mlp.up_proj"))
-    assert len(named) == 2 * 32
-    assert LLAMA_8B.targets(("proj",)) == ()
-    names = ["q_proj", "a.q_proj", "a.xq_proj"]
-    assert matching(names, ("q_proj",)) == ["q_proj", "a.q_proj"]
-    assert matching(names, "all-linear") == names
 
 
 def gib(load: PackLoad, *parts: str) -> float:
@@ -347,22 +217,7 @@ def test_recomputation_keeps_a_fraction_of_the_activations() -> None:
     assert training(replace(load, gradient_checkpointing=True)) < training(load) / 6
 
 
-RECORDED = ("packs_gpu", "engine_single")
-NAMES = ("shape", "bit_width", "adapters", "tokens_per_adapter", "program")
-
-
-def recorded_peaks() -> list[Any]:
-    files = [json.loads((RESULTS / f"{name}.json").read_text()) for name in RECORDED]
-    own = {
-        " ".join(str(row[name]) for name in NAMES): row
-        for content in files
-        for row in content["rows"]
-        if row["who"] == "pack"
-    }
-    return [pytest.param(row, id=name) for name, row in own.items()]
-
-
-@pytest.mark.parametrize("row", recorded_peaks())
+@pytest.mark.parametrize("row", recorded_packs())
 def test_the_model_says_what_an_h200_used(row: dict[str, Any]) -> None:
     load = replace(
         LOAD,
