@@ -90,6 +90,15 @@ def _wait(over: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
+def rank_environment(rank: int, gpus: int) -> dict[str, str]:
+    """Of one of two ranks on so many GPUs. NCCL refuses two ranks of one host on one GPU; it takes
+    them for two hosts where their NCCL_HOSTID differs, and goes through sockets then."""
+    place = {"CUDA_VISIBLE_DEVICES": str(rank % gpus)}
+    if gpus == 1:
+        place |= {"NCCL_HOSTID": f"rank-{rank}", "NCCL_SOCKET_IFNAME": "lo"}
+    return place
+
+
 def call(module: str, *arguments: str) -> str:
     """The last line that a module prints, run in a process that leaves nothing on the card."""
     child = subprocess.run(

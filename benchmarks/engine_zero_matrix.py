@@ -153,7 +153,7 @@ def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Ro
         for rank, log in enumerate(logs):
             command = [sys.executable, "-m", "benchmarks.zero_cells", f"--world-rank={rank}"]
             command += [f"--init-method={method}", f"--work={folder / 'work.json'}"]
-            place: Row = {"env": os.environ | {"CUDA_VISIBLE_DEVICES": str(rank)}}
+            place: Row = {"env": os.environ | children.rank_environment(rank, options.gpus)}
             with log.open("wb") as file:
                 place |= {"stdout": file, "stderr": file}
                 pair.append(children.start([*command, f"--rows={rows}"], **place))
@@ -196,6 +196,7 @@ def _options() -> argparse.Namespace:
     run.add_argument("--bits", type=int, nargs="+", default=list(BITS))
     run.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     run.add_argument("--pairs", type=int, default=2)
+    run.add_argument("--gpus", type=int, choices=(1, 2), default=2, help="1: both ranks on one")
     run.add_argument("--timeout", type=float, default=500, help="seconds of a pair")
     run.add_argument("--folder", type=Path, default=Path("/tmp/packs"))
     run.add_argument("--nvme", type=Path, default=Path("/tmp/nvme"))

@@ -1,4 +1,4 @@
-"""Two GPUs train a pack as one does."""
+"""Two ranks on GPUs, or on one where there is but one, train a pack as one worker does."""
 
 from pathlib import Path
 
@@ -10,16 +10,14 @@ from tests.training.conftest import MakeSpec
 from tests.training.test_data_parallel import TRIALS, check_pair, outcomes, train_together
 from tests.training.test_pack import train
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 
-
-def test_two_gpus_train_a_pack_as_one_does(make_spec: MakeSpec, tmp_path: Path) -> None:
+def test_two_ranks_train_a_pack_as_one_worker_does(make_spec: MakeSpec, tmp_path: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     spec = make_spec(device="cuda", micro_batch_size=1)
     check_pair(spec, spec, tmp_path, tolerance=1e-4)
 
 
-def test_two_gpus_with_recorded_programs_reach_the_losses_of_one(
+def test_two_ranks_with_recorded_programs_reach_the_losses_of_one_worker(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
     quant = QuantConfig(bit_width=4, compute_dtype="bfloat16").model_dump()

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.children import rank_environment
 from orchestrator.config import TrialConfig
 from orchestrator.records import Event, GroupPlace, PackSpec, TrialDone, TrialStopped
 from tests.training.conftest import MakeSpec, trial_config
@@ -28,7 +30,7 @@ TRIALS = [
 
 def worker(place: GroupPlace, spec: PackSpec, trials: Sequence[TrialConfig], folder: Path) -> None:
     if spec.device == "cuda":
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place.world_rank)
+        os.environ |= rank_environment(place.world_rank, min(2, torch.cuda.device_count()))
     result = train(spec, trials, folder, place)
     (folder / f"result-{place.world_rank}").write_bytes(pickle.dumps(result))
 
