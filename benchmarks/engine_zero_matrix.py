@@ -1,6 +1,6 @@
 """Bits x ZeRO stage x offload x optimizer on two GPUs: each cell trained, saved, loaded by PEFT.
 
-    python -m benchmarks.engine_zero_matrix run --rows FILE
+    python -m benchmarks.engine_zero_matrix run --rows FILE [--gpus 1]
     python -m benchmarks.engine_zero_matrix record --rows FILE
 
 A cell's held-out losses, after 4 and 8 steps of two blocks, are held against those of the
@@ -8,7 +8,8 @@ same trial replicated on one GPU (deepspeed_cpu_adam against torch's AdamW); and
 adapter as plain transformers, bitsandbytes and PEFT load it against what its worker reported. Stage
 0 is strategy.kind: replicated. Cells that the rules refuse are listed with the reason. A pair of
 processes trains one cell after another; where a cell ends it, a new pair goes on with the next.
---pairs train at the same time, each some of the optimizers.
+--pairs train at the same time, each some of the optimizers. With --gpus 1 both processes of a pair
+are on one card.
 """
 
 import argparse
@@ -67,6 +68,7 @@ def main() -> None:
 
     shards = prepare_blocks(options.folder / "matrix", model, TOKENS, HELD_OUT_BLOCKS)
     place = {"model": str(model), "shards": str(shards), "nvme_path": str(options.nvme)}
+    place |= {"gpus": options.gpus}
     known = read_rows(options.rows) if options.rows[0].exists() else []
     left = []
     for cell, why in cells(options.bits, options.optimizers, str(options.nvme)):

@@ -95,7 +95,10 @@ def main() -> None:
             "step_s": round(seconds, 3),
             "took_s": round(time.monotonic() - started, 1),
         }
-        append_row(options.rows, row | {"environment": environment() | {"hardware": _hardware()}})
+        append_row(
+            options.rows,
+            row | {"environment": environment() | {"hardware": _hardware(work["gpus"])}},
+        )
 
 
 def _trained(
@@ -174,10 +177,11 @@ def _apart(curve: Sequence[float], reference: Sequence[float]) -> float:
     return max(abs(one - other) for one, other in zip(curve, reference, strict=True))
 
 
-def _hardware() -> str:
+def _hardware(gpus: int) -> str:
+    """Each of the two processes sees but one."""
     if not torch.cuda.is_available():
         return "CPU, 2 processes"
-    return f"2 x {torch.cuda.get_device_name()}"
+    return f"{gpus} x {torch.cuda.get_device_name()}"
 
 
 def _options() -> argparse.Namespace:

@@ -3,13 +3,13 @@
 In: the base's shape, a PackLoad and the GPU's rates. Out: seconds. Pure, no torch.
 
 A pass is bound by the GPU, by the launching CPU, or both in turn. The GPU's part: products at a
-part of its rate, and attention's at a smaller one; the elementwise steps, which move each kept
-activation some times; the weights, read once forward and once backward however few tokens there
-are; the optimizer's rows. The constants were fitted to the 16 packs of
-benchmarks/results/packs_gpu.json and engine_single.json that ran in graphs (one H200; 0.5B, 1.5B
-and 8B, 1,024 to 65,536 tokens, 4 bits dequantised once), which they give within 4 %; the same pack
-differs by up to 5 % from one machine to another. Other GPUs are taken to reach the same parts of
-their data sheets' rates: not measured.
+part of its rate, and attention's at a smaller one; the weights, read once forward and once backward
+however few tokens there are, partly while products are computed; the elementwise steps, which move
+each kept activation some times; the slots' rows. The constants were fitted to the 25 packs of
+benchmarks/results/packs_gpu.json and engine_single.json, which ran in graphs (H200; 0.5B, 1.5B and
+8B, 256 to 65,536 tokens, 16 bits and 4 dequantised once) and which they give within 4 %; the same
+pack differs by up to 5 % from one machine to another. Other GPUs are taken to reach the same parts
+of their data sheets' rates: not measured.
 """
 
 from dataclasses import dataclass, replace
@@ -21,20 +21,22 @@ from orchestrator.planning.shape import BaseShape
 from orchestrator.records import StepProgram
 
 # Of the data sheet's 989 TFLOP/s, of which a square product reached 773 to 802.
-PRODUCT_FRACTION = 0.79
-ATTENTION_FRACTION = 0.29
+PRODUCT_FRACTION = 0.743
+ATTENTION_FRACTION = 0.28
+# Products and the reading of weights are at one time where neither is much the longer: their times
+# count as by a norm of this order (1: one after the other; without end: the longer one alone).
+OVERLAP_ORDER = 1.36
 # Times that the bytes of kept activations are moved, by all the elementwise steps of a pass.
-ACTIVATION_MOVES = 16.8
-# What a step takes however few tokens: launches between its graphs, small kernels in them; and for
-# each slot, whose optimizer steps by itself.
-GAP_S, SLOT_GAP_S = 0.0049, 0.0003
+ACTIVATION_MOVES = 14.3
+# What a step takes however few tokens: launches between its graphs, small kernels in them.
+GAP_S = 0.0063
 # A step's work on the CPU: replaying graphs, or launching each layer's kernels one by one. The
 # latter was twice as much on another machine with such a card.
-GRAPH_CPU_S = 0.012
+GRAPH_CPU_S = 0.0079
 LAYER_CPU_S: dict[StepProgram, float] = {"compiled": 0.0019, "eager": 0.0039, "in_place": 0.0039}
-# Bytes moved for an adapter's value in an optimizer step, beside its states, which are read and
-# written: the value, read and written, and its gradient.
-ROW_BYTES_MOVED = 12
+# Bytes moved for an adapter's value in a step, beside its optimizer's states, which are read and
+# written: the value, its copy in the lane, and its gradient, which is gathered, measured, clipped.
+ROW_BYTES_MOVED = 80
 # Bytes moved to make one value of a 4-bit code: the code, the value written, and read again.
 DEQUANTISED_BYTES_MOVED = 4.5
 # LLM.int8's products and conversions, against a 16-bit product. Not measured.
@@ -77,7 +79,8 @@ def step_time(shape: BaseShape, load: PackLoad, gpu: Gpu) -> StepTime:
     kept = pass_memory(shape, _keeping(load)).kept_bytes
     moves_s = kept * ACTIVATION_MOVES * once / bandwidth
     weights_s = passes * shape.num_linear_params * _bytes_per_weight(load) / bandwidth
-    gpu_s = compute_s + moves_s + weights_s + GAP_S + SLOT_GAP_S * load.num_slots
+    base_s = (compute_s**OVERLAP_ORDER + weights_s**OVERLAP_ORDER) ** (1 / OVERLAP_ORDER)
+    gpu_s = base_s + moves_s + GAP_S
     adapter = load.max_rank * sum(
         target.in_features + target.out_features for target in shape.targets(load.target_modules)
     )

@@ -233,15 +233,15 @@ def test_the_model_says_what_an_h200_used(row: dict[str, Any]) -> None:
         peak = max(while_recording(memory), while_evaluating(memory))
     else:
         peak = memory.total_bytes - HOPPER.context_bytes
-    assert peak == pytest.approx(row["peak_memory_bytes"], rel=0.015)
+    assert peak == pytest.approx(row["peak_memory_bytes"], rel=0.004)
 
 
 def held(memory: PackMemory) -> int:
     return memory.base_bytes + memory.dequantised_bytes + memory.adapters_bytes + memory.lanes_bytes
 
 
-# Six were left by rows older than the one stream of all recordings, four by the others.
-WORKSPACES_LEFT = 5
+# Of the cuBLAS workspaces that are planned, four are there by then.
+WORKSPACES_LEFT = 4
 
 
 def while_recording(memory: PackMemory) -> float:
