@@ -12,6 +12,7 @@ from torch import Tensor
 from orchestrator.config import AdapterConfig, TrialConfig
 from orchestrator.files import file_digest, read_json, whole_folder, write_file, write_json
 from orchestrator.planning.ranks import alpha_of, rank_of
+from orchestrator.planning.shape import Targets
 from orchestrator.records import BaseModel
 from orchestrator.training.quiet import quiet_libraries
 
@@ -36,7 +37,7 @@ def save_adapter(
         raise AssertionError("every lora_B is zero: the adapter was not trained")
     adapter = trial.adapter
     layers = {name.split(".lora_")[0].removeprefix(PREFIX) for name in tensors}
-    modules = sorted({name.rpartition(".")[2] for name in layers})
+    modules = sorted({_target(name, adapter.target_modules) for name in layers})
     ranks = {name: rank_of(adapter, name) for name in sorted(layers)}
     alphas = {name: alpha_of(adapter, name) for name in sorted(layers)}
     with quiet_libraries():
@@ -79,6 +80,13 @@ def save_adapter(
             },
         )
     return file_digest(folder / WEIGHTS)
+
+
+def _target(layer: str, targets: Targets) -> str:
+    """What PEFT is to find the layer by: its last name, where all layers of that name were trained,
+    or else the whole."""
+    last = layer.rpartition(".")[2]
+    return last if targets == "all-linear" or last in targets else layer
 
 
 def saved_config(folder: Path) -> AdapterConfig:

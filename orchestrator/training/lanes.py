@@ -125,9 +125,9 @@ class Lanes:
             module = model.get_submodule(layer.name)
             if not isinstance(module, AdaptedLinear):
                 if self._slots.dora:
-                    module = DoraLinear(module, number, self._slots.squares[number])
+                    module = DoraLinear(module, layer.key, self._slots.squares[number])
                 else:
-                    module = AdaptedLinear(module, number)
+                    module = AdaptedLinear(module, layer.key)
                 parent, _, leaf = layer.name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, module)
             module.A, module.B = next(parameters), next(parameters)
@@ -145,11 +145,11 @@ class AdaptedLinear(nn.Module):
     lanes: Lanes
     scaling: Tensor  # [n, 1, 1]
 
-    def __init__(self, base: nn.Module, number: int) -> None:
+    def __init__(self, base: nn.Module, key: int) -> None:
         super().__init__()
         self.base = base
         # A tensor: as a plain number it would make torch.compile compile every layer anew.
-        self.register_buffer("number", torch.tensor(number, dtype=torch.int32), persistent=False)
+        self.register_buffer("key", torch.tensor(key, dtype=torch.int32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [n*b, S, in] -> [n*b, S, out]
         return self.updated(self.base(x), self.inner(x))
@@ -158,7 +158,7 @@ class AdaptedLinear(nn.Module):
         A, dropout = self.A, self.lanes.dropout
         tokens = x.reshape(A.shape[0], -1, x.shape[-1])  # [n, b*S, in]
         if dropout.active:
-            tokens = dropout(tokens, self.number)  # type: ignore[arg-type]
+            tokens = dropout(tokens, self.key)  # type: ignore[arg-type]
         return torch.bmm(tokens, A.to(tokens.dtype))
 
     def updated(self, frozen: Tensor, inner: Tensor) -> Tensor:
@@ -174,15 +174,15 @@ class DoraLinear(AdaptedLinear):
 
     magnitudes: nn.Parameter  # [n, 1, out]
 
-    def __init__(self, base: nn.Module, number: int, squares: Tensor) -> None:
-        super().__init__(base, number)
+    def __init__(self, base: nn.Module, key: int, squares: Tensor) -> None:
+        super().__init__(base, key)
         self.register_buffer("squares", squares, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         A, B, dropout = self.A, self.B, self.lanes.dropout
         tokens = x.reshape(A.shape[0], -1, x.shape[-1])  # [n, b*S, in]
         # As in PEFT, what is dropped is dropped from the base's part too, as far as that is scaled.
-        read = dropout(tokens, self.number) if dropout.active else tokens  # type: ignore[arg-type]
+        read = dropout(tokens, self.key) if dropout.active else tokens  # type: ignore[arg-type]
         frozen = product(self.base, read)  # [n, b*S, out]
         inner = (torch.bmm(read, A.to(x.dtype)) * self.scaling).to(x.dtype)
         whole = frozen + torch.bmm(inner, B.to(x.dtype))

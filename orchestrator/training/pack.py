@@ -150,9 +150,8 @@ class PackWorker:
             reports, due = self._round()
         return opened + reports
 
-    @property
     def _program(self) -> str:
-        """All that the last digits of a trial's numbers depend on, but for the hardware."""
+        """All that the last digits of a trial's numbers depend on now, but for the hardware."""
         spec = self.spec
         words = [
             self.programs.kind,
@@ -161,8 +160,10 @@ class PackWorker:
             f"max_rank={spec.max_rank}",
         ]
         words += ["recomputation"] if spec.gradient_checkpointing else []
-        # Kernels share out a lane's tokens by how many lanes there are.
-        words += [f"slots={spec.num_slots}"] if self.programs.kind in ("compiled", "graph") else []
+        if (lanes := self.engine.program.num_lanes) is not None:
+            # Kernels share out a lane's tokens by how many lanes there are, and an MLP is joined
+            # with its adapters where all of its layers have some.
+            words += [f"lanes={lanes}", f"layers={len(self.rows.layers)}"]
         return ", ".join(words)
 
     def _join(self) -> Replicas:

@@ -28,8 +28,15 @@ class Slot:
     """The trial in one place of a pack."""
 
     def __init__(
-        self, number: int, task: SlotTask, slots: Slots, engine: Engine, feed: Feed, program: str
+        self,
+        number: int,
+        task: SlotTask,
+        slots: Slots,
+        engine: Engine,
+        feed: Feed,
+        program: Callable[[], str],
     ) -> None:
+        """`program` says what the numbers depend on at the time: a pack's lanes come and go."""
         self.number = number
         self.task = task
         self.trial: TrialConfig = task.config
@@ -142,7 +149,7 @@ class Slot:
         on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
         row, tensors = self._converted(self._slots.values, row.cpu(), on_host)
         checkpoint = Checkpoint(
-            self.step, self.tokens, self.train_s, row, (tensors, numbers), self._program
+            self.step, self.tokens, self.train_s, row, (tensors, numbers), self._program()
         )
         return save_checkpoint(
             Path(self.task.attempt_dir), checkpoint, self._config_digest(), self._layout()
@@ -160,10 +167,10 @@ class Slot:
             self.step = checkpoint.step
             self.tokens = checkpoint.tokens
             self.train_s = checkpoint.train_s
-            if checkpoint.program != self._program:
+            if checkpoint.program != (program := self._program()):
                 self.note = (
-                    f"trained with {checkpoint.program} so far, now with {self._program}: equal up "
-                    "to rounding, not to the bit"
+                    f"trained with {checkpoint.program} so far, now with {program}: equal up to "
+                    "rounding, not to the bit"
                 )
         return refused
 

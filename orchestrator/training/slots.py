@@ -13,6 +13,7 @@ Shapes: K slots, R largest rank, L values in a row, in/out features.
 """
 
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,13 @@ class Layer:
     magnitudes: int
     """Where they begin: at the end if there are none."""
     end: int
+
+    @property
+    def key(self) -> int:
+        """What its first values and its dropout masks are drawn by, 32 bits signed: of its name
+        alone, whatever other layers the pack's trials adapt."""
+        hashed = zlib.crc32(self.name.encode())
+        return hashed - (hashed >> 31 << 32)
 
 
 class Slots:
@@ -91,7 +99,7 @@ class Slots:
                 self._A(slot, layer)[:, :rank] = A.T.to(self.rows)
                 self._B(slot, layer)[:rank] = B.T.to(self.rows)
             else:
-                generator = torch.Generator().manual_seed(mix(seed, number))
+                generator = torch.Generator().manual_seed(mix(seed, layer.key))
                 first = torch.empty(rank, layer.in_features)
                 nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
                 self._A(slot, layer)[:, :rank] = first.T.to(self.rows)

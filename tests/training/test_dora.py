@@ -108,7 +108,7 @@ def test_one_layers_values_and_gradients_are_pefts(dropout: float) -> None:
     ours = own["linear"]
     assert isinstance(ours, DoraLinear)
     if dropout:
-        theirs.lora_dropout["default"] = Masked(lanes, ours.number)  # type: ignore[arg-type]
+        theirs.lora_dropout["default"] = Masked(lanes, ours.key)  # type: ignore[arg-type]
 
     x = torch.randn(2, 4, 12, dtype=torch.float64)
     into, into_theirs = (x.clone().requires_grad_() for _ in range(2))

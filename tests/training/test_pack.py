@@ -1,6 +1,7 @@
 """A trial in a pack is the same trial alone; PEFT and a plain loop are the reference."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from orchestrator.config import TrialConfig
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.order import step_block_indices
 from orchestrator.data.reader import BlockReader
+from orchestrator.planning.shape import Targets
 from orchestrator.records import (
     ALONE,
     Assign,
@@ -185,6 +187,16 @@ def test_trials_of_different_rank_rate_and_seed_train_in_a_pack_as_alone(
         assert_equal(together[number], alone[0])
 
 
+def test_a_trial_of_few_layers_is_the_same_whatever_layers_its_neighbours_adapt(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    trial = trial_config(adapter__target_modules=("down_proj",), adapter__dropout=0.3, seed=3)
+    together, _ = train(make_spec(), [trial_config(seed=1), trial], tmp_path / "pack")
+    own = make_spec(num_slots=1, target_modules=("down_proj",))
+    alone, _ = train(own, [trial], tmp_path / "alone")
+    assert_equal(together[1], alone[0])
+
+
 def test_dropout_in_a_pack_is_the_dropout_alone(make_spec: MakeSpec, tmp_path: Path) -> None:
     trials = [trial_config(adapter__dropout=0.3, seed=1), trial_config(seed=2)]
     together, _ = train(make_spec(), trials, tmp_path / "pack")
@@ -300,6 +312,7 @@ def test_a_trial_goes_on_in_a_pack_of_larger_ranks_and_more_layers(
         adapter__target_modules=targets,
         adapter__rank_pattern={"down_proj": 2},
         adapter__use_dora=dora,
+        adapter__dropout=0.3,
     )
     small = make_spec(num_slots=1, max_rank=4, target_modules=targets)
     undisturbed, _ = train(small, [config], tmp_path / "whole")
@@ -349,17 +362,22 @@ def test_a_pack_answers_in_the_midst_of_a_long_step_and_may_leave_there(
         assert torch.equal(tensor, undisturbed[0][name]), name
 
 
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ("0.self_attn.q_proj", "v_proj"), ("layers.1.mlp.down_proj",)]
+)
 def test_a_saved_adapter_loads_with_plain_peft_and_has_the_reported_loss(
-    make_spec: MakeSpec, tmp_path: Path, base_folder: Path
+    make_spec: MakeSpec, tmp_path: Path, base_folder: Path, targets: Targets
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     spec = make_spec(num_slots=1)
-    _, events = train(spec, [trial_config()], tmp_path)
+    _, events = train(spec, [trial_config(adapter__target_modules=targets)], tmp_path)
     (done,) = [event for event in events if isinstance(event, TrialDone)]
     base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, done.adapter_dir).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*missing.*")  # an adapter of which there are no weights
+        model = PeftModel.from_pretrained(base, done.adapter_dir).eval()
     reader = BlockReader(load_manifest(spec.data_place, "held_out"))
     batch = reader.blocks(range(reader.num_blocks))
     with torch.no_grad():
