@@ -100,7 +100,7 @@ class SweepDisplay:
         if (
             self._live is None
             or isinstance(event, PackQueued | PackReady | PackLost | TrialStopped)
-            or (isinstance(event, Decision) and event.action == "give_up_pack")
+            or (isinstance(event, Decision) and event.action in ("give_up_pack", "split_pack"))
         ):
             self._print(event)
 
@@ -176,7 +176,7 @@ class SweepDisplay:
                     f"{event.baseline_eval_loss:.4f}; step program {event.step_program}"
                     + (f" ({event.note})" if event.note else "")
                 )
-            case Decision() if event.action in ("learn_speed", "give_up_pack"):
+            case Decision() if event.action in ("learn_speed", "give_up_pack", "split_pack"):
                 self.say(f"{event.subject}: {event.reason}")
             case Standing() if event.left_s is not None:
                 if time.monotonic() - self._left_printed >= PLAIN_LEFT_EVERY_S:

@@ -7,7 +7,8 @@ OrchestratorError
 ├── StrategyError      the machine lacks what trial.strategy or the optimizer needs there
 ├── RunFolderError     the run folder belongs to another sweep, is in use, or is damaged
 ├── DiskFull           a disk, a quota or a file-size limit is reached; carries the path
-├── TrialFailed        reason: not_valid | loss_not_finite | out_of_memory | worker_lost | raised
+├── TrialFailed        reason: not_valid | loss_not_finite | not_trained | out_of_memory |
+│                      worker_lost | raised
 ├── ClusterError       Ray or Kubernetes said no; carries its words
 │   ├── NeverStarted   a submitted sweep did not start, and will not by itself
 │   └── ContactLost    the cluster does not answer; what was submitted goes on without us
@@ -21,6 +22,7 @@ Instances hold plain strings only, so that they survive pickling on their way th
 """
 
 import errno
+from typing import Self
 
 # What the operating system says when a disk, a quota or a file-size limit is reached.
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -64,6 +66,13 @@ class TrialFailed(OrchestratorError):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"
+
+    @classmethod
+    def by(cls, error: OrchestratorError) -> Self:
+        """The failure of a trial whose own work met this error."""
+        if isinstance(error, cls):
+            return error
+        return cls("raised", f"{type(error).__name__}: {error}")
 
 
 class ClusterError(OrchestratorError):

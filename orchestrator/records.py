@@ -400,13 +400,13 @@ class Decision:
     time: float
     action: str
     """start | start_pack | pack_queued | pack_ready | release_pack | give_up_pack | assign |
-    resume_trial | retry_trial | plan_less_memory | learn_speed | keep_trial | stop_trial |
-    end_trial | select_winner | extend."""
+    resume_trial | retry_trial | plan_less_memory | split_pack | learn_speed | keep_trial |
+    stop_trial | end_trial | select_winner | extend."""
     subject: str
     reason: str
     facts: dict[str, Any] = field(default_factory=dict)
     """What a resume goes by: of a verdict the trial, its rung and the loss there; of less memory
-    the part that plans may take."""
+    the part that plans may take; of a split pack its trials and the slots of their next packs."""
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)

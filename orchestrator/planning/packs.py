@@ -143,7 +143,11 @@ def plan_pack(
     given = premises_for(kind, premises)
     chosen = fit(given, _wish(key, number, share, world_size, given, had))
     on = f" on {kind.name}" if kind.name else ""
-    reason = "; ".join((f"{key.title}{on}: {why}", *chosen.reasons))
+    most = key.max_slots
+    limit = (
+        [f"at most {counted(most, 'slot')}, as an earlier pack of theirs raised"] if most else []
+    )
+    reason = "; ".join((f"{key.title}{on}: {why}", *limit, *chosen.reasons))
     return PackPlan(key, world_size, chosen, reason, kind)
 
 
@@ -256,6 +260,9 @@ def _wish(
 ) -> PackWish:
     asked = premises.resources.slots_per_pack
     num_slots = 1 if key.alone else min(asked, num_trials) if asked is not None else None
+    if key.max_slots is not None:
+        share = min(share, key.max_slots)
+        num_slots = min(num_slots, key.max_slots) if num_slots is not None else None
     alone = key.alone
     if alone and asked not in (None, 1):
         alone += f" (resources.slots_per_pack: {asked} is for trials that can share)"

@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -43,6 +43,8 @@ class PackKey:
     """Its members have magnitudes, all or none: others' programs stay as they are."""
     alone: str
     """Not empty for a trial that cannot share: says why."""
+    max_slots: int | None = None
+    """Of trials whose pack raised an error: they are parted until the one at fault is found."""
 
     def __hash__(self) -> int:
         return self._hash
@@ -60,8 +62,13 @@ class PackKey:
     def zero(self) -> bool:
         return bool(dict(self.strategy)["kind"] == "zero")
 
+    @property
+    def unlimited(self) -> "PackKey":
+        """Of all trials on the same base with the same program."""
+        return replace(self, max_slots=None)
 
-def pack_key(trial: TrialConfig) -> PackKey:
+
+def pack_key(trial: TrialConfig, max_slots: int | None = None) -> PackKey:
     batch_size = trial.batch_size if trial.micro_batch_size is None else None
     return _pack_key(
         trial.quant,
@@ -70,6 +77,7 @@ def pack_key(trial: TrialConfig) -> PackKey:
         batch_size,
         trial.gradient_checkpointing,
         trial.adapter.use_dora,
+        max_slots,
     )
 
 
@@ -81,6 +89,7 @@ def _pack_key(
     batch_size: int | None,
     gradient_checkpointing: bool | None,
     dora: bool,
+    max_slots: int | None,
 ) -> PackKey:
     return PackKey(
         quant,
@@ -90,6 +99,7 @@ def _pack_key(
         gradient_checkpointing,
         dora,
         _why_alone(quant, strategy),
+        max_slots,
     )
 
 
@@ -115,11 +125,24 @@ class Waiting(Sequence[TrialSpec]):
         self._places: dict[PackKey, list[Place]] = {}
         self._batches: dict[PackKey, Counter[int]] = {}
         self._work: Counter[PackKey] = Counter()
+        self._max_slots: dict[int, int] = {}
         for trial in trials:
             self.add(trial)
 
+    def key(self, trial: TrialSpec) -> PackKey:
+        return pack_key(trial.config, self._max_slots.get(trial.number))
+
+    def limit(self, number: int, max_slots: int) -> None:
+        """From now on this trial, which may be under way, waits for packs of so many slots."""
+        waits = self._trials.get(number)
+        if waits is not None:
+            self.remove(number)
+        self._max_slots[number] = max_slots
+        if waits is not None:
+            self.add(waits)
+
     def add(self, trial: TrialSpec) -> None:
-        key = pack_key(trial.config)
+        key = self.key(trial)
         self._trials[trial.number] = trial
         insort(self._places.setdefault(key, []), _place(trial))
         self._batches.setdefault(key, Counter())[trial.config.batch_size] += 1
@@ -127,7 +150,7 @@ class Waiting(Sequence[TrialSpec]):
 
     def remove(self, number: int) -> None:
         trial = self._trials.pop(number)
-        key = pack_key(trial.config)
+        key = self.key(trial)
         places = self._places[key]
         del places[bisect_left(places, _place(trial))]
         self._batches[key][trial.config.batch_size] -= 1
@@ -194,7 +217,7 @@ class Lines:
         self._kept = kept
         self._half: dict[PackKey, list[TrialSpec]] = {}
         for trial in waiting.among(kept):
-            self._half.setdefault(pack_key(trial.config), []).append(trial)
+            self._half.setdefault(waiting.key(trial), []).append(trial)
         self._taken: set[int] = set()
         self._first: dict[PackKey, int] = {}
         """Of each key's places, that before which all are taken."""

@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigError, DiskFull
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
-from orchestrator.planning.packs import PackPlan, learn_from, preview_packs
+from orchestrator.planning.packs import PackPlan, preview_packs
 from orchestrator.planning.waiting import Waiting, pack_key
 from orchestrator.records import (
     Arithmetic,
@@ -46,7 +46,8 @@ from orchestrator.search.pruning import Verdict
 from orchestrator.search.space import num_trials
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.expectations import refusal
-from orchestrator.sweep.lessons import LEARNT, heeding, lesson
+from orchestrator.sweep.lessons import heeding
+from orchestrator.sweep.losses import remedy, slot_limits
 from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.policy import (
     AbandonPack,
@@ -102,6 +103,8 @@ class Controller:
         self._planned_kinds = kinds
         self._kinds = self._pace.speeds(kinds)
         self._waiting = Waiting()
+        for trial, max_slots in slot_limits(store.decisions).items():
+            self._waiting.limit(trial, max_slots)
         self._observe = observe
         self._leave_timeout_s = leave_timeout_s
         config = store.sweep.config
@@ -388,8 +391,7 @@ class Controller:
             case PackLeft():
                 self._end_pack(number)
             case PackLost():
-                self._end_pack(number)
-                self._lost(pack, event)
+                self._lost(event)
 
     def _close(
         self, number: int, pack: RunningPack, trial: int, peak_bytes: int | None = None
@@ -409,29 +411,28 @@ class Controller:
             self._store.drop_files(result)
         pack.stopped.clear()
 
-    def _lost(self, pack: RunningPack, event: PackLost) -> None:
+    def _lost(self, event: PackLost) -> None:
+        pack = self._packs[event.pack]
+        at_work = len(pack.attempts) + len(pack.stopped)
+        self._end_pack(event.pack)
         if event.reason == "disk_full":
             raise DiskFull(f"the disk is full: {event.message}")
         trials = dict(pack.attempts)
-        others = any(other.plan.key == pack.plan.key for other in self._packs.values())
+        key = pack.plan.key.unlimited
+        others = any(other.plan.key.unlimited == key for other in self._packs.values())
         if not pack.ready and not others:
             # The base could not be loaded anywhere: whatever waits for it shares the loss. With
             # another pack of its kind at work, the machine was at fault, and the trials wait on.
-            key = pack.plan.key
             key_waits = [t for t in self._view().waiting if pack_key(t.config) == key]
             trials |= {trial.number: 0 for trial in key_waits}
-        retried = event.reason == "worker_lost"
-        if event.reason == "out_of_memory" and (learned := learn_from(pack.plan, self._premises)):
-            known, reason = learned
-            facts = lesson(self._premises, known)
-            self._premises = known
-            self._decided(LEARNT, f"pack {event.pack}", reason, facts)
-            retried = True
-        planned_anew = retried and event.reason == "out_of_memory"  # each time with less
+        found = remedy(pack.plan, pack.attempts.keys(), at_work, event, self._premises)
+        self._premises = found.premises
+        if found.action:
+            self._decided(found.action, f"pack {event.pack}", found.reason, found.facts)
         for trial, attempt in trials.items():
-            losses = self._losses.get(trial, 0) + (not planned_anew)
+            losses = self._losses.get(trial, 0) + found.counted
             self._losses[trial] = losses
-            if not retried:
+            if not found.retried:
                 self._end(failed_result(trial, attempt, event.reason, event.message))
             elif losses > self._max_restarts:
                 message = f"{event.message} ({losses} times, max_restarts={self._max_restarts})"
@@ -440,6 +441,8 @@ class Controller:
                 reason = f"its pack is lost: {event.reason}: {event.message}"
                 self._decided("retry_trial", f"trial {trial}", reason)
                 self._note_checkpoint(trial)
+                if found.max_slots is not None:
+                    self._waiting.limit(trial, found.max_slots)
 
     def _note_checkpoint(self, trial: int) -> None:
         """Call it when the trial begins to wait: only an attempt adds checkpoints."""
@@ -470,10 +473,8 @@ class Controller:
 
     def _give_up_hung(self) -> None:
         for number, reason in self._silences.hung():
-            pack = self._packs[number]
             self._decided("give_up_pack", f"pack {number}", reason)
-            self._end_pack(number)
-            self._lost(pack, PackLost(number, "worker_lost", reason))
+            self._lost(PackLost(number, "worker_lost", reason))
 
     def _give_up_leaving(self) -> None:
         if self._stop_at is None or time.monotonic() < self._stop_at:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from orchestrator.config import AdapterConfig, TrialConfig
+from orchestrator.errors import TrialFailed
 from orchestrator.files import file_digest, read_json, whole_folder, write_file, write_json
 from orchestrator.planning.ranks import alpha_of, rank_of
 from orchestrator.planning.shape import Targets
@@ -31,11 +32,20 @@ def save_adapter(
     """Write the folder whole or not at all; returns the digest of its weights.
 
     `facts` go to orchestrator.json beside the base model's record and the quantisation.
+
+    Raises:
+        TrialFailed: the adapter is as it began.
     """
+    adapter, optimizer = trial.adapter, trial.optimizer
     if not any("lora_B" in name and bool(tensor.any()) for name, tensor in tensors.items()):
-        # An adapter that never changed is an error upstream: DeepSpeed 7900, peft 2892.
-        raise AssertionError("every lora_B is zero: the adapter was not trained")
-    adapter = trial.adapter
+        # Its steps are too small for fp32, or it is an error upstream: DeepSpeed 7900, peft 2892.
+        raise TrialFailed(
+            "not_trained",
+            f"every lora_B is zero after {trial.steps} steps, so the adapter changes nothing (got "
+            f"learning_rate={optimizer.learning_rate}, max_grad_norm={optimizer.max_grad_norm}, "
+            f"alpha={adapter.alpha}): raise optimizer.learning_rate, optimizer.max_grad_norm or "
+            "adapter.alpha",
+        )
     layers = {name.split(".lora_")[0].removeprefix(PREFIX) for name in tensors}
     modules = sorted({_target(name, adapter.target_modules) for name in layers})
     ranks = {name: rank_of(adapter, name) for name in sorted(layers)}

@@ -48,7 +48,8 @@ class Dropout:
         spread = [(lane, block) for lane in [*lanes, *[Drops()] * idle] for block in range(blocks)]
         seeds = [_halves(lane.seeds[block]) if lane.rate else (0, 0) for lane, block in spread]
         self._seeds = self._put(self._seeds, seeds)
-        thresholds = [round(lane.rate * 2**31) for lane, _ in spread]
+        # A rate next to 1 rounds to 2**31, which int32 does not hold.
+        thresholds = [min(round(lane.rate * 2**31), 2**31 - 1) for lane, _ in spread]
         self._thresholds = self._put(self._thresholds, thresholds)
         self._factors = self._put(self._factors, [1 / (1 - lane.rate) for lane, _ in spread])
 

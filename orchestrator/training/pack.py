@@ -16,7 +16,7 @@ import torch
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.data.manifest import fetch_manifest
 from orchestrator.data.reader import BlockReader
-from orchestrator.errors import BaseModelError, TrialFailed
+from orchestrator.errors import BaseModelError, OrchestratorError, TrialFailed
 from orchestrator.files import write_json
 from orchestrator.records import (
     ALONE,
@@ -47,6 +47,7 @@ from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.libraries import import_libraries
 from orchestrator.training.loftq import Corrections
 from orchestrator.training.memory import cap_memory, peak_memory_bytes
+from orchestrator.training.meter import Meter
 from orchestrator.training.model_source import local_folder
 from orchestrator.training.program import EagerProgram, check_lanes
 from orchestrator.training.program_builder import ProgramBuilder
@@ -66,7 +67,7 @@ class PackWorker:
         # All workers of a pack train the same slots and come to the same events; one writes.
         self._writes = place.world_rank == 0
         self.slots: dict[int, Slot] = {}  # occupied ones, by slot number
-        self._meters: dict[int, _Meter] = {}
+        self._meters: dict[int, Meter] = {}
         self._answers: dict[int, Answers] = {}  # of slots that are trained to their end
         self._reported = 0.0
         self._round_s = 0.0
@@ -217,11 +218,15 @@ class PackWorker:
         task = directive.task
         try:
             slot = Slot(number, task, self.rows, self.engine, self.feed, self._program)
-        except TrialFailed as error:
-            words = error.reason, error.message
+        except OrchestratorError as error:
+            if self.place.world_size > 1 and not isinstance(error, TrialFailed):
+                raise  # it may be this worker's alone, and the others would wait for it
+            self.rows.clear(number)
+            failed = TrialFailed.by(error)
+            words = failed.reason, failed.message
             return [TrialStopped(task.trial, task.attempt, time.time(), *words)]
         self.slots[number] = slot
-        self._meters[number] = _Meter(slot.tokens)
+        self._meters[number] = Meter(slot.tokens)
         self._check_resumed(slot)
         trial, attempt = slot.task.trial, slot.task.attempt
         refused = tuple(slot.refused_checkpoints)
@@ -420,7 +425,7 @@ class PackWorker:
 
     def _finish(
         self, slot: Slot, evaluation: Evaluation, task_score: float | None = None
-    ) -> TrialDone:
+    ) -> TrialDone | TrialStopped:
         folder = Path(slot.task.attempt_dir) / "adapter"
         tensors = slot.adapter_tensors()
         num_params = sum(tensor.numel() for tensor in tensors.values())
@@ -432,7 +437,11 @@ class PackWorker:
         }
         digest, adapter_bytes = "", 0
         if self._writes:
-            digest = save_adapter(folder, tensors, slot.trial, self.spec.base_model, facts)
+            try:
+                digest = save_adapter(folder, tensors, slot.trial, self.spec.base_model, facts)
+            except OrchestratorError as error:
+                # Of this worker alone, but the others close the slot as well and keep no event.
+                return self._stop(slot, TrialFailed.by(error))
             adapter_bytes = sum(path.stat().st_size for path in folder.iterdir())
         memory = self.base.num_bytes + num_params * slot.state_bytes_per_param()
         last_loss = self._meters[slot.number].last
@@ -472,26 +481,3 @@ def _compute_alike() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # It would fill every new tensor, which is only to find reads of what was never written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-class _Meter:
-    """Mean loss and tokens per second since the last report of one slot."""
-
-    def __init__(self, tokens: int) -> None:
-        self.last: float | None = None
-        self.started = time.monotonic()
-        self._losses: list[float] = []
-        self._tokens = tokens
-
-    @property
-    def has_news(self) -> bool:
-        return bool(self._losses)
-
-    def add(self, loss: float) -> None:
-        self._losses.append(loss)
-
-    def take(self, tokens: int) -> tuple[float, float]:
-        self.last = loss = sum(self._losses) / len(self._losses)
-        rate = (tokens - self._tokens) / max(1e-9, time.monotonic() - self.started)
-        self._losses, self._tokens, self.started = [], tokens, time.monotonic()
-        return loss, rate

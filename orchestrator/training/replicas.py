@@ -123,7 +123,8 @@ class ProcessGroupReplicas:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """A lost partner is no fault of this worker's: let its error say so, for the controller
-        starts a pack again that was lost and fails the trials of one that raised."""
+        starts a pack again that was lost, and seeks the fault of one that raised among its
+        trials."""
         if self._watch is not None:
             self._watch.came()
         try:

@@ -329,3 +329,21 @@ def test_what_one_of_several_workers_raises_comes_back_once(
     assert isinstance(lost, PackLost)
     assert lost.reason == "disk_full"
     assert executor.poll(0.1) == []
+
+
+def test_what_one_of_several_workers_raises_in_a_step_comes_back_though_its_partner_waits(
+    make_ray_executor: Callable[[WorkerFactory], Executor], tmp_path: object
+) -> None:
+    executor = make_ray_executor(partial(SimulatedWorker, faults={1: "raise"}))
+    executor.start_pack(spec(0, world_size=2))
+    next_answer(executor)
+    executor.advance(0, [task(0, f"{tmp_path}/0"), task(1, f"{tmp_path}/1")])
+    next_answer(executor)
+    executor.advance(0, [])
+    _, (lost,) = next_answer(executor)
+    assert isinstance(lost, PackLost)
+    assert (lost.reason, lost.message) == ("raised", "ValueError: a simulated error")
+    executor.stop_pack(0)
+    executor.start_pack(spec(1, world_size=2))  # where one of the two is tried alone
+    _, (ready,) = next_answer(executor)
+    assert isinstance(ready, PackReady)

@@ -93,3 +93,16 @@ def test_a_trial_that_diverges_is_stopped_by_both_workers_alike(
     for _, events in both:
         assert [event.trial for event in events if isinstance(event, TrialStopped)] == [0]
     assert_equal(both[0][0][1], alone[0])
+
+
+def test_an_adapter_that_one_worker_cannot_save_holds_up_neither(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    as_it_began = trial_config(steps=2, optimizer__max_grad_norm=1e-46)
+    trials = [as_it_began, trial_config(seed=1)]
+    spec = make_spec(micro_batch_size=1)
+    (adapters, events), _ = train_together(spec, trials, tmp_path / "pair")
+    (stopped,) = [event for event in events if isinstance(event, TrialStopped)]
+    assert (stopped.trial, stopped.reason) == (0, "not_trained")
+    alone, _ = train(spec, trials[1:], tmp_path / "alone")
+    assert_equal(adapters[1], alone[0])

@@ -62,13 +62,17 @@ def test_a_free_slot_is_given_to_the_next_trial_of_the_same_base(tmp_path: Path)
     assert len(started) == 1  # one base was loaded for all five
 
 
-def test_a_worker_that_raises_fails_its_trials_and_no_others(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "run", sweep_config())
-    factory = partial(SimulatedWorker, faults={0: "raise"})
+@pytest.mark.parametrize("at_fault", [{0}, {0, 1}])
+def test_a_worker_that_raises_fails_those_trials_alone_that_raise_alone(
+    tmp_path: Path, at_fault: set[int]
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())  # 0 and 1 share the 4-bit base
+    factory = partial(SimulatedWorker, faults=dict.fromkeys(at_fault, "raise"))
     assert make_controller(store, InProcessExecutor(factory)).run()
     failed = {result.number: result.reason for result in store.results if result.state == "failed"}
-    assert failed == {0: "raised", 1: "raised"}  # 0 and 1 share the 4-bit base
-    assert finished(store) == [2, 3]
+    assert failed == dict.fromkeys(at_fault, "raised")
+    assert finished(store) == sorted({0, 1, 2, 3} - at_fault)
+    assert "a simulated error" in store.results[0].message
 
 
 def test_a_trial_that_diverges_harms_no_neighbour(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""What becomes of the trials of a pack that is lost, and what a resume knows of it.
+
+In: the pack's plan, its trials and how it was lost. Out: a Remedy with its reason. Pure.
+
+A worker that is gone is no trial's fault: its trials are tried again, so many times. A pack that
+ran out of memory is planned smaller. Where a worker of several trials raised, it is not known whose
+fault that was: they are tried again in packs of half as many slots, down to one trial alone, and
+only one that raises there fails. So one error among K trials costs log2(K) starts, and it ends: the
+slots become fewer each time.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.planning.options import Premises
+from orchestrator.planning.packs import PackPlan, learn_from
+from orchestrator.records import PackLost
+from orchestrator.sweep.lessons import LEARNT, lesson
+from orchestrator.wording import counted
+
+SPLIT = "split_pack"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    premises: Premises
+    """That plans go by from now on."""
+    retried: bool
+    counted: bool = False
+    """Whether trying a trial again counts towards max_restarts."""
+    max_slots: int | None = None
+    """Of the packs that its trials wait for from now on."""
+    action: str = ""
+    """Of the decision that a resume goes by; empty where there is none."""
+    reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def remedy(
+    plan: PackPlan, trials: Collection[int], at_work: int, lost: PackLost, premises: Premises
+) -> Remedy:
+    """`at_work` of the slots, those of trials that are over but may have been trained when the
+    pack was lost among them."""
+    if lost.reason == "worker_lost":
+        return Remedy(premises, retried=True, counted=True)
+    if lost.reason == "out_of_memory":
+        if (learned := learn_from(plan, premises)) is None:
+            return Remedy(premises, retried=False)
+        known, reason = learned
+        facts = lesson(premises, known)
+        return Remedy(known, retried=True, action=LEARNT, reason=reason, facts=facts)
+    if not trials or at_work < 2:
+        return Remedy(premises, retried=False)
+    most = math.ceil(len(trials) / 2)
+    packs = f"at most {most} in a pack" if most > 1 else "each alone"
+    return Remedy(
+        premises,
+        retried=True,
+        max_slots=most,
+        action=SPLIT,
+        reason=f"it raised with {counted(at_work, 'trial')} at work, and whose fault that was is "
+        f"not known: tried again, {packs}, so that no other fails for it",
+        facts={"trials": sorted(trials), "max_slots": most},
+    )
+
+
+def slot_limits(decisions: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """By trial, the most slots of the packs that it may be in."""
+    limits: dict[int, int] = {}
+    for decision in decisions:
+        if decision["action"] == SPLIT:
+            facts = decision["facts"]
+            limits |= dict.fromkeys(facts["trials"], facts["max_slots"])
+    return limits

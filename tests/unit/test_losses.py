@@ -1,0 +1,114 @@
+"""What becomes of the trials of a pack whose worker raised: only one that raises alone fails."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.records import Decision, Notice, PackLost
+from orchestrator.sweep.executor import InProcessExecutor
+from orchestrator.sweep.losses import remedy, slot_limits
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.simulated import SimulatedWorker
+from tests.sweeps import make_controller, make_store, pack_plan, premises, sweep_config
+
+RAISED = PackLost(0, "raised", "ValueError: a simulated error")
+
+
+def eight_trials(folder: Path, **changes: Any) -> RunStore:
+    space = {"adapter.rank": list(range(1, 9))}
+    changes = {"resources__slots_per_pack": 8} | changes
+    return make_store(folder, sweep_config(search__space=space, **changes))
+
+
+def splits(store: RunStore, since: int = 0) -> list[dict[str, Any]]:
+    return [d for d in store.decisions[since:] if d["action"] == "split_pack"]
+
+
+def states(store: RunStore) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for result in store.results:
+        found.setdefault(result.reason or result.state, []).append(result.number)
+    return found
+
+
+def test_the_trial_at_fault_is_found_by_halves_and_its_neighbours_are_trained_to_their_end(
+    tmp_path: Path,
+) -> None:
+    store = eight_trials(tmp_path / "run", max_restarts=0)  # which it does not count against
+    executor = InProcessExecutor(partial(SimulatedWorker, faults={5: "raise"}))
+    assert make_controller(store, executor, num_workers=1).run()
+    assert states(store) == {"finished": [0, 1, 2, 3, 4, 6, 7], "raised": [5]}
+    assert store.results[5].message == "ValueError: a simulated error"
+    assert [d["facts"]["max_slots"] for d in splits(store)] == [4, 2, 1]
+    assert all(5 in d["facts"]["trials"] for d in splits(store))
+    assert splits(store)[0]["reason"] == (
+        "it raised with 8 trials at work, and whose fault that was is not known: tried again, at "
+        "most 4 in a pack, so that no other fails for it"
+    )
+    (retried, *_) = [d for d in store.decisions if d["action"] == "retry_trial"]
+    assert retried["reason"] == "its pack is lost: raised: ValueError: a simulated error"
+
+
+def test_a_resume_does_not_put_trials_together_again_that_were_parted(tmp_path: Path) -> None:
+    store = eight_trials(tmp_path / "run")
+    executor = InProcessExecutor(partial(SimulatedWorker, faults={5: "raise"}))
+
+    def stop_once_they_are_in_pairs(notice: Notice) -> None:
+        if isinstance(notice, Decision) and notice.facts.get("max_slots") == 2:
+            controller.request_stop()
+
+    controller = make_controller(store, executor, 1, stop_once_they_are_in_pairs)
+    assert not controller.run()
+    assert len(store.results) < 8
+    before, events_before = len(store.decisions), len(store.pack_events)
+    again = RunStore.open(store.folder)
+    assert make_controller(again, executor, num_workers=1).run()
+    assert states(again) == {"finished": [0, 1, 2, 3, 4, 6, 7], "raised": [5]}
+    assert [d["facts"]["max_slots"] for d in splits(again, before)] == [1]
+    started = [e for e in again.pack_events[events_before:] if e["what"] == "start"]
+    assert max(event["num_slots"] for event in started) == 2
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    at_fault=st.sets(st.integers(0, 7)),
+    num_workers=st.integers(1, 3),
+    slots_per_pack=st.sampled_from([None, 1, 3, 8]),
+)
+def test_whoever_raises_fails_and_nobody_else_in_packs_of_any_size(
+    tmp_path_factory: pytest.TempPathFactory,
+    at_fault: set[int],
+    num_workers: int,
+    slots_per_pack: int | None,
+) -> None:
+    folder = tmp_path_factory.mktemp("sweep") / "run"
+    store = eight_trials(folder, resources__slots_per_pack=slots_per_pack, max_restarts=0)
+    factory = partial(SimulatedWorker, faults=dict.fromkeys(at_fault, "raise"))
+    assert make_controller(store, InProcessExecutor(factory), num_workers).run()
+    assert states(store).get("raised", []) == sorted(at_fault)
+    assert states(store).get("finished", []) == sorted(set(range(8)) - at_fault)
+
+
+def test_a_pack_of_one_that_raises_is_not_tried_again() -> None:
+    given = premises(sweep_config())
+    found = remedy(pack_plan(sweep_config().trial, 1), [3], 1, RAISED, given)
+    assert (found.retried, found.action) == (False, "")
+
+
+def test_the_last_in_a_pack_does_not_fail_for_one_that_was_stopped_while_it_trained() -> None:
+    given = premises(sweep_config())
+    found = remedy(pack_plan(sweep_config().trial, 2), [3], 2, RAISED, given)
+    assert found.retried
+    assert found.facts == {"trials": [3], "max_slots": 1}
+    assert "each alone" in found.reason
+
+
+def test_the_latest_split_of_a_trial_holds() -> None:
+    rows = [{"trials": [0, 1, 2, 3], "max_slots": 2}, {"trials": [1, 3], "max_slots": 1}]
+    decisions: list[dict[str, Any]] = [{"action": "split_pack", "facts": row} for row in rows]
+    decisions.append({"action": "start"})
+    assert slot_limits(decisions) == {0: 2, 1: 1, 2: 2, 3: 1}
