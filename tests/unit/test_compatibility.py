@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.memory_cases import base_shape
+from benchmarks.models import SHAPES
+from orchestrator.config import TrialConfig
 from orchestrator.errors import ConfigError
-from orchestrator.planning.compatibility import (
-    CONV1D_RULES,
-    RULES,
-    SWEEP_RULES,
-    problems,
-    sweep_problems,
-)
+from orchestrator.planning.compatibility import CONV1D_RULES, RULES, problems
 from orchestrator.planning.shape import UnknownShape, read_shape
+from orchestrator.planning.sweep_rules import SWEEP_RULES, sweep_problems
 from orchestrator.search.space import check_space
 from tests.sweeps import sweep_config
 
@@ -178,7 +176,12 @@ def test_every_rule_has_a_reason_and_a_source() -> None:
             "strategy.nvme_path needs strategy.offload_optimizer or offload_params: nvme",
         ),
         ({"trial__strategy": {"nvme_path": "/scratch"}}, "nvme_path need strategy.kind: zero"),
-        ({"trial__adapter": {"init": "pissa"}}, "set adapter.init: loftq"),
+        ({"trial__adapter": {"init": "pissa"}}, "set adapter.init: loftq, which begins"),
+        (
+            {"trial__adapter": {"init": "loftq"},
+             "trial__quant": {"bit_width": 16, "bit_width_pattern": {"q_proj": 16}}},
+            "loftq needs a base in codes",
+        ),
         (
             {"trial__adapter": {"use_dora": True}, "trial__quant": {"bit_width": 8}},
             "set quant.int8_type: blockwise, or adapter.use_dora: false",
@@ -201,6 +204,99 @@ def test_every_rule_has_a_reason_and_a_source() -> None:
 def test_what_cannot_work_is_refused_with_the_remedy(changes: dict[str, Any], words: str) -> None:
     (problem,) = problems(sweep_config(**changes).trial)
     assert words in problem
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("quant", QUANTS)
+def test_what_is_named_in_place_of_pissa_is_not_refused_itself(quant: str, strategy: str) -> None:
+    def trial(init: str) -> TrialConfig:
+        return sweep_config(
+            trial__quant=QUANTS[quant],
+            trial__strategy=STRATEGIES[strategy],
+            trial__adapter={"init": init},
+        ).trial
+
+    if problems(trial("default")):
+        return
+    (problem,) = problems(trial("pissa"))
+    assert "changes the base itself, which the trials of a pack share" in problem
+    assert f"quant.bit_width={trial('pissa').quant.bit_width}" in problem
+    assert ("set adapter.init: loftq" in problem) == (not problems(trial("loftq")))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "targets", "refused"),
+    [
+        ({".*_proj": 16}, "all-linear", True),
+        ({"q_proj": 16}, ["q_proj"], True),
+        ({"q_proj": 16}, ["q_proj", "v_proj"], False),
+        ({}, "all-linear", False),
+    ],
+)
+def test_loftq_is_refused_where_a_map_leaves_all_its_layers_at_16_bits(
+    pattern: dict[str, int], targets: Any, refused: bool
+) -> None:
+    trial = sweep_config(
+        trial__quant={"bit_width_pattern": pattern},
+        trial__adapter={"init": "loftq", "target_modules": targets},
+    ).trial
+    found = problems(trial, shape=base_shape(SHAPES["0.5b"]))
+    assert [refused] * refused == ["leaves all layers" in message for message in found]
+
+
+FOUR_AND_MORE = [4, 8, 16]
+
+
+@pytest.mark.parametrize(
+    ("quant", "space", "words"),
+    [
+        ({"bit_width": 16, "block_size": 128}, {}, "quant.block_size=128, quant.bit_width=16"),
+        ({"bit_width": 16, "int8_type": "blockwise"}, {}, "int8_type is read by layers of 8 bits"),
+        ({"bit_width": 16, "double_quant": False}, {}, "got quant.double_quant=false"),
+        ({"bit_width": 8, "block_size": 128}, {}, "of 8 with quant.int8_type: blockwise only"),
+        ({"bit_width": 8, "double_quant": False}, {}, "quant.bit_width=8, quant.int8_type=None"),
+        ({"bit_width": 3, "double_quant": False}, {}, "leave quant.double_quant out"),
+        ({"bit_width": 4, "int8_type": "blockwise"}, {}, "leave quant.int8_type out"),
+        ({"bit_width": 4, "average_bits": 5}, {}, "with quant.bit_width: auto only"),
+        ({"bit_width": 16, "storage_dtype": "uint8"}, {}, "storage_dtype is read by layers of 4"),
+        ({"bit_width": 16, "bit_width_pattern": {"q_proj": 16}, "block_size": 128}, {},
+         "quant.bit_width_pattern={'q_proj': 16}"),
+        ({"block_size": 128}, {"quant.bit_width": [8, 16]}, "quant.block_size=128"),
+        ({}, {"quant.bit_width": [4, 16], "quant.block_size": [64, 128]},
+         "keep it to where it is read with search.conditions"),
+    ],
+)  # fmt: skip
+def test_a_field_that_is_set_and_that_nothing_reads_is_refused_with_the_remedy(
+    quant: dict[str, Any], space: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        check_space(sweep_config(trial__quant=quant, search={"space": space}))
+
+
+@pytest.mark.parametrize(
+    ("quant", "search"),
+    [
+        ({"bit_width": 16, "quant_type": "nf4", "double_quant": True, "block_size": 64}, {}),
+        ({"bit_width": 8, "int8_type": "blockwise", "block_size": 128, "double_quant": False}, {}),
+        ({"bit_width": 3, "block_size": 128}, {}),
+        ({"bit_width": 4, "bit_width_pattern": {"q_proj": 8}, "int8_type": "blockwise"}, {}),
+        ({"bit_width": 16, "bit_width_pattern": {"q_proj": 4}, "double_quant": False}, {}),
+        ({"quant_type": "nf4"}, {"space": {"quant.bit_width": FOUR_AND_MORE}}),
+        ({"block_size": 128, "double_quant": False},
+         {"space": {"quant.bit_width": FOUR_AND_MORE}}),
+        ({"bit_width": 16, "block_size": 128},
+         {"space": {"quant.bit_width": FOUR_AND_MORE}, "sampler": "random", "num_trials": 1}),
+        ({"average_bits": 5}, {"space": {"quant.bit_width": [4, "auto", 16]}}),
+        ({}, {"space": {"quant.bit_width": FOUR_AND_MORE, "quant.block_size": [64, 128],
+                        "quant.quant_type": ["nf4", "fp4"]},
+              "conditions": {"quant.block_size": {"quant.bit_width": [4]},
+                             "quant.quant_type": {"quant.bit_width": [4]}}}),
+    ],
+)  # fmt: skip
+def test_a_field_that_some_trial_of_the_sweep_reads_is_not_refused_nor_a_default(
+    quant: dict[str, Any], search: dict[str, Any]
+) -> None:
+    check_space(sweep_config(trial__quant=quant, search=search))
 
 
 GPT2 = UnknownShape("its config.json has no num_hidden_layers", conv1d=True)
