@@ -218,6 +218,8 @@ class PackWorker:
         try:
             slot = Slot(number, task, self.rows, self.engine, self.feed, self._program)
         except TrialFailed as error:
+            if error.reason == "out_of_memory":  # the pack's own: it is planned anew with less
+                raise
             words = error.reason, error.message
             return [TrialStopped(task.trial, task.attempt, time.time(), *words)]
         self.slots[number] = slot
