@@ -176,9 +176,12 @@ def _dora_multiplies_with_the_weights(trial: TrialConfig) -> Iterator[str]:
 def _loftq_makes_up_for_quantisation(trial: TrialConfig) -> Iterator[str]:
     quant, strategy = trial.quant, trial.strategy
     if trial.adapter.init == "loftq" and not _loftq_is_possible(trial):
+        pattern = quant.bit_width_pattern
         yield (
             "adapter.init: loftq needs a base in codes and strategy.kind: replicated, but got "
-            f"quant.bit_width={quant.bit_width}, quant.int8_type={quant.int8_type}, "
+            f"quant.bit_width={quant.bit_width}, "
+            + (f"quant.bit_width_pattern={pattern}, " if pattern else "")
+            + f"quant.int8_type={quant.int8_type}, "
             f"strategy.kind={strategy.kind}: set adapter.init: default"
         )
 

@@ -19,6 +19,9 @@ from orchestrator.search_config import RangeConfig, Values
 # What decides whether the others are read.
 DECIDING = ("bit_width", "bit_width_pattern", "int8_type")
 
+EVERYWHERE = "set what reads it"
+IN_SPACE = "keep it to where it is read with search.conditions"
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -59,7 +62,7 @@ def unread(quant: QuantConfig, fields: Iterable[str]) -> list[str]:
     that are set and that nothing reads there."""
     names = (field.removeprefix("quant.") for field in fields if field.startswith("quant."))
     return [
-        _message(name, getattr(quant, name), quant)
+        _message(name, getattr(quant, name), quant, IN_SPACE)
         for name in names
         if name in READERS
         and getattr(quant, name) != _default(name)
@@ -78,7 +81,7 @@ def unread_in_space(quant: QuantConfig, space: Mapping[str, Values]) -> list[str
     for name, reader in READERS.items():
         values = [one for one in _listed(quant, space, name) if one != _default(name)]
         if values and not any(reader.reads(point) for point in points):
-            found.append(_message(name, values[0], points[0]))
+            found.append(_message(name, values[0], points[0], EVERYWHERE))
     return found
 
 
@@ -91,13 +94,12 @@ def _default(name: str) -> Any:
     return QuantConfig.model_fields[name].default
 
 
-def _message(name: str, value: Any, quant: QuantConfig) -> str:
+def _message(name: str, value: Any, quant: QuantConfig, otherwise: str) -> str:
     written = str(value).lower() if isinstance(value, bool) else str(value)
     bits = f"quant.bit_width={quant.bit_width}"
     bits += f", quant.bit_width_pattern={quant.bit_width_pattern}" if quant.mixed else ""
     bits += f", quant.int8_type={quant.int8_type}" if quant.bit_width == 8 else ""
     return (
-        f"quant.{name} is read {READERS[name].where} only, but got quant.{name}={written}, {bits}: "
-        f"leave quant.{name} out, or in a search space keep it to where it is read with "
-        "search.conditions"
+        f"quant.{name} is read only {READERS[name].where}, but got quant.{name}={written}, {bits}: "
+        f"leave quant.{name} out, or {otherwise}"
     )
