@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
@@ -306,7 +306,8 @@ def _rule(details: list[Any], path: FieldPath, model: type[BaseModel]) -> str:
     # A branch that got as far as the value itself is the one that was meant.
     refused = [detail for detail in details if not _is_mismatch(detail)]
     if not refused:
-        return f"Input should be {_kinds_wanted(details)} (got {details[0]['input']!r})"
+        kinds = _kinds_wanted(details, NoneType in _kinds_at(path, model))
+        return f"Input should be {kinds} (got {details[0]['input']!r})"
     detail = refused[0]
     if detail["type"] == "missing":
         return "required field is missing"
@@ -325,10 +326,11 @@ def _is_mismatch(detail: Any) -> bool:
     return kind.endswith("_type") or kind == "literal_error"
 
 
-def _kinds_wanted(details: list[Any]) -> str:
+def _kinds_wanted(details: list[Any], nullable: bool) -> str:
     """In YAML's words, where pydantic's are Python's."""
     value = details[0]["input"]
     words = {"model_type": "a mapping", "dict_type": "a mapping", "tuple_type": "a list"}
+    words["bool_type"] = "true, false or null" if nullable else "true or false"
     types = [detail["type"] for detail in details]
     alone = isinstance(value, int | float | str) and not isinstance(value, bool)
     if alone and "string_type" not in types:  # else a name is wanted, and a list of this is wrong
@@ -395,11 +397,17 @@ def _nearest_field(path: FieldPath, model: type[BaseModel]) -> str:
 
 def _siblings(path: FieldPath, model: type[BaseModel]) -> list[str]:
     """The fields of the models that may stand where the path's last part does."""
-    kinds: list[Any] = [model]
-    for part in path[:-1]:
-        kinds = [inner for kind in kinds for inner in _options(_inside(kind, part))]
+    kinds = _kinds_at(path[:-1], model)
     models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return [name for found in models for name in found.model_fields]
+
+
+def _kinds_at(path: FieldPath, model: type[BaseModel]) -> list[Any]:
+    """The types of what may stand there."""
+    kinds: list[Any] = [model]
+    for part in path:
+        kinds = [inner for kind in kinds for inner in _options(_inside(kind, part))]
+    return kinds
 
 
 def _inside(kind: Any, part: str | int) -> Any:

@@ -1,18 +1,20 @@
 """Combinations that cannot work, refused before any GPU is taken.
 
-In: a TrialConfig, how many workers are to share a pack, and what is known of the base's shape; or a
-SweepConfig, whose parts must suit each other. Out: a list of messages, empty when it can run. Pure.
-Each rule has its reason and its source; versions are those of constraints.txt. What is allowed has
-run: tests/unit/test_compatibility.py names the test of every cell.
+In: a TrialConfig, how many workers are to share a pack, and what is known of the base's shape. Out:
+a list of messages, empty when it can run. Pure. Each rule has its reason and its source; versions
+are those of constraints.txt. What is allowed has run: tests/unit/test_compatibility.py names the
+test of every cell. Of what holds for all trials: sweep_rules.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from orchestrator.config import QuantConfig, SweepConfig, TrialConfig
+from orchestrator.planning.bits import bits_of
 from orchestrator.planning.ranks import idle_patterns
 from orchestrator.planning.shape import BaseShape, UnknownShape
+from orchestrator.planning.unread import has_bits
 
 Config = TypeVar("Config", TrialConfig, SweepConfig)
 
@@ -41,14 +43,11 @@ def problems(
         rules += CONV1D_RULES
     found = [message for rule in rules for message in rule.finds(trial)]
     if isinstance(shape, BaseShape):
-        targets = shape.targets(trial.adapter.target_modules)
-        found += idle_patterns(trial.adapter, [layer.name for layer in targets])
+        targets = [layer.name for layer in shape.targets(trial.adapter.target_modules)]
+        found += idle_patterns(trial.adapter, targets)
+        if not found:
+            found += _loftq_has_layers_in_codes(trial, targets)
     return found or list(_workers_share_a_step(trial, workers_per_pack or 1))
-
-
-def sweep_problems(config: SweepConfig) -> list[str]:
-    """Of what holds for all trials."""
-    return [message for rule in SWEEP_RULES for message in rule.finds(config)]
 
 
 def _workers_share_a_step(trial: TrialConfig, workers_per_pack: int) -> Iterator[str]:
@@ -80,10 +79,11 @@ def _warmup_is_shorter_than_training(trial: TrialConfig) -> Iterator[str]:
 
 def _four_bit_fields_need_four_bits(trial: TrialConfig) -> Iterator[str]:
     quant = trial.quant
-    if not _has(quant, 4) and quant.quant_type != QuantConfig().quant_type:
+    if not has_bits(quant, 4) and quant.quant_type != QuantConfig().quant_type:
         yield (
             "quant.quant_type is a 4-bit code, but got "
-            f"quant.quant_type={quant.quant_type}, quant.bit_width={quant.bit_width}"
+            f"quant.quant_type={quant.quant_type}, quant.bit_width={quant.bit_width}: leave it "
+            "out, or in a search space keep it to 4 bits with search.conditions"
         )
 
 
@@ -110,7 +110,7 @@ def _llm_int8_is_for_the_whole_base(trial: TrialConfig) -> Iterator[str]:
 
 def _block_of_32_is_for_four_bits(trial: TrialConfig) -> Iterator[str]:
     quant = trial.quant
-    if quant.block_size == 32 and _has(quant, 8) and not quant.llm_int8:
+    if quant.block_size == 32 and has_bits(quant, 8) and not quant.llm_int8:
         yield (
             "quant.block_size: 32 is for 4-bit codes only, but got layers of 8 bits: set "
             "quant.block_size: 64 or more"
@@ -146,11 +146,15 @@ def _storage_matters_under_zero_only(trial: TrialConfig) -> Iterator[str]:
 
 
 def _pissa_changes_the_base(trial: TrialConfig) -> Iterator[str]:
-    if trial.adapter.init == "pissa":
-        yield (
-            "adapter.init: pissa is not possible on a shared quantised base: set adapter.init: "
-            "loftq, which begins with the same kind of values, or default"
-        )
+    if trial.adapter.init != "pissa":
+        return
+    remedy = "default"
+    if _loftq_is_possible(trial):
+        remedy = "loftq, which begins with what the codes leave out of the same weights, or default"
+    yield (
+        "adapter.init: pissa changes the base itself, which the trials of a pack share, but got "
+        f"adapter.init=pissa, quant.bit_width={trial.quant.bit_width}: set adapter.init: {remedy}"
+    )
 
 
 def _dora_multiplies_with_the_weights(trial: TrialConfig) -> Iterator[str]:
@@ -171,11 +175,31 @@ def _dora_multiplies_with_the_weights(trial: TrialConfig) -> Iterator[str]:
 
 def _loftq_makes_up_for_quantisation(trial: TrialConfig) -> Iterator[str]:
     quant, strategy = trial.quant, trial.strategy
-    if trial.adapter.init == "loftq" and not (quant.packed and strategy.kind == "replicated"):
+    if trial.adapter.init == "loftq" and not _loftq_is_possible(trial):
+        pattern = quant.bit_width_pattern
         yield (
             "adapter.init: loftq needs a base in codes and strategy.kind: replicated, but got "
-            f"quant.bit_width={quant.bit_width}, quant.int8_type={quant.int8_type}, "
+            f"quant.bit_width={quant.bit_width}, "
+            + (f"quant.bit_width_pattern={pattern}, " if pattern else "")
+            + f"quant.int8_type={quant.int8_type}, "
             f"strategy.kind={strategy.kind}: set adapter.init: default"
+        )
+
+
+def _loftq_is_possible(trial: TrialConfig) -> bool:
+    quant = trial.quant
+    in_codes = quant.packed and has_bits(quant, 2, 3, 4, 8)
+    return in_codes and trial.strategy.kind == "replicated"
+
+
+def _loftq_has_layers_in_codes(trial: TrialConfig, targets: Iterable[str]) -> Iterator[str]:
+    """By the names of the base's layers, which a map may leave at 16 bits one by one."""
+    bits = {bits_of(trial.quant, name) for name in targets}
+    if trial.adapter.init == "loftq" and bits == {16}:
+        yield (
+            "adapter.init: loftq needs a base in codes, but got quant.bit_width_pattern="
+            f"{trial.quant.bit_width_pattern}, which leaves all layers of adapter.target_modules "
+            "at 16 bits: set adapter.init: default, or give some of them fewer bits"
         )
 
 
@@ -235,7 +259,7 @@ def _nvme_swaps_fp32_states(trial: TrialConfig) -> Iterator[str]:
 def _nvme_swaps_parameters_in_one_type(trial: TrialConfig) -> Iterator[str]:
     quant = trial.quant
     named = quant.storage_dtype not in ("auto", quant.compute_dtype)
-    if trial.strategy.offload_params == "nvme" and _has(quant, 4) and named:
+    if trial.strategy.offload_params == "nvme" and has_bits(quant, 4) and named:
         yield (
             "strategy.offload_params: nvme needs quant.storage_dtype: auto, but got "
             f"quant.storage_dtype={quant.storage_dtype}"
@@ -274,63 +298,6 @@ def conv1d_refusal(quant: QuantConfig, strategy: str) -> str:
         f"{quant.bit_width}, quant.int8_type={quant.int8_type}, strategy.kind={strategy}: set "
         "quant.bit_width: 8 and quant.int8_type: llm_int8, or choose another base model"
     )
-
-
-def _has(quant: QuantConfig, bits: int) -> bool:
-    """Whether some layers may have so many bits."""
-    return quant.bit_width in (bits, "auto") or bits in quant.bit_width_pattern.values()
-
-
-def _a_task_score_has_a_task(config: SweepConfig) -> Iterator[str]:
-    if "task_score" in config.search.objectives and config.evaluation.task is None:
-        yield (
-            "search.objectives: task_score needs evaluation.task, but got evaluation.task=null: "
-            "write evaluation: {task: {max_examples: 64}}, or seek eval_loss"
-        )
-
-
-def _the_gate_has_questions(config: SweepConfig) -> Iterator[str]:
-    gate, task = config.registry.gate, config.evaluation.task
-    if gate.metric == "task_error" and task is None:
-        yield (
-            "registry.gate.metric: task_error needs evaluation.task, but got evaluation.task=null: "
-            "write evaluation: {task: {max_examples: 64}}, or compare token_loss"
-        )
-    elif gate.metric == "task_error" and task and task.max_examples < gate.min_pairs:
-        yield (
-            f"registry.gate.metric: task_error needs registry.gate.min_pairs ({gate.min_pairs}) "
-            f"questions, but got evaluation.task.max_examples={task.max_examples}: ask more, or "
-            "lower min_pairs"
-        )
-
-
-def _questions_have_answers(config: SweepConfig) -> Iterator[str]:
-    data = config.data
-    forms = {one.format or data.format for one in data.held_out_sources or data.train_sources}
-    if config.evaluation.task is not None and forms != {"prompt_completion"}:
-        yield (
-            "evaluation.task needs held-out examples of data.format: prompt_completion, where the "
-            f"completion is the answer, but got {', '.join(sorted(forms))}: give such ones as "
-            "data.held_out, or leave evaluation.task out"
-        )
-
-
-def _answers_are_whole(config: SweepConfig) -> Iterator[str]:
-    overlong = config.data.overlong
-    if config.evaluation.task is not None and overlong in ("truncate", "split"):
-        yield (
-            f"evaluation.task needs whole answers, but got data.overlong={overlong}: set "
-            "data.overlong: error or drop, or raise data.block_length"
-        )
-
-
-def _answers_are_generated_on_a_whole_base(config: SweepConfig) -> Iterator[str]:
-    kinds = config.search.space.get("strategy.kind", (config.trial.strategy.kind,))
-    if config.evaluation.task is not None and isinstance(kinds, tuple) and "zero" in kinds:
-        yield (
-            "evaluation.task needs strategy.kind: replicated, but got strategy.kind=zero: leave "
-            "evaluation.task out, and measure adapters with `orchestrator evaluate --exact-match`"
-        )
 
 
 @dataclass(frozen=True)
@@ -389,9 +356,9 @@ RULES: tuple[Rule[TrialConfig], ...] = (
     ),
     Rule(
         _pissa_changes_the_base,
-        "it takes the principal part out of the weights and quantises what is left, which differs "
-        "with each rank: trials would not share one base, and one that is loaded alone from its "
-        "adapter would have another base than it was trained on",
+        "it takes the principal part out of the weights, at fewer bits quantises what is left, and "
+        "this differs with each rank: trials would not share one base, and one that is loaded "
+        "alone from its adapter would have another base than it was trained on",
         "arXiv:2404.02948, section 4; peft 0.21, tuners/lora/layer.py, pissa_init",
     ),
     Rule(
@@ -452,36 +419,6 @@ RULES: tuple[Rule[TrialConfig], ...] = (
         "bitsandbytes keeps a second reference to int8 weights, so they stay on the GPU whatever "
         "DeepSpeed does: it would train, and save no memory",
         "bitsandbytes 0.50, nn.Linear8bitLt.state.CB",
-    ),
-)
-
-SWEEP_RULES: tuple[Rule[SweepConfig], ...] = (
-    Rule(
-        _a_task_score_has_a_task,
-        "nobody would measure it, and no trial could win",
-        "orchestrator/training/task.py",
-    ),
-    Rule(
-        _the_gate_has_questions,
-        "no candidate could be compared with a champion",
-        "orchestrator/tracking/promotion.py",
-    ),
-    Rule(
-        _questions_have_answers,
-        "a score is the part of answers that are the example's own, and of other formats only "
-        "single turns have one answer: as `orchestrator evaluate --exact-match`",
-        "orchestrator/training/exact_match.py",
-    ),
-    Rule(
-        _answers_are_whole,
-        "the shards would hold answers that were cut, which no model could give",
-        "orchestrator/data/questions.py",
-    ),
-    Rule(
-        _answers_are_generated_on_a_whole_base,
-        "a pass of one token would gather the whole base at stage 3, or bring it from where it is "
-        "offloaded to, and all workers would have to make equally many passes",
-        "DeepSpeed 0.19, runtime/zero/partitioned_param_coordinator.py",
     ),
 )
 

@@ -13,8 +13,10 @@ from typing import Any, Literal
 from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loading import trial_with
-from orchestrator.planning.compatibility import RULED_FIELDS, problems, sweep_problems
+from orchestrator.planning.compatibility import RULED_FIELDS, problems
 from orchestrator.planning.ranks import largest_rank
+from orchestrator.planning.sweep_rules import sweep_problems
+from orchestrator.planning.unread import unread
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.samplers import STARTUP_TRIALS, Draw, draw, encoded
 from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
@@ -250,9 +252,9 @@ def _refused_of_grid(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
         ruled = {name: value for name, value in params.items() if name.startswith(RULED_FIELDS)}
         key = repr(ruled)
         if key not in found:
-            found[key] = problems(
-                trial_with(config.trial, ruled), config.resources.workers_per_pack
-            )
+            trial = trial_with(config.trial, ruled)
+            found[key] = problems(trial, config.resources.workers_per_pack)
+            found[key] += unread(trial.quant, ruled)
         if found[key]:
             yield _title(number, params), found[key]
 

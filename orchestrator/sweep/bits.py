@@ -137,7 +137,7 @@ def check_hqq(config: SweepConfig) -> None:
     if found & set(HQQ_BITS) and importlib.util.find_spec("hqq") is None:
         raise ConfigError(
             "quant.bit_width: 2 and 3 need HQQ, which is not installed: "
-            "DISABLE_CUDA=1 pip install 'qlora-orchestrator[hqq]', or set 4 bits or more"
+            "DISABLE_CUDA=1 pip install -e '.[hqq]' in the project's folder, or set 4 bits or more"
         )
 
 

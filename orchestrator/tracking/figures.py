@@ -74,7 +74,7 @@ def write_pngs(store: RunStore) -> list[Path]:
         from choreographer.errors import ChromeNotFoundError
     except ImportError as error:
         raise ReportError(
-            "--png needs the package kaleido: pip install 'qlora-orchestrator[png]'"
+            "--png needs the package kaleido: pip install -e '.[png]' in the project's folder"
         ) from error
     written = []
     for one in report_figures(store, rows, pack_times(store.pack_events)):

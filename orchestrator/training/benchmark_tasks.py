@@ -16,7 +16,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "--task needs the lm-eval package, which is not installed: "
-            "pip install 'qlora-orchestrator[lm-eval]'"
+            "pip install -e '.[lm-eval]' in the project's folder"
         )
 
 

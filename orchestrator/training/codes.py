@@ -116,7 +116,7 @@ def quantise_hqq(weight: Tensor, bits: int, block_size: int) -> Codes:
     except ImportError as error:
         raise BaseModelError(
             f"quant.bit_width: {bits} needs HQQ, which is not installed: "
-            "DISABLE_CUDA=1 pip install 'qlora-orchestrator[hqq]', or set 4 bits or more"
+            "DISABLE_CUDA=1 pip install -e '.[hqq]' in the project's folder, or set 4 bits or more"
         ) from error
     whole, meta = Quantizer.quantize(
         weight,

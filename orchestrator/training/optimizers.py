@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.config import OptimizerConfig, ScheduleConfig
 from orchestrator.training.deepspeed_ops import load_op
+from orchestrator.training.paged import check_room
 
 States = tuple[dict[str, Tensor], dict[str, float]]
 
@@ -151,6 +152,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, states: States) -> None:
 
     bitsandbytes' states are copied into buffers that its own init made: load_state_dict would give
     plain tensors where paged ones belong (bitsandbytes issues 782, 1381).
+
+    Raises:
+        TrialFailed: the GPU has no room for paged ones.
     """
     tensors, numbers = states
     if not tensors:  # saved before the first step
@@ -162,6 +166,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, states: States) -> None:
         optimizer.load_state_dict({"state": {0: state | numbers}, "param_groups": groups})
         return
     if not optimizer.state[row]:
+        _check_room(optimizer)
         optimizer.init_state(optimizer.param_groups[0], row, 0, 0)
     for name, tensor in tensors.items():
         optimizer.state[row][name].copy_(tensor)
@@ -176,9 +181,19 @@ def _bitsandbytes(class_name: str) -> Callable[[nn.Parameter, OptimizerConfig], 
     def build(row: nn.Parameter, config: OptimizerConfig) -> Any:
         import bitsandbytes
 
-        return getattr(bitsandbytes.optim, class_name)([row], **_common(config))
+        optimizer = getattr(bitsandbytes.optim, class_name)([row], **_common(config))
+        if optimizer.is_paged:  # it makes its states in its first step
+            optimizer.register_step_pre_hook(_check_room)
+        return optimizer
 
     return build
+
+
+def _check_room(optimizer: Any, *_: Any) -> None:
+    """Before states are made: raises TrialFailed where a GPU has no room for paged ones."""
+    (row,) = optimizer.param_groups[0]["params"]
+    if optimizer.is_paged and not optimizer.state[row]:
+        check_room(row, optimizer.args.optim_bits)
 
 
 def _deepspeed_cpu_adam(row: nn.Parameter, config: OptimizerConfig) -> Any:

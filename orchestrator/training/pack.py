@@ -221,8 +221,10 @@ class PackWorker:
         except OrchestratorError as error:
             if self.place.world_size > 1 and not isinstance(error, TrialFailed):
                 raise  # it may be this worker's alone, and the others would wait for it
-            self.rows.clear(number)
             failed = TrialFailed.by(error)
+            if failed.reason == "out_of_memory":  # the pack's own: it is planned anew with less
+                raise
+            self.rows.clear(number)
             words = failed.reason, failed.message
             return [TrialStopped(task.trial, task.attempt, time.time(), *words)]
         self.slots[number] = slot

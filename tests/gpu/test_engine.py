@@ -5,16 +5,18 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from orchestrator.config import EvaluationConfig, QuantConfig, TaskConfig
+from orchestrator.config import EvaluationConfig, OptimizerConfig, QuantConfig, TaskConfig
+from orchestrator.errors import TrialFailed
 from orchestrator.records import BaseModel, TrialDone
 from orchestrator.tracking.adapter_model import base_digest
-from orchestrator.training.optimizers import OPTIMIZERS
+from orchestrator.training.optimizers import OPTIMIZERS, RowOptimizers, restore_optimizer
 from orchestrator.training.pack import PackWorker
 from tests.tiny import make_base_model
 from tests.training.conftest import MakeSpec, trial_config
@@ -61,6 +63,25 @@ def test_refilled_slots_take_no_more_paged_memory(make_spec: MakeSpec, tmp_path:
     train(spec, trials, tmp_path)
     assert len(paged) - before == 2 * spec.num_slots  # two states each
     assert all(tensor.is_paged for tensor in paged[before:])
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_paged_states_that_the_gpu_has_no_room_for_are_not_made(saved: bool) -> None:
+    from bitsandbytes.functional import GlobalPageManager
+
+    made = len(GlobalPageManager.get_instance().paged_tensors)
+    config = OptimizerConfig(name="paged_adamw_32bit")
+    row = torch.nn.Parameter(torch.ones(2**26, device="cuda"))
+    row.grad = torch.ones_like(row)
+    optimizer = RowOptimizers(row).begin(config)
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(free - 2**28, dtype=torch.uint8, device="cuda")  # 512 MiB are wanted
+    states = {"state1": row.detach(), "state2": row.detach()}
+    make = partial(restore_optimizer, optimizer, (states, {})) if saved else optimizer.step
+    with pytest.raises(TrialFailed, match="out_of_memory: paged optimizer states take 0.50 GiB"):
+        make()
+    assert len(GlobalPageManager.get_instance().paged_tensors) == made
+    del held
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS.keys() - {"deepspeed_cpu_adam"}))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from orchestrator.data.reader import BlockReader
 from orchestrator.errors import ConfigError
 from orchestrator.planning.options import PackWish
 from orchestrator.planning.packs import pack_key
-from orchestrator.records import TrialDone
+from orchestrator.records import Evaluated, TrialDone
 from orchestrator.sweep.bits import check_hqq
 from orchestrator.training.adapter_evaluation import evaluate_adapter
 from orchestrator.training.codes import quantise
@@ -84,24 +85,50 @@ def test_an_export_from_a_map_says_what_the_adapter_says(
     assert exported.parity.reference_loss == pytest.approx(done.eval_loss, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_loftq_begins_with_what_every_kind_of_codes_left_out(
+    make_spec: MakeSpec, tmp_path: Path, name: str
+) -> None:
+    if name == "3 bits":
+        pytest.importorskip("hqq.core.quantize", reason="the extra hqq is not installed")
+    spec = replace(make_spec(quant=quant(name), num_slots=1), loftq=True)
+    trial = trial_config(steps=12, quant=quant(name), adapter__init="loftq")
+    _, events = train(spec, [trial], tmp_path)
+    first = next(e.eval_loss for e in events if isinstance(e, Evaluated) and e.step == 0)
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    assert first != done.baseline_eval_loss
+    assert done.eval_loss < first - 0.1
+
+
+UNDER_ZERO: dict[str, dict[str, Any]] = {
+    "stage 1": {"stage": 1},
+    "stage 2": {"stage": 2},
+    "stage 3": {"stage": 3},
+    "stage 1, optimizer on the CPU": {"stage": 1, "offload_optimizer": "cpu"},
+    "stage 2, optimizer on the CPU": {"stage": 2, "offload_optimizer": "cpu"},
+    "stage 3, optimizer on the CPU": {"stage": 3, "offload_optimizer": "cpu"},
+    "stage 3, parameters on the CPU": {"stage": 3, "offload_params": "cpu"},
+}
+
+
 @pytest.mark.parametrize(
-    ("fields", "stage"),
+    ("fields", "strategy"),
     [
-        ({"quant_type": "fp4"}, 3),
-        ({"double_quant": False}, 3),
-        ({"double_quant": False}, 2),
-        ({"storage_dtype": "bfloat16"}, 2),
+        *(({"quant_type": "fp4"}, name) for name in UNDER_ZERO),
+        *(({"double_quant": False}, name) for name in UNDER_ZERO),
+        *(({"bit_width": 8}, name) for name in UNDER_ZERO if name.endswith("optimizer on the CPU")),
+        *(({"bit_width": bits}, "stage 3, parameters on the CPU") for bits in (4, 16)),
+        ({"storage_dtype": "bfloat16"}, "stage 2"),
     ],
-    ids=["FP4", "NF4, single", "NF4, single, stage 2", "stored in bfloat16"],
 )
 @pytest.mark.filterwarnings("ignore:`torch.distributed")
-def test_every_4_bit_base_trains_under_zero_as_it_does_without(
-    make_spec: MakeSpec, tmp_path: Path, fields: dict[str, Any], stage: int
+def test_every_kind_of_base_trains_under_zero_as_it_does_without(
+    make_spec: MakeSpec, tmp_path: Path, fields: dict[str, Any], strategy: str
 ) -> None:
     content = QuantConfig.model_validate({**fields, "compute_dtype": "float32"}).model_dump()
     plain, _ = train(make_spec(num_slots=1, quant=content), [trial_config()], tmp_path / "one")
-    strategy = {"kind": "zero", "stage": stage}
-    spec = make_spec(num_slots=1, quant=content, strategy=strategy)
+    zero_strategy = {"kind": "zero", **UNDER_ZERO[strategy]}
+    spec = make_spec(num_slots=1, quant=content, strategy=zero_strategy)
     zero, _ = train(spec, [trial_config()], tmp_path / "other")
     assert_equal(zero[0], plain[0])
 

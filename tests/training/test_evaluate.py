@@ -191,7 +191,7 @@ def test_a_task_without_the_lm_eval_package_says_how_to_get_it(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["evaluate", "--model", str(trained), "--task", "arc_easy"]) == 2
-    assert "pip install 'qlora-orchestrator[lm-eval]'" in capsys.readouterr().err
+    assert "pip install -e '.[lm-eval]'" in capsys.readouterr().err
 
 
 def test_examples_of_another_template_or_tokenizer_are_refused(
