@@ -18,7 +18,7 @@ from orchestrator.data_config import MIB
 from orchestrator.loading import load_config
 from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import problems
-from orchestrator.planning.packs import preview_packs
+from orchestrator.planning.packs import one_kind, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.pruning import rung_steps
@@ -169,9 +169,10 @@ def _print_packs(
         shape,
         placement.worker_memory_bytes,
     )
+    kinds = one_kind(placement.num_workers, premises)
     refused = {}
     for trial in valid:
-        if found := refusal(trial, config.search.constraints, premises, now=0.0):
+        if found := refusal(trial, config.search.constraints, premises, now=0.0, kinds=kinds):
             refused[trial.number] = found.message
             console.print(
                 f"trial {trial.number} will not be trained: {found.message}", markup=False

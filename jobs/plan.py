@@ -118,8 +118,10 @@ class _Shown:
             min(kind.memory_bytes for kind in kinds),
         )
 
-    def plan(self, trials: Sequence[TrialSpec]) -> None:
-        trials = [*filter(self._is_trained, trials), *self._later(trials)]
+    def plan(self, given: Sequence[TrialSpec]) -> None:
+        trials = [*filter(self._is_trained, given), *self._later(given)]
+        if not trials:
+            raise ConfigError(f"no trial can be trained: {'; '.join(self._why_not(given[0]))}")
         for kind in self._kinds:
             memory = f" of {kind.memory_bytes / GIB:.1f} GiB" if kind.memory_bytes else ""
             self._say(f"workers: {kind.count} x {kind.name}{memory}")
@@ -151,7 +153,8 @@ class _Shown:
         workers_per_pack = self._config.resources.workers_per_pack
         if found := problems(trial.config, workers_per_pack, self._shape):
             return found
-        refused = refusal(trial, self._config.search.constraints, self._premises, now=0.0)
+        limits = self._config.search.constraints
+        refused = refusal(trial, limits, self._premises, now=0.0, kinds=self._kinds)
         return [refused.message] if refused else []
 
     def _later(self, first: Sequence[TrialSpec]) -> list[TrialSpec]:

@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigError, DiskFull
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
-from orchestrator.planning.packs import PackPlan, learn_from, preview_packs
+from orchestrator.planning.packs import PackPlan, learn_from, one_kind, preview_packs
 from orchestrator.planning.waiting import Waiting, pack_key
 from orchestrator.records import (
     Arithmetic,
@@ -59,7 +59,7 @@ from orchestrator.sweep.policy import (
 )
 from orchestrator.sweep.results import failed_result, finished_result, pruned_result
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
-from orchestrator.sweep.running import RunningPack, standing
+from orchestrator.sweep.running import RunningPack, standing, why_resumed
 from orchestrator.sweep.silence import Silences
 from orchestrator.sweep.verdicts import recall_pruning, verdict_facts
 
@@ -96,6 +96,7 @@ class Controller:
         self._ask = ask
         self._build_pack = build_pack
         self._num_workers = num_workers
+        self._at_start = premises
         self._premises = heeding(premises, store.decisions)
         self._pace = pace or Pace()
         self._pace.recall(store.pack_events)
@@ -196,8 +197,10 @@ class Controller:
                 self._end(refused)
 
     def _refusal(self, trial: TrialSpec) -> TrialResult | None:
-        """Of a trial that cannot keep to the constraints, before it takes a slot."""
-        return refusal(trial, self._constraints, self._premises, time.time())
+        """Of a trial that cannot keep to the constraints or fits no worker, before it takes a
+        slot. By the estimate alone: what ran out of memory before is tried with less."""
+        kinds = self._kinds or one_kind(self._num_workers, self._at_start)
+        return refusal(trial, self._constraints, self._at_start, time.time(), kinds)
 
     def _judge(self) -> None:
         """Give the verdicts that are due at rungs, and end what they settle."""
@@ -421,7 +424,9 @@ class Controller:
             key_waits = [t for t in self._view().waiting if pack_key(t.config) == key]
             trials |= {trial.number: 0 for trial in key_waits}
         retried = event.reason == "worker_lost"
-        if event.reason == "out_of_memory" and (learned := learn_from(pack.plan, self._premises)):
+        if event.reason == "out_of_memory" and (
+            learned := learn_from(pack.plan, self._premises, self._kinds)
+        ):
             known, reason = learned
             facts = lesson(self._premises, known)
             self._premises = known
@@ -447,14 +452,8 @@ class Controller:
             self._had[trial] = had
 
     def _note_resume(self, event: TrialOpened) -> None:
-        if not event.step and not event.refused_checkpoints:
-            return
-        reason = f"attempt {event.attempt} goes on from step {event.step}"
-        if event.note:
-            reason += f"; {event.note}"
-        if event.refused_checkpoints:
-            reason += f"; passed over: {'; '.join(event.refused_checkpoints)}"
-        self._decided("resume_trial", f"trial {event.trial}", reason)
+        if reason := why_resumed(event):
+            self._decided("resume_trial", f"trial {event.trial}", reason)
 
     def _end(self, result: TrialResult, saving: RunningPack | None = None) -> None:
         """`saving`: a pack that may be writing the trial's files, until it answers."""
