@@ -45,7 +45,7 @@ from orchestrator.records import (
 from orchestrator.search.pruning import Verdict
 from orchestrator.search.space import num_trials
 from orchestrator.sweep.executor import Executor
-from orchestrator.sweep.expectations import refusal
+from orchestrator.sweep.expectations import check_none_waits, refusal
 from orchestrator.sweep.lessons import LEARNT, heeding, lesson
 from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.policy import (
@@ -140,7 +140,8 @@ class Controller:
         """Train until every trial is over; False if it was asked to stop before that.
 
         Raises:
-            ConfigError: a trial that is not over does not suit the settings of this start.
+            ConfigError: a trial that is not over does not suit the settings of this start, or waits
+                for workers that there are not.
             DiskFull: a worker could not write.
         """
         for result in self._results.values():
@@ -165,6 +166,8 @@ class Controller:
                 self._take(pack, events)
             self._give_up_hung()
             self._give_up_leaving()
+        if self._stop_at is None:
+            check_none_waits(self._view().waiting, self._view().all_kinds)
         return self._stop_at is None
 
     def _check_trials(self) -> None:

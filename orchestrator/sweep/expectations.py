@@ -8,6 +8,7 @@ TrialResult that refuses it, or None. Pure: no torch, no Ray.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from orchestrator.errors import ConfigError
 from orchestrator.planning.fit import BUDGET_FRACTION
 from orchestrator.planning.holding import why_too_large
 from orchestrator.planning.kinds import WorkerKind
@@ -15,9 +16,11 @@ from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import preview_packs
 from orchestrator.planning.ranks import largest_rank, rank_of
 from orchestrator.planning.shape import UnknownShape
+from orchestrator.planning.waiting import pack_key
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import GIB, violations
 from orchestrator.search_config import ConstraintsConfig
+from orchestrator.wording import counted
 
 BYTES_PER_SAVED_PARAM = 4  # adapters are saved in fp32
 
@@ -59,6 +62,19 @@ def refusal(
     if words := why_too_large(trial.config, kinds, premises):
         return replace(expected, reason="out_of_memory", message=words)
     return None
+
+
+def check_none_waits(waiting: Sequence[TrialSpec], kinds: Sequence[WorkerKind]) -> None:
+    """Raises ConfigError for trials that still wait when no pack is at work and none is begun."""
+    if not waiting:
+        return
+    there = " and ".join(counted(kind.count, f"{kind.name} worker".strip()) for kind in kinds)
+    numbers = ", ".join(str(number) for number in sorted(trial.number for trial in waiting))
+    titles = " and ".join(sorted({pack_key(trial.config).title for trial in waiting}))
+    raise ConfigError(
+        f"trials {numbers} wait for packs ({titles}) that {there} cannot make up: lower "
+        "resources.workers_per_pack, or give the sweep workers with more memory"
+    )
 
 
 def _adapter_bytes(trial: TrialSpec, premises: Premises) -> int:

@@ -96,9 +96,12 @@ def run_sweep(store: RunStore, services: Services) -> Outcome:
     """Train all trials and select the winner.
 
     Raises:
+        ConfigError: a pack is to have more workers than there are of a kind.
         TrialFailed: no trial finished with a usable result.
     """
     config = store.sweep.config
+    counts = {kind.name: kind.count for kind in services.kinds} or {"": services.num_workers}
+    check_pack_fits(config.resources, counts)
     base = _base_model(store, config, services.display)
     data = _data(store, config, base, services)
     _check_task(config, base, data)
@@ -182,7 +185,6 @@ def _train(
         services.watch(notice)
 
     with closing(services.executor) as executor:
-        check_pack_fits(config.resources, services.num_workers)
         premises = sweep_premises(
             config,
             device_named(store.sweep.device),

@@ -20,6 +20,7 @@ from orchestrator.records import PackSpec, TrialResult, TrialSpec
 from orchestrator.search.space import next_trial
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import InProcessExecutor
+from orchestrator.sweep.forecast import forecast
 from orchestrator.sweep.lessons import heeding
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.simulated import SimulatedWorker
@@ -160,3 +161,19 @@ def test_a_plan_and_a_dry_run_refuse_a_base_that_fits_no_gpu(
     out = capsys.readouterr().out
     assert "trial 1 will not be trained: it does not fit" in out
     assert "24.0 GiB of each GPU: lower data.block_length" in out
+
+
+def test_trials_that_no_worker_begins_are_an_error_and_not_an_empty_sweep(tmp_path: Path) -> None:
+    kinds = (replace(H100, count=2), replace(L40S, count=2))
+    four = {"workers_per_pack": 4}
+    words = (
+        "trials 0, 1, 2, 3 wait for packs .16-bit and 4-bit nf4. that 2 H100 workers and "
+        "2 L40S workers cannot make up: lower resources.workers_per_pack"
+    )
+    with pytest.raises(ConfigError, match=words):
+        run(tmp_path / "run", kinds, QWEN_32B, frozenset(), resources=four, **SMALL_BATCH)
+    config = sweep_config(resources=four)
+    waiting = [TrialSpec(number, {}, config.trial) for number in range(2)]
+    given = premises(config, "cuda", QWEN_32B, GIB)
+    found = forecast(waiting, kinds, given, lambda plan, slots: 1.0, lambda plan: 1.0)
+    assert found.waiting == waiting
