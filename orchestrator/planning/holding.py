@@ -8,6 +8,7 @@ with the most memory tries, as estimates err: only what exceeds its whole memory
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from orchestrator.config import StrategyConfig, TrialConfig
 from orchestrator.planning.fit import fit
@@ -36,8 +37,16 @@ def takers(
     kinds: Sequence[WorkerKind],
     premises: Premises,
     had: Arithmetic | None = None,
-) -> list[WorkerKind]:
+) -> Sequence[WorkerKind]:
     """The kinds that should train packs of this key; `had`: what the pack has to keep."""
+    return _takers(key, tuple(kinds), premises, had) if len(kinds) > 1 else kinds
+
+
+@lru_cache(maxsize=4096)
+def _takers(
+    key: PackKey, kinds: tuple[WorkerKind, ...], premises: Premises, had: Arithmetic | None
+) -> Sequence[WorkerKind]:
+    """A decision asks the same many times."""
     size = had.world_size if had else premises.resources.workers_per_pack or 1
     there = [kind for kind in kinds if kind.count >= size]
     able = [kind for kind in there if not _ran_out(key, kind, premises)] or _largest(there)
