@@ -60,8 +60,9 @@ def show(path: Path, overrides: list[str], gpus: str | None, machine: Node) -> i
     # Where nobody's window sets a width: enough for the tables.
     width = None if sys.stdout.isatty() else FILE_WIDTH
     console = Console(soft_wrap=True, highlight=False, width=width)
+    plan = _Shown(console, config, kinds, known, shape)
     console.print(trials_table(config, trials))
-    _Shown(console, config, kinds, known, shape).plan(trials)
+    plan.plan(trials)
     return 0
 
 

@@ -42,7 +42,7 @@ from orchestrator.records import (
 )
 from orchestrator.search.objectives import violations
 from orchestrator.search.space import Bounds, bounds, next_trial
-from orchestrator.sweep.bits import BitChooser, RunOnWorker, run_here
+from orchestrator.sweep.bits import BitChooser, RunOnWorker, check_budgets, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.earlier import keep_speeds, speeds_to_begin_with
 from orchestrator.sweep.executor import Executor
@@ -244,12 +244,13 @@ def sweep_premises(
     """`room` is the space's own if it is left out.
 
     Raises:
-        ConfigError: the device cannot run the step program, or target modules or patterns match no
-            layer of the base.
+        ConfigError: the device cannot run the step program, target modules or patterns match no
+            layer of the base, or a budget of bits is less than the base takes at the fewest.
     """
     resources = config.resources
     if not isinstance(shape, UnknownShape):
         check_layers(config, shape)
+        check_budgets(config, shape, compute_dtype)
     if resources.step_program == "graph" and device == "cpu":
         raise ConfigError(
             "resources.step_program: graph needs GPUs, but the device is cpu: set auto or compiled"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.dry_run import show_plan
 from jobs.plan import show
 from orchestrator.errors import ConfigError
 from orchestrator.planning.capacity import Node
@@ -117,6 +118,20 @@ def test_gpus_that_are_named_twice_are_added(
     out = shown(sweep_file, gpus, capsys)
     assert re.findall(r"workers: .*", out) == ["workers: 2 x H100-80GB of 79.6 GiB"]
     assert len(re.findall(r" \d \|(.*)\|", out)) == 2
+
+
+def test_a_base_of_auto_may_take_its_budget_and_less_than_its_least_is_refused(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ["resources.dequantise_once=false", "trial.quant.bit_width=auto"]
+    out = shown(sweep_file, "1xL4", capsys, *kept, "trial.quant.budget_gib=0.07")
+    assert re.search(r"base, as stored +│ +0.07 ", out)
+    words = r"budget_gib=0.01 is less than the \d\.\d+ GiB that the base takes at the fewest bits"
+    with pytest.raises(ConfigError, match=words):
+        show(sweep_file, [*kept, "trial.quant.budget_gib=0.01"], "1xL4", LAPTOP)
+    with pytest.raises(ConfigError, match=words):
+        show_plan(sweep_file, [*kept, "trial.quant.budget_gib=0.01"], None, None, LAPTOP)
+    assert "base" not in capsys.readouterr().out
 
 
 def test_without_a_gpu_or_a_base_no_time_is_predicted_and_the_plan_says_why(
