@@ -18,12 +18,12 @@ from orchestrator.data_config import MIB
 from orchestrator.loading import load_config
 from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import problems
-from orchestrator.planning.packs import preview_packs
+from orchestrator.planning.packs import one_kind, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.pruning import rung_steps
 from orchestrator.search.space import ask, check_space, first_batch, num_trials
-from orchestrator.sweep.bits import auto_settings, last_allocation
+from orchestrator.sweep.bits import auto_settings, check_budgets, last_allocation
 from orchestrator.sweep.expectations import refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.run_store import RunStore
@@ -65,6 +65,8 @@ def show_plan(
     if run_dir is not None:
         RunStore(run_dir).check_free(config)
     placement = _placement(config, ray_address or os.environ.get("RAY_ADDRESS"), machine)
+    if not isinstance(shape, UnknownShape):
+        check_budgets(config, shape, auto_compute_dtype(_device(placement)))
     trials = first_trials(config)
     console = Console(soft_wrap=True)
     console.print(trials_table(config, trials))
@@ -107,6 +109,11 @@ def _placement(config: SweepConfig, ray_address: str | None, machine: Node) -> P
     return Placement(device, num_workers, memory_bytes, words)
 
 
+def _device(placement: Placement) -> Device:
+    """A cluster that is not asked is taken to have GPUs."""
+    return "cpu" if placement.device == "cpu" else "cuda"
+
+
 def trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
     total = num_trials(config.search)
     more = "" if total == len(trials) else f", the first {len(trials)} shown"
@@ -130,9 +137,8 @@ def _print_bits(
     console: Console, config: SweepConfig, placement: Placement, shape: BaseShape | UnknownShape
 ) -> None:
     """What `bit_width: auto` gives each layer, as far as it was measured before."""
-    device: Device = "cpu" if placement.device == "cpu" else "cuda"
     for quant in auto_settings(config):
-        found = last_allocation(config, quant, shape, auto_compute_dtype(device))
+        found = last_allocation(config, quant, shape, auto_compute_dtype(_device(placement)))
         if found is None:
             words = "measured and chosen for each layer when the sweep starts"
             console.print(f"bits: {quant.title}: {words}", markup=False)
@@ -160,8 +166,7 @@ def _print_packs(
         return
     workers_per_pack = config.resources.workers_per_pack
     valid = [trial for trial in trials if not problems(trial.config, workers_per_pack, shape)]
-    # A cluster that is not asked is taken to have GPUs.
-    device: Device = "cpu" if placement.device == "cpu" else "cuda"
+    device = _device(placement)
     premises = sweep_premises(
         config,
         device,
@@ -169,9 +174,10 @@ def _print_packs(
         shape,
         placement.worker_memory_bytes,
     )
+    kinds = one_kind(placement.num_workers, premises)
     refused = {}
     for trial in valid:
-        if found := refusal(trial, config.search.constraints, premises, now=0.0):
+        if found := refusal(trial, config.search.constraints, premises, now=0.0, kinds=kinds):
             refused[trial.number] = found.message
             console.print(
                 f"trial {trial.number} will not be trained: {found.message}", markup=False

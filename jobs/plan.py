@@ -15,7 +15,7 @@ from jobs.dry_run import base_shape, first_trials, trials_table
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
-from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
+from orchestrator.planning.capacity import Node, check_pack_fits, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu, parse_gpus
@@ -27,7 +27,7 @@ from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.space import ask, check_space, first_batch, num_trials
 from orchestrator.sweep.earlier import earlier_speeds
-from orchestrator.sweep.expectations import refusal
+from orchestrator.sweep.expectations import check_none_waits, refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.forecast import Forecast, forecast
 
@@ -60,8 +60,9 @@ def show(path: Path, overrides: list[str], gpus: str | None, machine: Node) -> i
     # Where nobody's window sets a width: enough for the tables.
     width = None if sys.stdout.isatty() else FILE_WIDTH
     console = Console(soft_wrap=True, highlight=False, width=width)
+    plan = _Shown(console, config, kinds, known, shape)
     console.print(trials_table(config, trials))
-    _Shown(console, config, kinds, known, shape).plan(trials)
+    plan.plan(trials)
     return 0
 
 
@@ -81,7 +82,7 @@ def _workers(
         return (WorkerKind(name, count, memory_bytes),), {}
     if resources.device == "cpu":
         raise ConfigError(f"--gpus {gpus}, but resources.device: cpu: set auto or cuda")
-    found = sorted(parse_gpus(gpus), key=lambda entry: -entry[2].tflops)
+    found = sorted(_merged(parse_gpus(gpus)), key=lambda entry: -entry[2].tflops)
     fastest = found[0][2].tflops
     left = resources.num_workers
     kinds = []
@@ -91,7 +92,18 @@ def _workers(
         kinds.append(WorkerKind(name, used, gpu.memory_bytes, gpu.tflops / fastest))
     if left:
         raise ConfigError(f"resources.num_workers={resources.num_workers}: --gpus {gpus} has fewer")
-    return tuple(kind for kind in kinds if kind.count), {name: gpu for _, name, gpu in found}
+    kinds = [kind for kind in kinds if kind.count]
+    check_pack_fits(resources, {kind.name: kind.count for kind in kinds})
+    return tuple(kinds), {name: gpu for _, name, gpu in found}
+
+
+def _merged(written: Sequence[tuple[int, str, Gpu]]) -> list[tuple[int, str, Gpu]]:
+    """Each card once, under the name that it was written with first."""
+    found: dict[str, tuple[int, str, Gpu]] = {}
+    for count, name, gpu in written:
+        before, first, _ = found.get(gpu.name, (0, name, gpu))
+        found[gpu.name] = (before + count, first, gpu)
+    return list(found.values())
 
 
 class _Shown:
@@ -118,8 +130,10 @@ class _Shown:
             min(kind.memory_bytes for kind in kinds),
         )
 
-    def plan(self, trials: Sequence[TrialSpec]) -> None:
-        trials = [*filter(self._is_trained, trials), *self._later(trials)]
+    def plan(self, given: Sequence[TrialSpec]) -> None:
+        trials = [*filter(self._is_trained, given), *self._later(given)]
+        if not trials:
+            raise ConfigError(f"no trial can be trained: {'; '.join(self._why_not(given[0]))}")
         for kind in self._kinds:
             memory = f" of {kind.memory_bytes / GIB:.1f} GiB" if kind.memory_bytes else ""
             self._say(f"workers: {kind.count} x {kind.name}{memory}")
@@ -135,6 +149,7 @@ class _Shown:
         durations = Durations(self._premises, self._shape, self._known, measured.factor)
         kinds = measured.speeds(self._kinds, self._known)
         found = forecast(trials, kinds, self._premises, durations.block_s, durations.start_s)
+        check_none_waits(found.waiting, kinds)
         self._packs(found, durations)
         self._memory([pack.plan for pack in found.packs])
         self._chart(found)
@@ -151,7 +166,8 @@ class _Shown:
         workers_per_pack = self._config.resources.workers_per_pack
         if found := problems(trial.config, workers_per_pack, self._shape):
             return found
-        refused = refusal(trial, self._config.search.constraints, self._premises, now=0.0)
+        limits = self._config.search.constraints
+        refused = refusal(trial, limits, self._premises, now=0.0, kinds=self._kinds)
         return [refused.message] if refused else []
 
     def _later(self, first: Sequence[TrialSpec]) -> list[TrialSpec]:

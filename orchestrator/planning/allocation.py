@@ -13,11 +13,11 @@ from typing import Any
 
 from orchestrator.config import QuantConfig
 from orchestrator.errors import ConfigError
-from orchestrator.planning.bits import bits_of, stored_bits
+from orchestrator.planning.bits import GIB, bits_of, stored_bits
 from orchestrator.planning.patterns import as_pattern
+from orchestrator.planning.shape import BaseShape, Linear
 
 WIDTHS = (4, 8, 16)
-GIB = 2**30
 # Of a base in 32 bits, where the arithmetic is float32: an average counts those values as 16 bits.
 AVERAGE_DTYPE_BYTES = 2
 
@@ -79,14 +79,7 @@ def allocate(
         ConfigError: the budget is less than 4 bits everywhere take.
     """
     num_params = sum(layer.num_params for layer in layers)
-    if quant.budget_gib is None:
-        assert quant.average_bits is not None
-        dtype_bytes, budget = AVERAGE_DTYPE_BYTES, quant.average_bits * num_params
-    else:
-        budget = 8 * (quant.budget_gib * GIB - plain_bytes)
-    costs = {bits: stored_bits(quant, bits, dtype_bytes) for bits in WIDTHS}
-    choices = {layer.name: _choices(quant, layer.name) for layer in layers}
-    _check_budget(quant, layers, choices, costs, budget, plain_bytes)
+    choices, costs, budget = _within_budget(quant, layers, plain_bytes, dtype_bytes)
     widths = _least_loss(layers, choices, costs, budget)
     taken = sum(layer.num_params * costs[widths[layer.name]] for layer in layers)
     counts = Counter(widths.values())
@@ -115,6 +108,31 @@ def resolved(quant: QuantConfig, allocation: Allocation) -> QuantConfig:
     )
 
 
+def check_budget(quant: QuantConfig, shape: BaseShape, dtype_bytes: int) -> None:
+    """Before anything is measured.
+
+    Raises:
+        ConfigError: the budget is less than the fewest bits take.
+    """
+    _within_budget(quant, shape.linears, shape.num_plain_params * dtype_bytes, dtype_bytes)
+
+
+def _within_budget(
+    quant: QuantConfig, layers: Sequence[Linear | LayerLoss], plain_bytes: int, dtype_bytes: int
+) -> tuple[dict[str, tuple[int, ...]], dict[int, float], float]:
+    """Each layer's widths, what a weight takes at each, and the bits that all may take."""
+    if quant.budget_gib is None:
+        assert quant.average_bits is not None
+        num_params = sum(layer.num_params for layer in layers)
+        dtype_bytes, budget = AVERAGE_DTYPE_BYTES, quant.average_bits * num_params
+    else:
+        budget = 8 * (quant.budget_gib * GIB - plain_bytes)
+    costs = {bits: stored_bits(quant, bits, dtype_bytes) for bits in WIDTHS}
+    choices = {layer.name: _choices(quant, layer.name) for layer in layers}
+    _check_budget(quant, layers, choices, costs, budget, plain_bytes)
+    return choices, costs, budget
+
+
 def _choices(quant: QuantConfig, name: str) -> tuple[int, ...]:
     """A layer that the user gave bits keeps them."""
     bits = bits_of(quant, name)
@@ -123,7 +141,7 @@ def _choices(quant: QuantConfig, name: str) -> tuple[int, ...]:
 
 def _check_budget(
     quant: QuantConfig,
-    layers: Sequence[LayerLoss],
+    layers: Sequence[Linear | LayerLoss],
     choices: Mapping[str, Sequence[int]],
     costs: Mapping[int, float],
     budget: float,

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from orchestrator.config import QuantConfig
 from orchestrator.planning.patterns import matched
-from orchestrator.planning.shape import Linear
+from orchestrator.planning.shape import BaseShape, Linear
 
+GIB = 2**30
 # Constants of blockwise codes: fp32 for each block; with double quantisation 8 bits, and fp32 for
 # each 256 of these (QLoRA, arXiv:2305.14314, section 3).
 CONSTANT_BITS = 32
@@ -39,7 +40,7 @@ def stored_bits(quant: QuantConfig, bits: int, dtype_bytes: int = 2) -> float:
 def linear_bytes(quant: QuantConfig, linears: Sequence[Linear], dtype_bytes: int = 2) -> int:
     """Of the linear layers at their bits, constants included; `dtype_bytes` are those of the
     arithmetic's type. Layers that auto has not chosen bits for are taken at the average asked for,
-    or at 4 bits where a budget was given."""
+    or at 4 bits where a budget was given: base_linear_bytes counts the budget."""
     if quant.llm_int8:
         scales = sum(linear.out_features for linear in linears)
         return sum(linear.num_params for linear in linears) + scales * LLM_INT8_SCALE_BYTES
@@ -52,6 +53,21 @@ def linear_bytes(quant: QuantConfig, linears: Sequence[Linear], dtype_bytes: int
             weight_bits = stored_bits(quant, bits, dtype_bytes)
         total += linear.num_params * weight_bits
     return round(total / 8)
+
+
+def base_linear_bytes(quant: QuantConfig, shape: BaseShape, dtype_bytes: int) -> int:
+    """Of all linear layers of a base; those that auto has not chosen bits for may take together
+    what the budget leaves, up to 16 bits each."""
+    known = linear_bytes(quant, shape.linears, dtype_bytes)
+    budget = quant.budget_gib
+    if budget is None or all(bits_of(quant, linear.name) for linear in shape.linears):
+        return known
+    allowed = round(budget * GIB) - shape.num_plain_params * dtype_bytes
+    open_params = sum(
+        linear.num_params for linear in shape.linears if bits_of(quant, linear.name) is None
+    )
+    sixteen = stored_bits(quant, 16, dtype_bytes) - stored_bits(quant, 4, dtype_bytes)
+    return max(known, min(allowed, known + round(open_params * sixteen / 8)))
 
 
 def average_bits(quant: QuantConfig, linears: Sequence[Linear]) -> float:

@@ -5,7 +5,7 @@ and the least memory that one of them has. Pure.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.config import ResourcesConfig
@@ -33,7 +33,7 @@ def worker_count(resources: ResourcesConfig, device: str, nodes: Sequence[Node])
     per_worker, wanted = resources.cpus_per_worker, resources.num_workers
     fitting = sum(fitting_workers(node, per_worker, device) for node in nodes)
     if fitting and (wanted is None or wanted <= fitting):
-        check_pack_fits(resources, wanted or fitting)
+        check_pack_fits(resources, {"": wanted or fitting})
         return wanted or fitting
     if device == "cuda" and not any(node.num_gpus >= 1 for node in nodes):
         raise ConfigError("resources.device: cuda, but there is no GPU: set auto or cpu")
@@ -48,15 +48,25 @@ def worker_count(resources: ResourcesConfig, device: str, nodes: Sequence[Node])
     raise ConfigError(f"resources: no worker of {_cores(per_worker)}{gpu} fits {there}: {remedy}")
 
 
-def check_pack_fits(resources: ResourcesConfig, num_workers: int) -> None:
-    """Raises ConfigError if a pack is to have more workers than there are."""
+def check_pack_fits(resources: ResourcesConfig, counts: Mapping[str, int]) -> None:
+    """`counts` of the workers of each kind, by its name: a pack has workers of one.
+
+    Raises:
+        ConfigError: a pack is to have more workers than there are of any kind.
+    """
     needed = resources.workers_per_pack or 1
-    if needed > num_workers:
-        there = "there is 1" if num_workers == 1 else f"there are {num_workers}"
-        raise ConfigError(
-            f"resources.workers_per_pack={needed} needs as many workers, but {there}: "
-            f"set it to {num_workers} or less"
-        )
+    most = max(counts.values())
+    if needed <= most:
+        return
+    there = "there is 1" if most == 1 else f"there are {most}"
+    alike = ""
+    if len(counts) > 1:
+        alike = " of one kind of GPU"
+        there = "there are " + " and ".join(f"{count} x {name}" for name, count in counts.items())
+    raise ConfigError(
+        f"resources.workers_per_pack={needed} needs as many workers{alike}, but {there}: "
+        f"set it to {most} or less"
+    )
 
 
 def worker_memory_bytes(

@@ -15,6 +15,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Gpu:
     name: str
+    sold_gb: int
+    """Its memory as the maker names it."""
     memory_gib: float
     """As the driver counts it."""
     tflops: float
@@ -24,18 +26,31 @@ class Gpu:
     def memory_bytes(self) -> int:
         return int(self.memory_gib * GIB)
 
+    @property
+    def chip(self) -> tuple[str, ...]:
+        """Its name in words, without a size."""
+        return tuple(word for word in self.name.split("-") if not _SIZE.fullmatch(word))
 
+
+_SIZE = re.compile(r"(\d+)(?:GB?|GIB)")
+# Of a card's name: how it is mounted or cooled, and its memory's type.
+_FORM = re.compile(r"SXM\d?|PCIE|NVL|DGXS|FHHL|HBM\d[E]?")
+_MAKERS = ("NVIDIA", "TESLA", "GEFORCE")
+
+# Where a chip is sold with several sizes, the name without one is the size that Ray means by it.
 CARDS = (
-    Gpu("H200", 139.8, 989, 4.8),
-    Gpu("H100", 79.6, 989, 3.35),
-    Gpu("A100-80G", 79.3, 312, 2.04),
-    Gpu("A100", 39.6, 312, 1.56),
-    Gpu("L40S", 44.5, 362, 0.864),
-    Gpu("A10G", 22.5, 70, 0.6),
-    Gpu("L4", 22.5, 121, 0.3),
-    Gpu("V100", 31.7, 125, 0.9),
-    Gpu("T4", 14.7, 65, 0.32),
-    Gpu("RTX-4090", 23.6, 165, 1.01),
+    Gpu("H200", 141, 139.8, 989, 4.8),
+    Gpu("H100", 80, 79.6, 989, 3.35),
+    Gpu("H100-NVL", 94, 93.1, 835, 3.9),
+    Gpu("A100-80G", 80, 79.3, 312, 2.04),
+    Gpu("A100", 40, 39.6, 312, 1.56),
+    Gpu("L40S", 48, 44.5, 362, 0.864),
+    Gpu("A10G", 24, 22.5, 70, 0.6),
+    Gpu("L4", 24, 22.5, 121, 0.3),
+    Gpu("V100", 32, 31.7, 125, 0.9),
+    Gpu("V100-16G", 16, 15.8, 125, 0.9),
+    Gpu("T4", 16, 14.7, 65, 0.32),
+    Gpu("RTX-4090", 24, 23.6, 165, 1.01),
 )
 GPUS = {gpu.name: gpu for gpu in CARDS}
 MEASURED = "H200"
@@ -50,12 +65,19 @@ def relative_speed(name: str) -> float:
 
 
 def find_gpu(name: str) -> Gpu | None:
-    """By what a user or Ray calls it: `H100`, `H100-80GB`, `NVIDIA-L40S`, `a100`."""
-    wanted = name.upper().replace(" ", "-").removeprefix("NVIDIA-").removeprefix("TESLA-")
-    # The longest name first, or an A100-80GB would be an A100.
-    for known in sorted(GPUS, key=len, reverse=True):
-        if wanted in (known, f"{known}B") or wanted.startswith(f"{known}-"):
-            return GPUS[known]
+    """By what a user, Ray or the driver calls it: `H100`, `A100-80GB`, `NVIDIA A100-SXM4-80GB`.
+    None for a card, a size or a part of one (MIG) that is not known."""
+    words = [word for word in re.split(r"[\s_-]+", name.upper().strip()) if word not in _MAKERS]
+    # The longest name first, or an H100 NVL would be an H100.
+    for card in sorted(CARDS, key=lambda card: -len(card.chip)):
+        chip = len(card.chip)
+        if tuple(words[:chip]) != card.chip:
+            continue
+        rest = [word for word in words[chip:] if not _FORM.fullmatch(word)]
+        if not rest and card.name == "-".join(card.chip):
+            return card
+        if len(rest) == 1 and re.fullmatch(rf"{card.sold_gb}(GB?|GIB)?", rest[0]):
+            return card
     return None
 
 

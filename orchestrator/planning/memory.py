@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.planning.activations import PassMemory, pass_memory
-from orchestrator.planning.bits import linear_bytes
+from orchestrator.planning.bits import base_linear_bytes, linear_bytes
 from orchestrator.planning.load import MIN_ROW_VALUE_BYTES, PackLoad
 from orchestrator.planning.shape import BaseShape
 from orchestrator.planning.zero import (
@@ -218,7 +218,7 @@ def _offloaded_base(shape: BaseShape, load: PackLoad, base: int) -> tuple[int, i
 
 @lru_cache(maxsize=256)
 def _linear_bytes(shape: BaseShape, quant: QuantConfig, dtype_bytes: int) -> int:
-    return linear_bytes(quant, shape.linears, dtype_bytes)
+    return base_linear_bytes(quant, shape, dtype_bytes)
 
 
 def _runtime_bytes(load: PackLoad, measured: Measured) -> int:

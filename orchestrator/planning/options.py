@@ -62,6 +62,9 @@ class Premises:
     """Of the longest answer that a trial generates; 0: it generates none."""
     generation_batch_size: int = 1
     """Answers that it generates together."""
+    ran_out: frozenset[tuple[str, int]] = frozenset()
+    """(digest of a PackKey, bytes): workers of no more memory ran out with the least that it takes,
+    and larger ones are there to try."""
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,18 @@ ends with the same bits. A fresh one may join a pack of any.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.config import StrategyConfig, TrialConfig
+from orchestrator.config import TrialConfig
 from orchestrator.planning.fit import Fit, after_out_of_memory, fit
+from orchestrator.planning.holding import AS_HAD, pack_wish, premises_for, takers
 from orchestrator.planning.kinds import ALIKE, WorkerKind, longest_for
-from orchestrator.planning.options import PackWish, Premises
+from orchestrator.planning.options import Premises
 from orchestrator.planning.waiting import FRESH, Kept, Lines, PackKey, indexed, pack_key
 from orchestrator.records import Arithmetic, TrialSpec
 from orchestrator.wording import counted
-
-AS_HAD = "as half-trained trials had"
 
 
 @dataclass(frozen=True)
@@ -84,19 +83,10 @@ def why_not_kept(
     large = [kind for kind in kinds if kind.count >= had.world_size]
     if not large:
         return f"the sweep has {counted(sum(kind.count for kind in kinds), 'worker')} now"
-    wish = _wish(pack_key(trial), 1, 1, had.world_size, premises, had)
+    wish = pack_wish(pack_key(trial), 1, 1, had.world_size, premises, had)
     if not any(fit(premises_for(kind, premises), wish).fits for kind in large):
         return "it does not fit the memory now"
     return ""
-
-
-def premises_for(kind: WorkerKind, premises: Premises) -> Premises:
-    """What the planner goes by for workers of this kind."""
-    if not kind.name:
-        return premises
-    usable = int(kind.memory_bytes * premises.memory_fraction)
-    limit = premises.memory_limit_bytes
-    return replace(premises, worker_memory_bytes=usable if limit is None else min(usable, limit))
 
 
 def one_kind(num_workers: int, premises: Premises) -> tuple[WorkerKind, ...]:
@@ -114,24 +104,64 @@ def plan_pack(
     """The pack that the first of the free kinds should start next; None when nothing is to be
     started. `active` counts the packs of each key; `kinds` are all, the busy ones too.
 
-    The key with the most waiting work per pack goes first. Slots are chosen so that the trials
-    spread over the free workers in even waves, unless the configuration sets them.
+    The key with the most waiting work per pack goes first, of those that this kind should train.
+    Slots are chosen so that the trials spread over the free workers in even waves, unless the
+    configuration sets them.
     """
-    kind = free[0]
+    kind, kinds = free[0], kinds or free
     if kind.count <= 0:
         return None
     groups = {}
-    longest = longest_for(kind, 1, kinds, lines.all_work_left)
     for key in lines.keys:
-        if lines.shortest(key) > longest:
+        if group := _group(key, lines, kind, kinds, premises):
+            groups[key] = group
+    for key in sorted(
+        groups, key=lambda key: lines.work_left(key) / (1 + active.get(key, 0)), reverse=True
+    ):
+        if plan := _planned(key, groups[key], lines, free, premises, len(groups)):
+            return plan
+    return None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Trials of one key that the next pack of a kind can train."""
+
+    had: Arithmetic | None
+    num_trials: int
+    takers: Sequence[WorkerKind]
+
+
+def _group(
+    key: PackKey,
+    lines: Lines,
+    kind: WorkerKind,
+    kinds: Sequence[WorkerKind],
+    premises: Premises,
+) -> _Group | None:
+    """None where a pack of this kind should begin none of them."""
+    had = lines.half_trained(key, kind.count)
+    for kept in (had, None) if had else (None,):
+        found = takers(key, kinds, premises, kept)
+        if all(other.name != kind.name for other in found):
             continue
-        had = lines.half_trained(key, kind.count)
-        if number := lines.count(key, had):
-            groups[key] = (had, number)
-    if not groups:
-        return None
-    key = max(groups, key=lambda key: lines.work_left(key) / (1 + active.get(key, 0)))
-    had, number = groups[key]
+        if lines.shortest(key) > longest_for(kind, 1, found, lines.all_work_left):
+            continue
+        if number := lines.count(key, kept):
+            return _Group(kept, number, found)
+    return None
+
+
+def _planned(
+    key: PackKey,
+    group: _Group,
+    lines: Lines,
+    free: Sequence[WorkerKind],
+    premises: Premises,
+    num_groups: int,
+) -> PackPlan | None:
+    """None where it needs more workers than are free."""
+    kind, had, number = free[0], group.had, group.num_trials
     workers = sum(other.count for other in free)
     if had is None:
         world_size, why = _world_size(key, number, lines, kind.count, workers, premises)
@@ -139,9 +169,11 @@ def plan_pack(
         world_size, why = had.world_size, f"{counted(had.world_size, 'worker')}, {AS_HAD}"
     if world_size > kind.count:
         return None
-    share = math.ceil(number / max(1.0, _num_packs(key, lines, free, kinds, world_size, groups)))
+    share = math.ceil(
+        number / max(1.0, _num_packs(key, lines, free, group.takers, world_size, num_groups))
+    )
     given = premises_for(kind, premises)
-    chosen = fit(given, _wish(key, number, share, world_size, given, had))
+    chosen = fit(given, pack_wish(key, number, share, world_size, given, had))
     on = f" on {kind.name}" if kind.name else ""
     most = key.max_slots
     limit = (
@@ -155,25 +187,42 @@ def _num_packs(
     key: PackKey,
     lines: Lines,
     free: Sequence[WorkerKind],
-    kinds: Sequence[WorkerKind],
+    found: Sequence[WorkerKind],
     world_size: int,
-    groups: Collection[PackKey],
+    num_groups: int,
 ) -> float:
     """Packs like the next one over which this key's trials will spread."""
-    if len(kinds) < 2:  # each other waiting key gets a pack too
-        return sum(kind.count for kind in free) // world_size - (len(groups) - 1)
+    if len(found) < 2 and len(free) < 2:  # each other waiting key gets a pack too
+        return sum(kind.count for kind in free) // world_size - (num_groups - 1)
     # Faster workers, the busy ones as well, take more trials in their turn.
-    equal = sum(kind.count * kind.speed for kind in kinds) / free[0].speed
+    equal = sum(kind.count * kind.speed for kind in found) / free[0].speed
     return equal / world_size * lines.work_left(key) / lines.all_work_left
 
 
-def learn_from(lost: PackPlan, premises: Premises) -> tuple[Premises, str] | None:
+def longest_here(
+    key: PackKey,
+    kind: WorkerKind,
+    num_slots: int,
+    lines: Lines,
+    kinds: Sequence[WorkerKind],
+    premises: Premises,
+) -> float:
+    """Blocks of the longest trial of this key that a pack of this kind should still begin."""
+    found = takers(key, kinds, premises)
+    return longest_for(kind, num_slots, found, lines.all_work_left)
+
+
+def learn_from(
+    lost: PackPlan, premises: Premises, kinds: Sequence[WorkerKind] = ()
+) -> tuple[Premises, str] | None:
     """What the planner goes by once this pack ran out of memory, and why; None where it could give
-    up nothing more."""
+    up nothing more, and no kind with more memory is left to try."""
     given = premises_for(lost.kind, premises)
-    wish = _wish(lost.key, lost.num_slots, lost.num_slots, lost.world_size, given)
+    wish = pack_wish(lost.key, lost.num_slots, lost.num_slots, lost.world_size, given)
     learned = after_out_of_memory(given, wish, lost.fit)
-    if learned is None or not lost.kind.name:
+    if learned is None:
+        return _on_larger(lost, premises, kinds)
+    if not lost.kind.name:
         return learned
     known, reason = learned
     if lost.fit.memory is None:  # of a base without an estimate: slots are what can be given up
@@ -181,6 +230,21 @@ def learn_from(lost: PackPlan, premises: Premises) -> tuple[Premises, str] | Non
     # It holds for the other kinds in proportion.
     fraction = known.worker_memory_bytes / lost.kind.memory_bytes
     return replace(premises, memory_fraction=min(premises.memory_fraction, fraction)), reason
+
+
+def _on_larger(
+    lost: PackPlan, premises: Premises, kinds: Sequence[WorkerKind]
+) -> tuple[Premises, str] | None:
+    memory_bytes = lost.kind.memory_bytes
+    known = replace(
+        premises, ran_out=premises.ran_out | {(lost.key.unlimited.digest, memory_bytes)}
+    )
+    found = takers(lost.key, kinds, known)
+    larger = [kind.name for kind in found if kind.memory_bytes > memory_bytes]
+    if not larger:
+        return None
+    names = " and ".join(larger)
+    return known, f"{lost.key.title} runs out of the memory of {lost.kind.name}: only on {names}"
 
 
 def preview_packs(
@@ -211,7 +275,9 @@ def plan_packs(
         plan = plan_pack(lines, active, left, premises, kinds)
         members: list[TrialSpec] = []
         if plan is not None:
-            longest = longest_for(plan.kind, plan.num_slots, kinds, lines.all_work_left)
+            longest = longest_here(
+                plan.key, plan.kind, plan.num_slots, lines, kinds or free, premises
+            )
             members = lines.take(plan.key, plan.arithmetic, plan.num_slots, longest)
         if plan is None or not members:
             left.pop(0)
@@ -248,41 +314,3 @@ def _world_size(
     if size == spare:
         return size, f"{counted(size, 'worker')}, {few}"
     return size, f"{counted(size, 'worker')}, {few}: the batch divides no further"
-
-
-def _wish(
-    key: PackKey,
-    num_trials: int,
-    share: int,
-    world_size: int,
-    premises: Premises,
-    had: Arithmetic | None = None,
-) -> PackWish:
-    asked = premises.resources.slots_per_pack
-    num_slots = 1 if key.alone else min(asked, num_trials) if asked is not None else None
-    if key.max_slots is not None:
-        share = min(share, key.max_slots)
-        num_slots = min(num_slots, key.max_slots) if num_slots is not None else None
-    alone = key.alone
-    if alone and asked not in (None, 1):
-        alone += f" (resources.slots_per_pack: {asked} is for trials that can share)"
-    wish = PackWish(
-        quant=key.quant,
-        strategy=StrategyConfig.model_validate(dict(key.strategy)),
-        alone=alone,
-        share=share,
-        num_slots=num_slots,
-        worker_blocks=key.micro_batch_size or (key.batch_size or 1) // world_size,
-        micro_batch_size=key.micro_batch_size,
-        gradient_checkpointing=key.gradient_checkpointing,
-        dora=key.dora,
-        in_group=world_size > 1,
-    )
-    if had is None:
-        return wish
-    return replace(
-        wish,
-        micro_batch_size=had.micro_batch_size,
-        gradient_checkpointing=had.gradient_checkpointing,
-        as_set=AS_HAD,
-    )

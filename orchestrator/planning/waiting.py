@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from orchestrator.config import QuantConfig, StrategyConfig, TrialConfig
+from orchestrator.files import record_digest
 from orchestrator.planning.compatibility import problems
 from orchestrator.records import Arithmetic, TrialSpec
 
@@ -53,6 +54,11 @@ class PackKey:
     def _hash(self) -> int:
         """Made once: a decision looks up a thousand packs by their keys."""
         return hash((self.quant, self.strategy, self.micro_batch_size, self.batch_size))
+
+    @property
+    def digest(self) -> str:
+        """Its name in records."""
+        return record_digest(repr(self))[:16]
 
     @property
     def title(self) -> str:

@@ -19,7 +19,7 @@ from orchestrator.data.prepare import PreparedData
 from orchestrator.errors import ConfigError
 from orchestrator.files import cache_dir, read_json, record_digest, write_json
 from orchestrator.loading import trial_with
-from orchestrator.planning.allocation import Allocation, LayerLoss, allocate, resolved
+from orchestrator.planning.allocation import Allocation, LayerLoss, allocate, check_budget, resolved
 from orchestrator.planning.bits import HQQ_BITS, bits_of
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.options import DTYPE_BYTES
@@ -66,6 +66,8 @@ class BitChooser:
         Raises:
             ConfigError: a budget that no map fits.
         """
+        if not isinstance(self._shape, UnknownShape):
+            check_budgets(config, self._shape, self._compute_dtype)
         for quant in auto_settings(config):
             path = self._cached(quant)
             if not path.exists():
@@ -180,6 +182,13 @@ def _allocation(
     dtype_bytes = DTYPE_BYTES[quant.compute_dtype]
     plain = 0 if isinstance(shape, UnknownShape) else shape.num_plain_params * dtype_bytes
     return allocate(quant, layers, plain, dtype_bytes)
+
+
+def check_budgets(config: SweepConfig, shape: BaseShape, compute_dtype: str) -> None:
+    """Raises ConfigError for a budget that no map fits, before anything is measured."""
+    for quant in auto_settings(config):
+        concrete = _concrete(quant, compute_dtype)
+        check_budget(concrete, shape, DTYPE_BYTES[concrete.compute_dtype])
 
 
 def auto_settings(config: SweepConfig) -> Iterator[QuantConfig]:

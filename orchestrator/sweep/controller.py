@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigError, DiskFull
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
-from orchestrator.planning.packs import PackPlan, preview_packs
+from orchestrator.planning.packs import PackPlan, one_kind, preview_packs
 from orchestrator.planning.waiting import Waiting, pack_key
 from orchestrator.records import (
     Arithmetic,
@@ -45,7 +45,7 @@ from orchestrator.records import (
 from orchestrator.search.pruning import Verdict
 from orchestrator.search.space import num_trials
 from orchestrator.sweep.executor import Executor
-from orchestrator.sweep.expectations import refusal
+from orchestrator.sweep.expectations import check_none_waits, refusal
 from orchestrator.sweep.lessons import heeding
 from orchestrator.sweep.losses import remedy, slot_limits
 from orchestrator.sweep.pace import Pace
@@ -60,7 +60,7 @@ from orchestrator.sweep.policy import (
 )
 from orchestrator.sweep.results import failed_result, finished_result, pruned_result
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
-from orchestrator.sweep.running import RunningPack, standing
+from orchestrator.sweep.running import RunningPack, standing, why_resumed
 from orchestrator.sweep.silence import Silences
 from orchestrator.sweep.verdicts import recall_pruning, verdict_facts
 
@@ -97,6 +97,7 @@ class Controller:
         self._ask = ask
         self._build_pack = build_pack
         self._num_workers = num_workers
+        self._at_start = premises
         self._premises = heeding(premises, store.decisions)
         self._pace = pace or Pace()
         self._pace.recall(store.pack_events)
@@ -142,7 +143,8 @@ class Controller:
         """Train until every trial is over; False if it was asked to stop before that.
 
         Raises:
-            ConfigError: a trial that is not over does not suit the settings of this start.
+            ConfigError: a trial that is not over does not suit the settings of this start, or waits
+                for workers that there are not.
             DiskFull: a worker could not write.
         """
         for result in self._results.values():
@@ -167,6 +169,8 @@ class Controller:
                 self._take(pack, events)
             self._give_up_hung()
             self._give_up_leaving()
+        if self._stop_at is None:
+            check_none_waits(self._view().waiting, self._view().all_kinds)
         return self._stop_at is None
 
     def _check_trials(self) -> None:
@@ -199,8 +203,10 @@ class Controller:
                 self._end(refused)
 
     def _refusal(self, trial: TrialSpec) -> TrialResult | None:
-        """Of a trial that cannot keep to the constraints, before it takes a slot."""
-        return refusal(trial, self._constraints, self._premises, time.time())
+        """Of a trial that cannot keep to the constraints or fits no worker, before it takes a
+        slot. By the estimate alone: what ran out of memory before is tried with less."""
+        kinds = self._kinds or one_kind(self._num_workers, self._at_start)
+        return refusal(trial, self._constraints, self._at_start, time.time(), kinds)
 
     def _judge(self) -> None:
         """Give the verdicts that are due at rungs, and end what they settle."""
@@ -425,7 +431,7 @@ class Controller:
             # another pack of its kind at work, the machine was at fault, and the trials wait on.
             key_waits = [t for t in self._view().waiting if pack_key(t.config) == key]
             trials |= {trial.number: 0 for trial in key_waits}
-        found = remedy(pack.plan, pack.attempts.keys(), at_work, event, self._premises)
+        found = remedy(pack.plan, pack.attempts.keys(), at_work, event, self._premises, self._kinds)
         self._premises = found.premises
         if found.action:
             self._decided(found.action, f"pack {event.pack}", found.reason, found.facts)
@@ -450,14 +456,8 @@ class Controller:
             self._had[trial] = had
 
     def _note_resume(self, event: TrialOpened) -> None:
-        if not event.step and not event.refused_checkpoints:
-            return
-        reason = f"attempt {event.attempt} goes on from step {event.step}"
-        if event.note:
-            reason += f"; {event.note}"
-        if event.refused_checkpoints:
-            reason += f"; passed over: {'; '.join(event.refused_checkpoints)}"
-        self._decided("resume_trial", f"trial {event.trial}", reason)
+        if reason := why_resumed(event):
+            self._decided("resume_trial", f"trial {event.trial}", reason)
 
     def _end(self, result: TrialResult, saving: RunningPack | None = None) -> None:
         """`saving`: a pack that may be writing the trial's files, until it answers."""

@@ -1,19 +1,26 @@
-"""What a trial is expected to need alone, and whether that breaks a constraint before it trains.
+"""What a trial is expected to need alone, and whether that breaks a constraint, or fits no worker,
+before it trains.
 
-In: a TrialSpec, the constraints and the planner's Premises. Out: a TrialResult that refuses it, or
-None. Pure: no torch, no Ray.
+In: a TrialSpec, the constraints, the planner's Premises and the kinds of workers. Out: a
+TrialResult that refuses it, or None. Pure: no torch, no Ray.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from orchestrator.errors import ConfigError
 from orchestrator.planning.fit import BUDGET_FRACTION
+from orchestrator.planning.holding import why_too_large
+from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import preview_packs
 from orchestrator.planning.ranks import largest_rank, rank_of
 from orchestrator.planning.shape import UnknownShape
+from orchestrator.planning.waiting import pack_key
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import GIB, violations
 from orchestrator.search_config import ConstraintsConfig
+from orchestrator.wording import counted
 
 BYTES_PER_SAVED_PARAM = 4  # adapters are saved in fp32
 
@@ -32,9 +39,14 @@ def within(constraints: ConstraintsConfig, premises: Premises) -> Premises:
 
 
 def refusal(
-    trial: TrialSpec, constraints: ConstraintsConfig, premises: Premises, now: float
+    trial: TrialSpec,
+    constraints: ConstraintsConfig,
+    premises: Premises,
+    now: float,
+    kinds: Sequence[WorkerKind] = (),
 ) -> TrialResult | None:
-    """The result of a trial that cannot keep to the constraints, as far as is known before."""
+    """The result of a trial that cannot keep to the constraints, or fits no kind of worker, as far
+    as is known before."""
     expected = TrialResult(
         number=trial.number,
         state="failed",
@@ -45,9 +57,24 @@ def refusal(
         adapter_bytes=_adapter_bytes(trial, premises),
     )
     found = violations(constraints, expected)
-    if not found:
-        return None
-    return replace(expected, message="expected: " + "; ".join(found))
+    if found:
+        return replace(expected, message="expected: " + "; ".join(found))
+    if words := why_too_large(trial.config, kinds, premises):
+        return replace(expected, reason="out_of_memory", message=words)
+    return None
+
+
+def check_none_waits(waiting: Sequence[TrialSpec], kinds: Sequence[WorkerKind]) -> None:
+    """Raises ConfigError for trials that still wait when no pack is at work and none is begun."""
+    if not waiting:
+        return
+    there = " and ".join(counted(kind.count, f"{kind.name} worker".strip()) for kind in kinds)
+    numbers = ", ".join(str(number) for number in sorted(trial.number for trial in waiting))
+    titles = " and ".join(sorted({pack_key(trial.config).title for trial in waiting}))
+    raise ConfigError(
+        f"trials {numbers} wait for packs ({titles}) that {there} cannot make up: lower "
+        "resources.workers_per_pack, or give the sweep workers with more memory"
+    )
 
 
 def _adapter_bytes(trial: TrialSpec, premises: Premises) -> int:

@@ -42,7 +42,7 @@ from orchestrator.records import (
 )
 from orchestrator.search.objectives import violations
 from orchestrator.search.space import Bounds, bounds, next_trial
-from orchestrator.sweep.bits import BitChooser, RunOnWorker, run_here
+from orchestrator.sweep.bits import BitChooser, RunOnWorker, check_budgets, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.earlier import keep_speeds, speeds_to_begin_with
 from orchestrator.sweep.executor import Executor
@@ -96,9 +96,12 @@ def run_sweep(store: RunStore, services: Services) -> Outcome:
     """Train all trials and select the winner.
 
     Raises:
+        ConfigError: a pack is to have more workers than there are of a kind.
         TrialFailed: no trial finished with a usable result.
     """
     config = store.sweep.config
+    counts = {kind.name: kind.count for kind in services.kinds} or {"": services.num_workers}
+    check_pack_fits(config.resources, counts)
     base = _base_model(store, config, services.display)
     data = _data(store, config, base, services)
     _check_task(config, base, data)
@@ -182,7 +185,6 @@ def _train(
         services.watch(notice)
 
     with closing(services.executor) as executor:
-        check_pack_fits(config.resources, services.num_workers)
         premises = sweep_premises(
             config,
             device_named(store.sweep.device),
@@ -242,12 +244,13 @@ def sweep_premises(
     """`room` is the space's own if it is left out.
 
     Raises:
-        ConfigError: the device cannot run the step program, or target modules or patterns match no
-            layer of the base.
+        ConfigError: the device cannot run the step program, target modules or patterns match no
+            layer of the base, or a budget of bits is less than the base takes at the fewest.
     """
     resources = config.resources
     if not isinstance(shape, UnknownShape):
         check_layers(config, shape)
+        check_budgets(config, shape, compute_dtype)
     if resources.step_program == "graph" and device == "cpu":
         raise ConfigError(
             "resources.step_program: graph needs GPUs, but the device is cpu: set auto or compiled"

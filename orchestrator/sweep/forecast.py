@@ -74,6 +74,8 @@ class PackSpan:
 class Forecast:
     spans: list[Span] = field(default_factory=list)
     packs: list[PackSpan] = field(default_factory=list)
+    waiting: list[TrialSpec] = field(default_factory=list)
+    """Trials that no pack could be begun for."""
     makespan_s: float = 0.0
     decisions_s: list[float] = field(default_factory=list)
     """What each call of the policy took of this thread's real time."""
@@ -165,6 +167,7 @@ class _Cluster:
             elif not self._next_event():
                 continue
             self._decide()
+        self._found.waiting = list(self._waiting)
         self._found.makespan_s = max((span.end_s for span in self._found.spans), default=0.0)
         return self._found
 

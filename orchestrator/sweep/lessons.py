@@ -14,11 +14,15 @@ LEARNT = "plan_less_memory"
 
 
 def lesson(before: Premises, after: Premises) -> dict[str, Any]:
-    """By how much less plans take from now on."""
+    """By how much less plans take from now on, and what runs on larger workers alone."""
     part = after.memory_fraction / before.memory_fraction
     if after.worker_memory_bytes != before.worker_memory_bytes:
         part = after.worker_memory_bytes / before.worker_memory_bytes
-    return {"part": part, "max_slots_unknown": after.max_slots_unknown}
+    return {
+        "part": part,
+        "max_slots_unknown": after.max_slots_unknown,
+        "ran_out": sorted(after.ran_out - before.ran_out),
+    }
 
 
 def heeding(premises: Premises, decisions: Iterable[Mapping[str, Any]]) -> Premises:
@@ -30,5 +34,6 @@ def heeding(premises: Premises, decisions: Iterable[Mapping[str, Any]]) -> Premi
                 worker_memory_bytes=int(premises.worker_memory_bytes * facts["part"]),
                 memory_fraction=premises.memory_fraction * facts["part"],
                 max_slots_unknown=min(premises.max_slots_unknown, facts["max_slots_unknown"]),
+                ran_out=premises.ran_out | {(key, size) for key, size in facts.get("ran_out", ())},
             )
     return premises

@@ -10,10 +10,11 @@ slots become fewer each time.
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan, learn_from
 from orchestrator.records import PackLost
@@ -39,14 +40,19 @@ class Remedy:
 
 
 def remedy(
-    plan: PackPlan, trials: Collection[int], at_work: int, lost: PackLost, premises: Premises
+    plan: PackPlan,
+    trials: Collection[int],
+    at_work: int,
+    lost: PackLost,
+    premises: Premises,
+    kinds: Sequence[WorkerKind] = (),
 ) -> Remedy:
     """`at_work` of the slots, those of trials that are over but may have been trained when the
     pack was lost among them."""
     if lost.reason == "worker_lost":
         return Remedy(premises, retried=True, counted=True)
     if lost.reason == "out_of_memory":
-        if (learned := learn_from(plan, premises)) is None:
+        if (learned := learn_from(plan, premises, kinds)) is None:
             return Remedy(premises, retried=False)
         known, reason = learned
         facts = lesson(premises, known)

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.planning.kinds import WorkerKind, longest_for
+from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import (
     PackPlan,
+    longest_here,
     one_kind,
     plan_packs,
     what_is_kept,
@@ -139,7 +140,8 @@ def _take(view: SweepView, pack: PackView, most: int, lines: Lines) -> list[Tria
     longest = math.inf
     if view.kinds:
         kind = next(kind for kind in view.kinds if kind.name == pack.kind)
-        longest = longest_for(kind, pack.num_slots, view.kinds, lines.all_work_left)
+        slots = pack.num_slots
+        longest = longest_here(pack.key, kind, slots, lines, view.kinds, view.premises)
     return lines.take(pack.key, pack.arithmetic, most, longest)
 
 
@@ -195,5 +197,5 @@ def _start(view: SweepView, lines: Lines, free: Sequence[WorkerKind]) -> list[Ac
     active = Counter(pack.key for pack in view.packs)
     return [
         StartPack(plan, plan.reason)
-        for plan, _ in plan_packs(lines, active, free, view.premises, view.kinds)
+        for plan, _ in plan_packs(lines, active, free, view.premises, view.all_kinds)
     ]

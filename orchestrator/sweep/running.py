@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.planning.packs import PackPlan
-from orchestrator.records import Directive, PackStanding, Standing, TrialResult
+from orchestrator.records import Directive, PackStanding, Standing, TrialOpened, TrialResult
 from orchestrator.sweep.policy import PackView
 
 
@@ -73,3 +73,15 @@ def standing(
         states.count("failed"),
         stand,
     )
+
+
+def why_resumed(event: TrialOpened) -> str:
+    """Empty for a trial that begins at its first step."""
+    if not event.step and not event.refused_checkpoints:
+        return ""
+    reason = f"attempt {event.attempt} goes on from step {event.step}"
+    if event.note:
+        reason += f"; {event.note}"
+    if event.refused_checkpoints:
+        reason += f"; passed over: {'; '.join(event.refused_checkpoints)}"
+    return reason

@@ -6,7 +6,14 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.config import QuantConfig
-from orchestrator.planning.bits import average_bits, bits_of, linear_bytes, stored_bits
+from orchestrator.planning.bits import (
+    GIB,
+    average_bits,
+    base_linear_bytes,
+    bits_of,
+    linear_bytes,
+    stored_bits,
+)
 from orchestrator.planning.patterns import as_pattern, unmatched
 from orchestrator.search.space import ask, num_trials
 from tests.sweeps import LLAMA_8B, sweep_config
@@ -69,6 +76,17 @@ def test_auto_is_taken_at_its_average_until_it_has_chosen() -> None:
     quant = QuantConfig(bit_width="auto", average_bits=5)
     assert average_bits(quant, LLAMA_8B.linears) == pytest.approx(5)
     assert bits_of(quant, NAMES[0]) is None
+
+
+def test_a_budget_is_taken_whole_until_the_map_is_chosen_and_16_bits_are_the_most() -> None:
+    plain = 2 * LLAMA_8B.num_plain_params
+    for budget in (6, 14):
+        quant = QuantConfig(bit_width="auto", budget_gib=budget)
+        assert base_linear_bytes(quant, LLAMA_8B, 2) + plain == budget * GIB
+    ample = QuantConfig(bit_width="auto", budget_gib=100)
+    assert base_linear_bytes(ample, LLAMA_8B, 2) == 2 * LLAMA_8B.num_linear_params
+    all_four = QuantConfig(bit_width="auto", budget_gib=14, bit_width_pattern={".*": 4})
+    assert base_linear_bytes(all_four, LLAMA_8B, 2) == linear_bytes(QuantConfig(), LLAMA_8B.linears)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,22 @@ from orchestrator.planning.memory import GIB
         ("A100-40G", "A100"),
         ("L4", "L4"),
         ("Tesla T4", "T4"),
+        ("A100-80", "A100-80G"),
+        ("A100-SXM4-80GB", "A100-80G"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80G"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100-80G"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("H100-NVL-94GB", "H100-NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200"),
+        ("H200-141GB", "H200"),
+        ("Tesla V100-SXM2-16GB", "V100-16G"),
+        ("Tesla V100-SXM2-32GB", "V100"),
+        ("L4-24GB", "L4"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
     ],
 )
 def test_a_gpu_is_known_by_the_names_that_people_and_ray_use(written: str, known: str) -> None:
@@ -34,10 +50,19 @@ def test_gpus_are_written_as_numbers_and_names() -> None:
     assert [count for count, _, _ in parse_gpus("H200")] == [1]
 
 
-@pytest.mark.parametrize("written", ["8xH1000", "0xH100", "eight H100", "", "8x"])
+@pytest.mark.parametrize(
+    "written",
+    ["8xH1000", "0xH100", "eight H100", "", "8x", "8xH100-800GB", "8xL4-48GB", "8xA100-60"],
+)
 def test_gpus_that_are_not_known_are_refused_with_those_that_are(written: str) -> None:
     with pytest.raises(ConfigError, match="known: H200, H100"):
         parse_gpus(written)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA GH200 480GB", ""])
+def test_what_the_driver_reports_and_nobody_knows_has_no_estimate(name: str) -> None:
+    assert find_gpu(name) is None
+    assert relative_speed(name) == 1.0
 
 
 NODES = [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.dry_run import show_plan
 from jobs.plan import show
 from orchestrator.errors import ConfigError
 from orchestrator.planning.capacity import Node
@@ -110,6 +111,29 @@ def test_the_fastest_gpus_are_named_first(
     assert (first, second) == ("H100", "A100-40GB")
 
 
+@pytest.mark.parametrize("gpus", ["1xH100-80GB,1xH100-80GB", "1xH100-80GB,1xH100"])
+def test_gpus_that_are_named_twice_are_added(
+    sweep_file: Path, gpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shown(sweep_file, gpus, capsys)
+    assert re.findall(r"workers: .*", out) == ["workers: 2 x H100-80GB of 79.6 GiB"]
+    assert len(re.findall(r" \d \|(.*)\|", out)) == 2
+
+
+def test_a_base_of_auto_may_take_its_budget_and_less_than_its_least_is_refused(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ["resources.dequantise_once=false", "trial.quant.bit_width=auto"]
+    out = shown(sweep_file, "1xL4", capsys, *kept, "trial.quant.budget_gib=0.07")
+    assert re.search(r"base, as stored +│ +0.07 ", out)
+    words = r"budget_gib=0.01 is less than the \d\.\d+ GiB that the base takes at the fewest bits"
+    with pytest.raises(ConfigError, match=words):
+        show(sweep_file, [*kept, "trial.quant.budget_gib=0.01"], "1xL4", LAPTOP)
+    with pytest.raises(ConfigError, match=words):
+        show_plan(sweep_file, [*kept, "trial.quant.budget_gib=0.01"], None, None, LAPTOP)
+    assert "base" not in capsys.readouterr().out
+
+
 def test_without_a_gpu_or_a_base_no_time_is_predicted_and_the_plan_says_why(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +150,12 @@ def test_without_a_gpu_or_a_base_no_time_is_predicted_and_the_plan_says_why(
         ("2xNothing", [], "known: H200"),
         ("2xH100", ["resources.num_workers=3"], "--gpus 2xH100 has fewer"),
         ("2xH100", ["resources.device=cpu"], "set auto or cuda"),
+        ("2xH100", ["resources.workers_per_pack=4"], "there are 2: set it to 2 or less"),
+        (
+            "2xH100,3xL4",
+            ["resources.workers_per_pack=4"],
+            "of one kind of GPU, but there are 2 x H100 and 3 x L4: set it to 3 or less",
+        ),
     ],
 )
 def test_gpus_that_the_sweep_cannot_use_are_refused(

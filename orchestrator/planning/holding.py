@@ -1,0 +1,164 @@
+"""Which kinds of workers hold a pack, and why none would.
+
+In: a pack's key, WorkerKinds and Premises. Out: the kinds that should train it, or words. Pure.
+
+A kind that is not expected to hold a pack trains none where another kind is. Where none is, the one
+with the most memory tries, as estimates err: only what exceeds its whole memory is refused.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from orchestrator.config import StrategyConfig, TrialConfig
+from orchestrator.planning.fit import fit
+from orchestrator.planning.kinds import WorkerKind
+from orchestrator.planning.memory import GIB, PackMemory
+from orchestrator.planning.options import PackWish, Premises
+from orchestrator.planning.waiting import PackKey, pack_key
+from orchestrator.records import Arithmetic
+
+AS_HAD = "as half-trained trials had"
+# Of what a pack takes: from here on a part is worth naming.
+LARGE_PART = 0.1
+
+
+def premises_for(kind: WorkerKind, premises: Premises) -> Premises:
+    """What the planner goes by for workers of this kind."""
+    if not kind.name:
+        return premises
+    usable = int(kind.memory_bytes * premises.memory_fraction)
+    limit = premises.memory_limit_bytes
+    return replace(premises, worker_memory_bytes=usable if limit is None else min(usable, limit))
+
+
+def takers(
+    key: PackKey,
+    kinds: Sequence[WorkerKind],
+    premises: Premises,
+    had: Arithmetic | None = None,
+) -> Sequence[WorkerKind]:
+    """The kinds that should train packs of this key; `had`: what the pack has to keep."""
+    return _takers(key, tuple(kinds), premises, had) if len(kinds) > 1 else kinds
+
+
+@lru_cache(maxsize=4096)
+def _takers(
+    key: PackKey, kinds: tuple[WorkerKind, ...], premises: Premises, had: Arithmetic | None
+) -> Sequence[WorkerKind]:
+    """A decision asks the same many times."""
+    size = had.world_size if had else premises.resources.workers_per_pack or 1
+    there = [kind for kind in kinds if kind.count >= size]
+    able = [kind for kind in there if not _ran_out(key, kind, premises)] or _largest(there)
+    asked = premises.resources.slots_per_pack or 1
+    wish = pack_wish(key, asked, 1, size, premises, had)
+    holding = [kind for kind in able if fit(premises_for(kind, premises), wish).fits]
+    return holding or _largest(able)
+
+
+def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Premises) -> str:
+    """Why no kind can train a trial, even alone and with all given up that can be; empty if one
+    may, or if it is not known.
+
+    On a CPU short memory makes it slow, and is not refused. What several workers of ZeRO share is
+    not in the estimate.
+    """
+    size = premises.resources.workers_per_pack or 1
+    there = [kind for kind in kinds if kind.count >= size]
+    shared = premises.resources.workers_per_pack != 1 and any(kind.count > 1 for kind in there)
+    key = pack_key(trial)
+    if premises.device == "cpu" or not there or (key.zero and shared):
+        return ""
+    rooms: dict[str, int] = {}
+    needs: list[PackMemory] = []
+    for kind in there:
+        given = premises_for(kind, premises)
+        memory = fit(given, pack_wish(key, 1, 1, size, premises)).memory
+        if memory is None or memory.total_bytes <= given.worker_memory_bytes:
+            return ""
+        needs.append(memory)
+        rooms[kind.name or "GPU"] = given.worker_memory_bytes
+    least = min(needs, key=lambda memory: memory.total_bytes)
+    words = ", ".join(f"{room / GIB:.1f} GiB of each {name}" for name, room in rooms.items())
+    remedy = _remedy(trial, least, premises)
+    if shared:
+        remedy += ", share it among workers (strategy.kind: zero, stage: 3)"
+    return (
+        f"it does not fit: {key.title} takes at least {least.total_bytes / GIB:.1f} GiB, and a "
+        f"pack may take {words}: {remedy}, or take larger GPUs"
+    )
+
+
+def pack_wish(
+    key: PackKey,
+    num_trials: int,
+    share: int,
+    world_size: int,
+    premises: Premises,
+    had: Arithmetic | None = None,
+) -> PackWish:
+    asked = premises.resources.slots_per_pack
+    num_slots = 1 if key.alone else min(asked, num_trials) if asked is not None else None
+    if key.max_slots is not None:
+        share = min(share, key.max_slots)
+        num_slots = min(num_slots, key.max_slots) if num_slots is not None else None
+    alone = key.alone
+    if alone and asked not in (None, 1):
+        alone += f" (resources.slots_per_pack: {asked} is for trials that can share)"
+    wish = PackWish(
+        quant=key.quant,
+        strategy=StrategyConfig.model_validate(dict(key.strategy)),
+        alone=alone,
+        share=share,
+        num_slots=num_slots,
+        worker_blocks=key.micro_batch_size or (key.batch_size or 1) // world_size,
+        micro_batch_size=key.micro_batch_size,
+        gradient_checkpointing=key.gradient_checkpointing,
+        dora=key.dora,
+        in_group=world_size > 1,
+    )
+    if had is None:
+        return wish
+    return replace(
+        wish,
+        micro_batch_size=had.micro_batch_size,
+        gradient_checkpointing=had.gradient_checkpointing,
+        as_set=AS_HAD,
+    )
+
+
+def _largest(kinds: Sequence[WorkerKind]) -> list[WorkerKind]:
+    most = max((kind.memory_bytes for kind in kinds), default=0)
+    return [kind for kind in kinds if kind.memory_bytes == most]
+
+
+def _ran_out(key: PackKey, kind: WorkerKind, premises: Premises) -> bool:
+    return any(
+        name == key.unlimited.digest and kind.memory_bytes <= num_bytes
+        for name, num_bytes in premises.ran_out
+    )
+
+
+def _remedy(trial: TrialConfig, memory: PackMemory, premises: Premises) -> str:
+    """What to lower, what takes most first."""
+    evaluates = memory.evaluation_bytes > memory.training_bytes
+    fewer_bits = "quant.bit_width"
+    if trial.quant.bit_width == "auto":
+        fewer_bits = "quant.budget_gib" if trial.quant.budget_gib else "quant.average_bits"
+    passes = "data.block_length"
+    if evaluates and premises.evaluation_batch_size > 1:
+        passes = "evaluation.batch_size or data.block_length"
+    elif (trial.micro_batch_size or 1) > 1:
+        passes = "micro_batch_size or data.block_length"
+    adapters = memory.adapters_bytes + memory.optimizer_bytes + memory.lanes_bytes
+    sizes = [
+        (max(memory.training_bytes, memory.evaluation_bytes), passes),
+        (adapters, "adapter.rank"),
+    ]
+    if trial.quant.mean_bits > 4:
+        sizes.append((memory.base_bytes, fewer_bits))
+    large = [part for part in sizes if part[0] >= LARGE_PART * memory.total_bytes]
+    words = f"lower {' or '.join(name for _, name in sorted(large or sizes, reverse=True))}"
+    if trial.gradient_checkpointing is False:
+        words += ", set gradient_checkpointing: true"
+    return words

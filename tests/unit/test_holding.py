@@ -1,0 +1,179 @@
+"""Packs go to kinds of workers that hold them, and trials that none holds are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.dry_run import show_plan
+from jobs.plan import show
+from orchestrator.errors import ConfigError
+from orchestrator.planning.capacity import Node
+from orchestrator.planning.gpus import GPUS
+from orchestrator.planning.holding import why_too_large
+from orchestrator.planning.kinds import WorkerKind
+from orchestrator.planning.memory import GIB
+from orchestrator.planning.packs import PackPlan, preview_packs
+from orchestrator.planning.shape import BaseShape, UnknownShape
+from orchestrator.records import PackSpec, TrialResult, TrialSpec
+from orchestrator.search.space import next_trial
+from orchestrator.sweep.controller import Controller
+from orchestrator.sweep.executor import InProcessExecutor
+from orchestrator.sweep.forecast import forecast
+from orchestrator.sweep.lessons import heeding
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.simulated import SimulatedWorker
+from tests.sweeps import llama_shape, make_store, pack_spec, premises, sweep_config
+from tests.unit.test_memory_plan import sweep_file
+
+__all__ = ["sweep_file"]  # a fixture
+
+QWEN_32B = llama_shape(64, 5120, 27648, 40, 8, 152_064)
+UNKNOWN = UnknownShape("a mixture of experts")
+H100 = WorkerKind("H100", 1, GPUS["H100"].memory_bytes, 1.0)
+L40S = WorkerKind("L40S", 1, GPUS["L40S"].memory_bytes, 0.4)
+A100 = WorkerKind("A100-80G", 1, GPUS["A100-80G"].memory_bytes, 0.3)
+SMALL_BATCH = {"trial__batch_size": 4, "data": {"train": "x", "block_length": 1024}}
+
+
+class OutOfMemoryError(Exception):
+    pass
+
+
+def run(
+    folder: Path,
+    kinds: tuple[WorkerKind, ...],
+    shape: BaseShape | UnknownShape,
+    runs_out: frozenset[tuple[str, str]],
+    **changes: Any,
+) -> tuple[RunStore, list[PackPlan]]:
+    """A sweep whose packs of the given bases run out of memory on the given kinds."""
+    config = sweep_config(**changes)
+    store = make_store(folder, config)
+    plans: dict[int, PackPlan] = {}
+
+    class Worker(SimulatedWorker):
+        def load(self) -> Any:
+            plan = plans[self._spec.pack]
+            if (plan.kind.name, plan.key.title) in runs_out:
+                raise OutOfMemoryError("tried to allocate 1 GiB")
+            return super().load()
+
+    def ask(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
+        return next_trial(config, known, results, 8)
+
+    def build_pack(number: int, plan: PackPlan) -> PackSpec:
+        plans[number] = plan
+        return pack_spec(number, plan)
+
+    given = premises(config, "cuda", shape, min(kind.memory_bytes for kind in kinds))
+    executor = InProcessExecutor(Worker)
+    workers = sum(kind.count for kind in kinds)
+    controller = Controller(store, executor, ask, build_pack, workers, given, kinds=kinds)
+    assert controller.run()
+    return store, list(plans.values())
+
+
+def states(store: RunStore) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for result in store.results:
+        found.setdefault(result.state, []).append(result.number)
+    return found
+
+
+@pytest.mark.parametrize("kinds", [(H100, L40S), (L40S, A100)])
+def test_a_base_that_one_kind_alone_holds_waits_for_it_whether_it_is_faster_or_slower(
+    kinds: tuple[WorkerKind, ...], tmp_path: Path
+) -> None:
+    bare = frozenset({("L40S", "16-bit")})
+    store, plans = run(tmp_path / "run", kinds, QWEN_32B, bare, **SMALL_BATCH)
+    assert states(store) == {"finished": [0, 1, 2, 3]}
+    assert all(plan.fit.fits for plan in plans)
+    assert {plan.kind.name for plan in plans if plan.key.title == "16-bit"} <= {"H100", "A100-80G"}
+
+
+def test_a_base_without_an_estimate_is_tried_and_then_goes_where_there_is_more_memory(
+    tmp_path: Path,
+) -> None:
+    bare = frozenset({("L40S", "16-bit")})
+    slow = replace(H100, speed=0.1)
+    store, plans = run(tmp_path / "run", (L40S, slow), UNKNOWN, bare)
+    assert states(store) == {"finished": [0, 1, 2, 3]}
+    tried = [plan for plan in plans if (plan.kind.name, plan.key.title) == ("L40S", "16-bit")]
+    assert 1 <= len(tried) <= 3, "with fewer slots each time, and then no more"
+    reasons = [d["reason"] for d in store.decisions if d["action"] == "plan_less_memory"]
+    assert reasons[-1] == "16-bit runs out of the memory of L40S: only on H100"
+    again = heeding(premises(store.sweep.config, "cuda", UNKNOWN, GIB), store.decisions)
+    waiting = [trial for trial in store.trials if trial.config.quant.bit_width == 16]
+    packs = preview_packs(waiting, 2, again, kinds=(L40S, slow))
+    assert {plan.kind.name for plan, _ in packs} == {"H100"}, "a resume remembers it"
+
+
+def test_what_runs_out_of_the_largest_memory_too_fails(tmp_path: Path) -> None:
+    bare = frozenset({("L40S", "16-bit"), ("H100", "16-bit")})
+    store, _ = run(tmp_path / "run", (H100, L40S), UNKNOWN, bare)
+    assert states(store) == {"finished": [0, 1], "failed": [2, 3]}
+    reasons = {result.reason for result in store.results if result.state == "failed"}
+    assert reasons == {"out_of_memory"}
+
+
+def test_trials_that_no_kind_holds_are_refused_before_a_worker_is_taken(tmp_path: Path) -> None:
+    store, plans = run(tmp_path / "run", (L40S,), QWEN_32B, frozenset(), **SMALL_BATCH)
+    assert states(store) == {"finished": [0, 1], "failed": [2, 3]}
+    assert {plan.key.title for plan in plans} == {"4-bit nf4"}
+    failed = store.results[-1]
+    assert (failed.reason, failed.attempt) == ("out_of_memory", 0)
+    assert "does not fit: 16-bit takes at least" in failed.message
+    assert "44.5 GiB of each L40S: lower quant.bit_width" in failed.message
+
+
+def test_what_may_fit_if_the_estimate_is_a_little_high_is_tried() -> None:
+    config = sweep_config(trial__quant={"bit_width": 16}, search={}, **SMALL_BATCH)
+    trial = TrialSpec(0, {}, config.trial)
+    given = premises(config, "cuda", QWEN_32B, GIB)
+    ((least, _),) = preview_packs([trial], 1, given, kinds=(L40S,))
+    assert least.fit.memory is not None
+    needed = least.fit.memory.total_bytes
+    for part, refused in ((0.95, False), (1.05, True)):
+        kind = replace(L40S, memory_bytes=int(needed / part))
+        assert bool(why_too_large(config.trial, (kind,), given)) == refused
+
+
+def test_what_workers_of_zero_may_share_is_not_refused() -> None:
+    zero = {"kind": "zero", "stage": 3}
+    config = sweep_config(
+        trial__quant={"bit_width": 16}, trial__strategy=zero, search={}, **SMALL_BATCH
+    )
+    given = premises(config, "cuda", QWEN_32B, GIB)
+    assert why_too_large(config.trial, (replace(L40S, count=4),), given) == ""
+    assert "take larger GPUs" in why_too_large(config.trial, (L40S,), given)
+
+
+def test_a_plan_and_a_dry_run_refuse_a_base_that_fits_no_gpu(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = ["trial.batch_size=1", "trial.micro_batch_size=1", "data.block_length=4000000"]
+    with pytest.raises(ConfigError, match="no trial can be trained: it does not fit: 4-bit"):
+        show(sweep_file, huge, "1xL4,1xT4", Node(4, 0, 0, 8 * GIB))
+    assert "trial 0 will not be trained: it does not fit" in capsys.readouterr().out
+    show_plan(sweep_file, huge, None, None, Node(8, 1, 24 * GIB, 500 * GIB))
+    out = capsys.readouterr().out
+    assert "trial 1 will not be trained: it does not fit" in out
+    assert "24.0 GiB of each GPU: lower data.block_length" in out
+
+
+def test_trials_that_no_worker_begins_are_an_error_and_not_an_empty_sweep(tmp_path: Path) -> None:
+    kinds = (replace(H100, count=2), replace(L40S, count=2))
+    four = {"workers_per_pack": 4}
+    words = (
+        "trials 0, 1, 2, 3 wait for packs .16-bit and 4-bit nf4. that 2 H100 workers and "
+        "2 L40S workers cannot make up: lower resources.workers_per_pack"
+    )
+    with pytest.raises(ConfigError, match=words):
+        run(tmp_path / "run", kinds, QWEN_32B, frozenset(), resources=four, **SMALL_BATCH)
+    config = sweep_config(resources=four)
+    waiting = [TrialSpec(number, {}, config.trial) for number in range(2)]
+    given = premises(config, "cuda", QWEN_32B, GIB)
+    found = forecast(waiting, kinds, given, lambda plan, slots: 1.0, lambda plan: 1.0)
+    assert found.waiting == waiting
