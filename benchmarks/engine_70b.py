@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks import own
 from benchmarks.blocks import prepare_blocks
 from benchmarks.memory_cases import Case, expected
-from benchmarks.memory_part import driver_handle, pack_spec
+from benchmarks.memory_part import pack_spec
 from benchmarks.models import SHAPES, llama_config, save_tokenizer
 from benchmarks.recording import (
     Bar,
@@ -43,6 +43,7 @@ from orchestrator.training.base_model import LoadedBase, made_ready
 from orchestrator.training.codes import quantise
 from orchestrator.training.frozen import PackedLinear
 from orchestrator.training.loftq import Corrections
+from orchestrator.training.memory import driver_handle
 from orchestrator.training.pack import PackWorker
 
 RANK, TOKENS, OPTIMIZER = 64, 512, "paged_adamw_8bit"
@@ -157,7 +158,7 @@ def _measured(options: argparse.Namespace) -> Row:
         "last_loss": round(losses[-1], 4),
         "device_bytes": max(device_bytes),
         "torch_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
-        "torch_allocated_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+        "torch_allocated_bytes": worker.memory.tensor_bytes if cuda else 0,
         "expected_bytes": expected(case, shape, "cuda").total_bytes,
     }
 

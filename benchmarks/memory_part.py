@@ -19,15 +19,12 @@ it that the planner uses). What runs out of memory there is measured again witho
 import argparse
 import gc
 import json
-import os
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +41,7 @@ from orchestrator.records import BaseModel, Device, Leave, PackSpec
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.lanes import AdaptedLinear
 from orchestrator.training.loftq import Corrections
+from orchestrator.training.memory import outside_bytes, paged_bytes, pool_bytes
 from orchestrator.training.pack import PackWorker
 
 STEPS = 2
@@ -147,23 +145,24 @@ def _measure(case: Case, spec: PackSpec, bases: Bases, fraction: float) -> Row:
     left, _ = _pools()
     fraction = min(1.0, fraction + left / total) if (total := _card_bytes()) else fraction
     worker = SharingWorker(replace(spec, memory_fraction=fraction), case, bases)
-    paged = len(_paged_bytes()) if cuda else 0
+    paged = len(paged_bytes()) if cuda else 0
     try:
         worker.load()
         before, pool, unused = _peak(), *_pools()
         _reset_peak()
         with tempfile.TemporaryDirectory() as folder:
             train(worker, list(_trials(case)), Path(folder))
-        peak = max(before, _peak() + unused) - left
-        managed = sum(_paged_bytes()[paged:]) if cuda else 0
+        trained = worker.memory.tensor_bytes
+        peak = max(before, trained + unused) - left
+        managed = sum(paged_bytes()[paged:]) if cuda else 0
         # Where pages of managed memory lie, here or on the host, the driver does not say.
-        outside = _outside_bytes() if cuda and not _paged_bytes() else None
+        outside = outside_bytes() if cuda and not paged_bytes() else None
         return {
             "torch_bytes": peak,
             "managed_bytes": managed,
             "outside_bytes": outside,
             "pool_bytes": pool - left,
-            "allocated_bytes": _peak(),
+            "allocated_bytes": trained,
             "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
             "ran": worker.programs.kind,
         }
@@ -268,52 +267,7 @@ def _peak() -> int:
 
 
 def _pools() -> tuple[int, int]:
-    """Bytes of the pools of recorded graphs, and of those what no tensor uses now."""
-    if not torch.cuda.is_available():
-        return 0, 0
-    private = [
-        segment
-        for segment in torch.cuda.memory_snapshot()
-        if tuple(segment["segment_pool_id"]) != (0, 0)
-    ]
-    total = sum(segment["total_size"] for segment in private)
-    return total, total - sum(segment["allocated_size"] for segment in private)
-
-
-def _paged_bytes() -> list[int]:
-    """Of all paged tensors that this process ever made: bitsandbytes 0.50 frees none."""
-    from bitsandbytes.functional import GlobalPageManager
-
-    paged = GlobalPageManager.get_instance().paged_tensors
-    return [tensor.numel() * tensor.element_size() for tensor in paged]
-
-
-def _outside_bytes() -> int | None:
-    """None where the driver does not tell this process's memory from that of others."""
-    import pynvml
-
-    with driver_handle() as handle:
-        found: Any = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        here = [entry.usedGpuMemory for entry in found if entry.pid == os.getpid()]
-        if not here and len(found) <= 1:  # in a container, under another number
-            free, total = torch.cuda.mem_get_info()
-            here = [total - free]
-    if not here or not here[0]:
-        return None
-    return max(0, int(here[0]) - torch.cuda.memory_reserved())
-
-
-@contextmanager
-def driver_handle() -> Iterator[Any]:
-    """What the driver is asked about this process's GPU by, whatever its number on the machine."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        uuid = torch.cuda.get_device_properties(0).uuid
-        yield pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-    finally:
-        pynvml.nvmlShutdown()
+    return pool_bytes() if torch.cuda.is_available() else (0, 0)
 
 
 def _options() -> argparse.Namespace:

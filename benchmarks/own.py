@@ -40,6 +40,7 @@ class Measurement:
     warm_up_s: float
     """Compiling and recording are in it."""
     peak_memory_bytes: int
+    """As torch counts tensors: no context, and not what a graph's pool keeps for later."""
     program: str = ""
     """The one that ran, of this project's engine."""
 
@@ -86,7 +87,7 @@ def measure(pack: Pack, trials: int, steps: int, ready: Callable[[], None]) -> M
         wall_s,
         load_s,
         warm_up_s,
-        max(trial.peak_memory_bytes for trial in done),
+        worker.memory.tensor_bytes,
         worker.programs.kind,
     )
 

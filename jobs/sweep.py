@@ -383,8 +383,8 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
 def _conclude(
     store: RunStore, follower: TrackingFollower, view: MlflowView, display: SweepDisplay
 ) -> int:
-    """Register, report, and bring MLflow to its end; each step may be run again by a resume."""
-    write_report(store)
+    """Register, report, and bring MLflow to its end; each step may be run again by a resume. The
+    report comes second, for no mistake in a plot may keep a winner from being registered."""
     registration = None
     try:
         with environment(FORWARDING_ENVIRONMENT):
@@ -392,10 +392,11 @@ def _conclude(
         if store.sweep.config.registry.register_winner:
             display.say("registering the winner")
             registration = Registry(view.uri).register_winner(store, view)
-            write_report(store)
+        write_report(store)
         view.finish("FINISHED")
     except (TrackingError, RegistryError) as error:
         _say_summary(store, display, registration)
+        write_report(store)
         raise type(error)(
             f"{error}\nall trials are trained; when MLflow is there again: "
             f"{command_name()} resume {shown_path(store.folder)}"

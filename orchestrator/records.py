@@ -261,7 +261,8 @@ class TrialDone:
     tokens_per_s: float
     train_s: float
     peak_memory_bytes: int
-    """Of the device on a GPU, of the worker process on a CPU."""
+    """The most that a worker held while the trial was in it: on a GPU tensors, pools of recorded
+    graphs, and CUDA's context; on a CPU what its process has held since its start."""
     model_memory_bytes: int
     """Base weights, this trial's adapter, its gradient and optimizer states."""
     num_adapter_params: int

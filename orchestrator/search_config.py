@@ -58,7 +58,8 @@ class PrunerConfig(Strict):
     kind: PrunerKind = "none"
     """asha: at each rung only the best 1/reduction_factor so far go on (asynchronous successive
     halving, arXiv:1810.05934). hyperband: the same in brackets that begin at later rungs, the last
-    of which stops nobody. median: who is worse than the median at a rung is stopped."""
+    of which stops nobody. median: whose least loss so far is above the median of the losses that
+    earlier trials had at the rung is stopped."""
 
     reduction_factor: Annotated[int, Field(strict=True, ge=2)] = 4
     """Of the trials at a rung, one in so many goes on; and each rung is so many times the one

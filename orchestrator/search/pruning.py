@@ -8,15 +8,17 @@ with lower numbers alone, as if they had been trained one after another; so neit
 number of workers changes it. It is due once each of those has reported there or is out. Until then
 trial n goes on, for a slot that waits costs as much as one that trains.
 
-Optuna's pruners judge. Each rung has a study of its own, to which trials are told in the order of
-their numbers; the k-th rung counts as reduction_factor^k units of its resource, so that rungs may
-be at any steps.
+Optuna's pruners judge. Each rung has a study of its own, to which the trials that reach it are told
+in the order of their numbers. The rung is the same unit of the study's resource for all of them,
+whatever rungs each has passed before; so rungs may be at any steps, and trials of different lengths
+compete at those that they share.
 """
 
 import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import TrialConfig
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     import optuna
 
 DEFAULT_RUNGS = 2
+BEFORE, AT_RUNG = 0, 1
+"""Units of the resource in the study of one rung."""
 
 Group = tuple[Any, ...]
 """Trials that compete: their base, and for hyperband their bracket."""
@@ -197,22 +201,33 @@ class _Judge:
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             sampler = optuna.samplers.RandomSampler(seed=0)
             self._study = optuna.create_study(sampler=sampler, pruner=_optuna_pruner(self._pruner))
-        trial = self._study.ask()
-        stop = False
-        for place, loss in enumerate(losses):
-            trial.report(loss, self._pruner.reduction_factor**place)
-            stop = trial.should_prune()
-        self._study.tell(trial, losses[-1])
-        self._heard.append(losses[-1])
-        return not stop, self._words(losses[-1], stop)
+        trial, loss = self._study.ask(), losses[-1]
+        by_median = self._pruner.kind == "median"
+        if by_median:  # MedianPruner goes by a trial's least loss so far
+            trial.report(_least(losses), BEFORE)
+        trial.report(loss, AT_RUNG)
+        stop = trial.should_prune()
+        self._study.tell(trial, loss)
+        words = self._by_median(losses, stop) if by_median else self._by_place(loss, stop)
+        return not stop, words
 
-    def _words(self, loss: float, stop: bool) -> str:
+    def _by_median(self, losses: list[float], stop: bool) -> str:
+        """Against the losses at the rung of those before it; Optuna counts none that is NaN."""
+        before = [loss for loss in self._heard if not math.isnan(loss)]
+        self._heard.append(losses[-1])
+        enough = max(1, self._pruner.startup_trials)
+        if len(before) < enough:
+            return f"is only the {_ordinal(len(before) + 1)}: {enough} come first"
+        verb = "is worse than" if stop else "is no worse than"
+        words = f"{verb} the median of {len(before)} before it, {median(before):.4f}"
+        least = _least(losses)
+        if losses[-1] == least:
+            return words
+        return f"does not count: its least so far, {least:.4f}, {words}"
+
+    def _by_place(self, loss: float, stop: bool) -> str:
+        self._heard.append(loss)
         count = len(self._heard)
-        if self._pruner.kind == "median":
-            verb = "is worse than" if stop else "is no worse than"
-            if count <= self._pruner.startup_trials:
-                return f"is only the {_ordinal(count)}: {self._pruner.startup_trials} come first"
-            return f"{verb} the median of {count - 1} before it"
         place = _ordinal(1 + sum(other < loss for other in self._heard))
         allowed = max(1, count // self._pruner.reduction_factor)
         verb = "is not" if stop else "is"
@@ -227,6 +242,11 @@ def _optuna_pruner(pruner: PrunerConfig) -> "optuna.pruners.BasePruner":
     return optuna.pruners.SuccessiveHalvingPruner(
         min_resource=1, reduction_factor=pruner.reduction_factor
     )
+
+
+def _least(losses: list[float]) -> float:
+    """NaN only if all are."""
+    return min((loss for loss in losses if not math.isnan(loss)), default=math.nan)
 
 
 def _ordinal(number: int) -> str:

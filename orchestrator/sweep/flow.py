@@ -1,6 +1,6 @@
 """The whole flow of one sweep, from a locked run folder to a registered champion.
 
-config -> base model -> shards -> trials -> packs -> results -> winner -> report -> registry. Every
+config -> base model -> shards -> trials -> packs -> results -> winner -> registry -> report. Every
 step leaves a record in the run folder and is passed over when its record is there, so that a
 resumed sweep runs the same function. What differs between Ray and one process comes in as Services.
 """

@@ -5,8 +5,8 @@ In: a RunStore. Out: text. Imports no mlflow.
 
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.figures import PLOTS
-from orchestrator.tracking.summary import SummaryRow, summary_rows
-from orchestrator.tracking.translation import MAX_TAG_CHARS, brief
+from orchestrator.tracking.summary import SummaryRow, param_text, searched_fields, summary_rows
+from orchestrator.tracking.translation import MAX_TAG_CHARS
 from orchestrator.wording import counted
 
 MAX_ROWS = 20
@@ -60,13 +60,13 @@ def _winner(store: RunStore, rows: list[SummaryRow]) -> str:
 def _table(rows: list[SummaryRow]) -> str:
     if not rows:
         return ""
-    fields = list(rows[0]["params"])
+    fields = searched_fields(rows)
     scored = any(row["task_score"] is not None for row in rows)
     heads = ["trial", *fields, "eval loss", "gain", *(["right answers"] if scored else [])]
     heads += ["model GiB", "adapter MiB", "state"]
     lines = [heads, ["---"] * len(heads)]
     for row in rows[:MAX_ROWS]:
-        params = [_cell(brief(row["params"].get(field))) for field in fields]
+        params = [_cell(param_text(row, field)) for field in fields]
         known = row["state"] == "finished"
         lines.append(
             [

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.tracking.plot_style import COLOURS, GREY, LOSS, SCALE, WINNER_COLOUR, styled
-from orchestrator.tracking.summary import SummaryRow
+from orchestrator.tracking.summary import SummaryRow, searched_fields
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -25,7 +25,7 @@ def rank_by_bit_width(rows: Sequence[SummaryRow]) -> "Figure":
     """Heat map of the best loss in each cell; a bar per trial when not both are searched."""
     import plotly.graph_objects as go
 
-    if not rows or not {"rank", "bit_width"} <= rows[0]["params"].keys():
+    if not {"rank", "bit_width"} <= set(searched_fields(rows)):
         return loss_by_trial(rows)
     ranks = sorted({row["rank"] for row in rows})
     widths = sorted({row["bit_width"] for row in rows}, reverse=True)

@@ -15,9 +15,9 @@ from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.figures import report_figures
 from orchestrator.tracking.front import front_table
 from orchestrator.tracking.page import card, facts, page, section, table
-from orchestrator.tracking.summary import SummaryRow, summary_rows
+from orchestrator.tracking.summary import SummaryRow, param_text, searched_fields, summary_rows
 from orchestrator.tracking.timeline import PackTime, pack_times
-from orchestrator.tracking.translation import brief, perplexity
+from orchestrator.tracking.translation import perplexity
 from orchestrator.wording import counted
 from orchestrator.yaml_core import dump_yaml
 
@@ -92,7 +92,7 @@ def _cards(store: RunStore, rows: Sequence[SummaryRow]) -> list[str]:
 
 
 def _trials(rows: Sequence[SummaryRow]) -> str:
-    fields = list(rows[0]["params"]) if rows else []
+    fields = searched_fields(rows)
     scored = any(row["task_score"] is not None for row in rows)
     heads = ["trial", *fields, "state", "held-out loss", "vs. base"]
     heads += ["right answers"] if scored else []
@@ -101,7 +101,7 @@ def _trials(rows: Sequence[SummaryRow]) -> str:
     lines = []
     for row in rows:
         over = row["state"] == "finished"
-        texts = [str(row["trial"]), *(brief(row["params"].get(field)) for field in fields)]
+        texts = [str(row["trial"]), *(param_text(row, field) for field in fields)]
         numbers = [
             _number(row["eval_loss"]),
             _number(row["eval_loss_gain"] and -row["eval_loss_gain"], "+.4f"),

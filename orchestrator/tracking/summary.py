@@ -4,6 +4,7 @@ In: a RunStore. Out: SummaryRow records, the best first. Pure; imports neither m
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from orchestrator.records import TrialResult, TrialSpec
@@ -12,11 +13,14 @@ from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.translation import (
     GIB,
     MIB,
+    brief,
     eval_loss_gain,
     searched,
     trial_name,
     trial_state,
 )
+
+MISSING = "–"
 
 
 class SummaryRow(TypedDict):
@@ -30,7 +34,7 @@ class SummaryRow(TypedDict):
     """Why it failed or was stopped."""
     winner: bool
     params: dict[str, Choice]
-    """The searched fields, by their short names."""
+    """The searched fields, by their short names; a condition may leave some out of a trial."""
     rank: int
     bit_width: float
     steps: int
@@ -54,6 +58,17 @@ def summary_rows(store: RunStore) -> list[SummaryRow]:
         for trial in store.trials
     ]
     return sorted(rows, key=_order)
+
+
+def searched_fields(rows: Sequence[SummaryRow]) -> list[str]:
+    """Those of any trial, in the order of the one that has most."""
+    by_size = sorted(rows, key=lambda row: (-len(row["params"]), row["trial"]))
+    return list(dict.fromkeys(name for row in by_size for name in row["params"]))
+
+
+def param_text(row: SummaryRow, field: str) -> str:
+    """A dash where a condition leaves the field as the trial is written."""
+    return brief(row["params"][field]) if field in row["params"] else MISSING
 
 
 def finite(value: float | None) -> float | None:

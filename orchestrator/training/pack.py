@@ -46,7 +46,7 @@ from orchestrator.training.gated_mlp import join_gated_mlps
 from orchestrator.training.lanes import BASE_ALONE, Lanes, Served
 from orchestrator.training.libraries import import_libraries
 from orchestrator.training.loftq import Corrections
-from orchestrator.training.memory import cap_memory, peak_memory_bytes
+from orchestrator.training.memory import PeakMemory, cap_memory, memory_gauge
 from orchestrator.training.meter import Meter
 from orchestrator.training.model_source import local_folder
 from orchestrator.training.program import EagerProgram, check_lanes
@@ -69,6 +69,7 @@ class PackWorker:
         self.slots: dict[int, Slot] = {}  # occupied ones, by slot number
         self._meters: dict[int, Meter] = {}
         self._answers: dict[int, Answers] = {}  # of slots that are trained to their end
+        self.memory = PeakMemory(memory_gauge(spec.device))
         self._reported = 0.0
         self._round_s = 0.0
 
@@ -229,11 +230,11 @@ class PackWorker:
             return [TrialStopped(task.trial, task.attempt, time.time(), *words)]
         self.slots[number] = slot
         self._meters[number] = Meter(slot.tokens)
+        self.memory.join(number)
         self._check_resumed(slot)
         trial, attempt = slot.task.trial, slot.task.attempt
         refused = tuple(slot.refused_checkpoints)
-        node = platform.node()
-        opened = TrialOpened(trial, attempt, slot.step, refused, slot.note, number, node)
+        opened = TrialOpened(trial, attempt, slot.step, refused, slot.note, number, platform.node())
         if slot.done:  # its worker was lost while it answered questions
             return [opened, *self._after_steps(list(self.slots.values()), [slot], False)]
         if slot.step:
@@ -262,8 +263,9 @@ class PackWorker:
         engine = self.engine
         lanes = self.programs.resized(engine.program, len(self.slots), rounds_left, self._round_s)
         if lanes is not None:
-            del engine.program  # its memory is needed for the next one
-            engine.program = self.programs.build(lanes)
+            with self.memory.recording():
+                del engine.program  # its memory is needed for the next one
+                engine.program = self.programs.build(lanes)
 
     def _leave(self, save: bool) -> list[Event]:
         events: list[Event] = []
@@ -447,7 +449,7 @@ class PackWorker:
             adapter_bytes = sum(path.stat().st_size for path in folder.iterdir())
         memory = self.base.num_bytes + num_params * slot.state_bytes_per_param()
         last_loss = self._meters[slot.number].last
-        self._close(slot)
+        peak = self._close(slot)
         return TrialDone(
             trial=slot.task.trial,
             attempt=slot.task.attempt,
@@ -459,7 +461,7 @@ class PackWorker:
             tokens=slot.tokens,
             tokens_per_s=slot.tokens / max(slot.train_s, 1e-9),
             train_s=slot.train_s,
-            peak_memory_bytes=peak_memory_bytes(self.spec.device),
+            peak_memory_bytes=peak,
             model_memory_bytes=round(memory),
             num_adapter_params=num_params,
             adapter_bytes=adapter_bytes,
@@ -468,11 +470,12 @@ class PackWorker:
             task_score=task_score,
         )
 
-    def _close(self, slot: Slot) -> None:
+    def _close(self, slot: Slot) -> int:
         slot.close()
         del self.slots[slot.number]
         del self._meters[slot.number]
         self._answers.pop(slot.number, None)
+        return self.memory.leave(slot.number)
 
 
 def _compute_alike() -> None:

@@ -100,6 +100,38 @@ def test_the_champion_loads_with_plain_peft(finished: tuple[Path, str], tmp_path
 
 
 @pytest.mark.slow
+def test_a_winner_is_registered_even_if_no_report_can_be_written_and_a_resume_writes_it(
+    tmp_path: Path, tiny_base: Path, orchestrator: Command
+) -> None:
+    # One of the trials lacks a field that the others have.
+    search = {
+        "space": {
+            "quant.bit_width": [4, 16],
+            "quant.quant_type": ["nf4", "fp4"],
+            "adapter.rank": [2],
+        },
+        "conditions": {"quant.quant_type": {"quant.bit_width": [4]}},
+    }
+    config = write_config(tmp_path, tiny_base, search=search)
+    in_the_way = tmp_path / "runs" / "one" / "report.html"
+    in_the_way.mkdir(parents=True)
+    failed = orchestrator("sweep", str(config), "--run-dir", "runs/one", cwd=tmp_path)
+    assert failed.returncode != 0
+    registration = store_of(tmp_path).read("registration")
+    assert registration is not None, failed.stdout + failed.stderr
+    in_the_way.rmdir()
+    done = orchestrator("resume", "runs/one", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    store = store_of(tmp_path)
+    assert len(store.results) == 3
+    assert store.read("done") is not None
+    assert store.read("registration") == registration
+    report = in_the_way.read_text()
+    assert "<th>quant_type</th>" in report
+    assert f"registered as @champion: {registration['reason']}" in report
+
+
+@pytest.mark.slow
 def test_a_pruned_sweep_is_extended_where_it_ended(
     tmp_path: Path, tiny_base: Path, orchestrator: Command
 ) -> None:

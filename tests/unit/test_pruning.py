@@ -170,7 +170,43 @@ def test_median_stops_nobody_until_enough_trials_got_there() -> None:
     verdicts = pruning.decide()
     assert [verdict.keep for verdict in verdicts] == [True, True, True, False, True]
     assert verdicts[2].reason.endswith("is only the 3rd: 3 come first")
-    assert verdicts[3].reason.endswith("is worse than the median of 3 before it")
+    assert verdicts[3].reason.endswith("is worse than the median of 3 before it, 8.0000")
+
+
+def test_median_goes_by_the_least_loss_so_far_and_says_so() -> None:
+    pruner = PrunerConfig(kind="median", rungs=(4, 16), startup_trials=2)
+    pruning = make(pruner, [trial(n) for n in range(4)])
+    for number, losses in enumerate([(3.0, 2.0), (3.0, 2.2), (1.5, 9.0), (2.5, 2.4)]):
+        pruning.report(number, 4, losses[0])
+        pruning.report(number, 16, losses[1])
+    last = {v.trial: v for v in pruning.decide() if v.rung == 16}
+    assert last[2].keep
+    assert last[2].reason == (
+        "held-out loss 9.0000 at step 16 does not count: its least so far, 1.5000, is no worse "
+        "than the median of 2 before it, 2.1000"
+    )
+    assert not last[3].keep
+    assert last[3].reason.endswith("is worse than the median of 3 before it, 2.2000")
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_trials_of_different_lengths_compete_at_the_steps_that_they_share(kind: str) -> None:
+    # Rungs at steps 2 and 8 for the even ones, at 8 and 32 for the odd ones.
+    pruner = PrunerConfig.model_validate({"kind": kind, "startup_trials": 2})
+    pruning = make(pruner, [trial(n, steps=(32, 128)[n % 2]) for n in range(4)])
+    for number in (0, 2):
+        pruning.report(number, 2, 3.0)
+        pruning.report(number, 8, 1.0)
+    for number in (1, 3):
+        pruning.report(number, 8, 2.0)
+    verdicts = {(v.trial, v.rung): v for v in pruning.decide()}
+    assert len(verdicts) == 6
+    assert verdicts[2, 2].keep
+    assert verdicts[2, 8].keep
+    assert not verdicts[3, 8].keep  # though it is better than any loss at step 2
+    places = {"asha": "is the 3rd of 4 so far, and is not among the best 1"}
+    words = places.get(kind, "is worse than the median of 3 before it, 1.0000")
+    assert verdicts[3, 8].reason == f"held-out loss 2.0000 at step 8 {words}"
 
 
 def test_nothing_is_stopped_without_a_pruner() -> None:

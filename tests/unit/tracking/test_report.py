@@ -33,6 +33,12 @@ THREE_FIELDS = tuple(
     for rank in (4, 16)
     for rate in (1e-4, 1e-2)
 )
+CONDITIONAL: tuple[dict[str, Any], ...] = (
+    {"quant.bit_width": 4, "adapter.rank": 4, "quant.quant_type": "nf4"},
+    {"quant.bit_width": 4, "adapter.rank": 8, "quant.quant_type": "fp4"},
+    {"quant.bit_width": 16, "adapter.rank": 4, "optimizer.learning_rate": 1e-4},
+    {"quant.bit_width": 16, "adapter.rank": 16, "optimizer.learning_rate": 2e-4},
+)
 SWEEPS: dict[str, dict[str, Any]] = {
     "empty": {"params": ()},
     "one trial": {"params": GRID[:1]},
@@ -41,6 +47,7 @@ SWEEPS: dict[str, dict[str, Any]] = {
     "all failed": {"failed": (0, 1, 2, 3)},
     "nothing searched": {"params": ({},)},
     "three fields": {"params": THREE_FIELDS},
+    "fields of some trials only": {"params": CONDITIONAL},
 }
 
 
@@ -102,6 +109,34 @@ def test_parallel_coordinates_need_three_fields(tmp_path: Path) -> None:
     assert list(rank.ticktext) == ["4", "16"]
     assert sorted(rate["values"]) == [-4.0, -4.0, -2.0, -2.0]
     assert list(name.ticktext) == ["adamw"]
+
+
+def test_what_a_condition_leaves_out_has_a_tick_of_its_own_below_the_others(
+    tmp_path: Path,
+) -> None:
+    rows = summary_rows(make_run(tmp_path / "run", params=CONDITIONAL))
+    figure = parallel_fields(rows)
+    assert figure is not None
+    axes = {axis["label"]: axis for axis in figure.data[0].dimensions}
+    place = {row["trial"]: number for number, row in enumerate(rows)}
+    kinds, rates = axes["quant_type"], axes["learning_rate"]
+    assert list(kinds.ticktext) == ["–", "fp4", "nf4"]
+    assert list(rates.ticktext) == ["–", "0.0001", "0.0002"]
+    for axis, left_out in ((kinds, (2, 3)), (rates, (0, 1))):
+        values = [axis["values"][place[trial]] for trial in left_out]
+        assert values == [axis.tickvals[0]] * 2
+        assert axis.tickvals[0] < min(axis.tickvals[1:])
+
+
+def test_a_field_that_the_first_row_lacks_has_a_column_all_the_same(tmp_path: Path) -> None:
+    store = make_run(tmp_path / "run", params=CONDITIONAL)
+    assert "quant_type" not in summary_rows(store)[0]["params"]
+    text = write_report(store).read_text()
+    assert "<th>quant_type</th>" in text
+    assert "<td>fp4</td>" in text
+    description = describe_sweep(store, "run-id")
+    assert "| trial | bit_width | rank | quant_type | learning_rate | eval loss |" in description
+    assert "| 3 🏆 | 16 | 16 | – | 0.0002 |" in description
 
 
 def test_the_pareto_line_joins_the_best_trade_offs(tmp_path: Path) -> None:
