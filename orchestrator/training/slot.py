@@ -120,8 +120,8 @@ class Slot:
         if not (math.isfinite(self.step_loss) and math.isfinite(grad_norm)):
             raise TrialFailed(
                 "loss_not_finite",
-                f"step {self.step + 1}: loss {self.step_loss}, gradient norm {grad_norm}: "
-                "lower optimizer.learning_rate or raise schedule.warmup_steps",
+                f"step {self.step + 1} ({self._blocks.words}): loss {self.step_loss}, gradient "
+                f"norm {grad_norm}: lower optimizer.learning_rate or raise schedule.warmup_steps",
             )
         self.tokens += self._blocks.num_tokens
         self.step += 1

@@ -1,6 +1,7 @@
 """A trial in a pack is the same trial alone; PEFT and a plain loop are the reference."""
 
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -250,8 +251,15 @@ def test_a_member_that_diverges_harms_nobody(make_spec: MakeSpec, tmp_path: Path
     stopped = [event for event in events if isinstance(event, TrialStopped)]
     assert [(event.trial, event.reason) for event in stopped] == [(1, "loss_not_finite")]
     assert "learning_rate" in stopped[0].message
+    step, *blocks = numbers_before(": loss", stopped[0].message)
+    num_blocks = load_manifest(make_spec().data_place, "train").totals.num_blocks
+    assert blocks == step_block_indices(2, step - 1, bad.batch_size, num_blocks).tolist()
     alone, _ = train(make_spec(num_slots=1), [good], tmp_path / "alone")
     assert_equal(together[0], alone[0])
+
+
+def numbers_before(end: str, message: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", message.partition(end)[0])]
 
 
 def test_an_evaluation_that_is_not_finite_stops_its_trial_alone(
