@@ -8,7 +8,7 @@ OrchestratorError
 ├── RunFolderError     the run folder belongs to another sweep, is in use, or is damaged
 ├── DiskFull           a disk, a quota or a file-size limit is reached; carries the path
 ├── TrialFailed        reason: not_valid | loss_not_finite | not_trained | out_of_memory |
-│                      worker_lost | raised
+│                      data_error | worker_lost | raised
 ├── ClusterError       Ray or Kubernetes said no; carries its words
 │   ├── NeverStarted   a submitted sweep did not start, and will not by itself
 │   └── ContactLost    the cluster does not answer; what was submitted goes on without us

@@ -304,7 +304,7 @@ class PackLost:
     pack: int
     reason: str
     """worker_lost, also of one that hangs; or what it raised: out_of_memory | disk_full |
-    raised."""
+    data_error | raised."""
     message: str
 
 

@@ -127,9 +127,15 @@ def _why_unknown(config: dict[str, Any]) -> str:
         return f"{family}: its config.json has no {missing[0]}"
     if any(config.get(name) for name in EXPERT_FIELDS):
         return f"{family}: a mixture of experts, for which no memory is estimated"
-    if config.get("quantization_config"):
+    if quantised_by(config):
         return f"{family}: its files are quantised already"
     return ""
+
+
+def quantised_by(config: dict[str, Any]) -> str:
+    """What quantised the files beside this config.json, as it names it; empty if nothing did."""
+    quantised = config.get("quantization_config")
+    return str(quantised.get("quant_method", "an unnamed method")) if quantised else ""
 
 
 def _shape(config: dict[str, Any], tensors: dict[str, Sequence[int]]) -> BaseShape:

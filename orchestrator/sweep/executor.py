@@ -8,7 +8,7 @@ suite, tests/contract/test_executor.py, holds them to the same behaviour.
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from orchestrator.errors import TrialFailed, is_disk_full
+from orchestrator.errors import DataError, TrialFailed, is_disk_full
 from orchestrator.garbage import without_collections
 from orchestrator.records import ALONE, Directive, Event, GroupPlace, PackLost, PackReady, PackSpec
 
@@ -118,6 +118,8 @@ def _lost(pack: int, error: Exception) -> PackLost:
         return PackLost(pack, "worker_lost", str(error))
     if isinstance(error, TrialFailed):
         return PackLost(pack, error.reason, error.message)
+    if isinstance(error, DataError):
+        return PackLost(pack, "data_error", str(error))
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         return PackLost(
             pack,

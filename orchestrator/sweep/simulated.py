@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.config import QuantConfig, TrialConfig
-from orchestrator.errors import TrialFailed
+from orchestrator.errors import DataError, TrialFailed
 from orchestrator.files import read_json, record_digest, write_json
 from orchestrator.records import (
     Assign,
@@ -47,9 +47,9 @@ def simulated_loss(trial: TrialConfig, step: int) -> float:
 
 
 class SimulatedWorker:
-    """`faults` maps a trial number to what befalls it at its second step: raise, die, hang, nan or
-    disk_full. A fault of -1 befalls the loading. Of several workers the last one meets it; the
-    others then wait for that one without end, as they would in a sum of gradients."""
+    """`faults` maps a trial number to what befalls it at its second step: raise, die, hang, nan,
+    bad_shard or disk_full. A fault of -1 befalls the loading. Of several workers the last one meets
+    it; the others then wait for that one without end, as they would in a sum of gradients."""
 
     def __init__(
         self,
@@ -134,6 +134,8 @@ class SimulatedWorker:
                     ctypes.PyDLL(None).pause()
             case "nan":
                 raise TrialFailed("loss_not_finite", "step 2: loss nan")
+            case "bad_shard":
+                raise DataError("train-00000: the shard is missing or damaged")
             case "disk_full":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             case _:

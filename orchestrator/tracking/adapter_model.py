@@ -8,6 +8,7 @@ In: a PEFT folder whose orchestrator.json names the base model. Out: texts. Adap
 loaded only if they have the digests that orchestrator.json gives them.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -118,7 +119,8 @@ def generate(
     top_p: float = 1.0,
     stream: bool = False,
 ) -> list[str]:
-    """The text that follows each prompt. Temperature 0 takes the likeliest token each time.
+    """The text that follows each prompt. Temperature 0 takes the likeliest token each time, as
+    scores do; above it the base's own generation_config.json holds beside temperature and top_p.
 
     `stream` writes the text to standard output as it comes.
     """
@@ -183,15 +185,17 @@ def continued(
     top_p: float = 1.0,
     stream: bool = False,
 ) -> list[str]:
-    """The text that follows each prompt's tokens, of all prompts in the same passes. Only one alone
-    can be streamed."""
+    """The text that follows each prompt's tokens, of all prompts in the same passes, as `generate`
+    has it. Only one alone can be streamed."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
     from transformers import TextStreamer
 
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    else:
+        model = _by_probability_alone(model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     rows = [torch.tensor(ids, device=model.device) for ids in prompts]
     # On the left, with any token, which is masked: transformers counts positions from the first
@@ -210,6 +214,23 @@ def continued(
         )
     texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
     return [str(text) for text in texts]
+
+
+def _by_probability_alone(model: Any) -> Any:
+    """The model without its base's penalties, suppressed tokens and least lengths.
+
+    transformers 5.23 fills whatever a call leaves out from the model's own settings, also what the
+    call's GenerationConfig does. So it is another object, with the same weights, whose settings
+    hold nothing but the tokens that end and fill a text; others may be using the model.
+    """
+    from transformers import GenerationConfig
+
+    # PEFT's wrapper gives its base the wrapper's settings; for LoRA it does nothing else.
+    alone = copy.copy(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    own = model.generation_config
+    tokens = {name: getattr(own, name) for name in ("eos_token_id", "pad_token_id", "bos_token_id")}
+    alone.generation_config = GenerationConfig(**tokens)
+    return alone
 
 
 def _recorded_folder(base: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from orchestrator.training.attention import (
     why_not_by_document,
 )
 from orchestrator.training.frozen import PackedLinear, keep_values
-from orchestrator.training.model_source import local_folder
+from orchestrator.training.model_source import check_unquantised, local_folder
 from orchestrator.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -131,9 +131,10 @@ def load_base_model(
     Raises:
         ConfigError: a key of `bit_width_pattern` matches no layer.
         BaseModelError: the folder holds no causal language model that transformers can load, or one
-            of a family that cannot be trained on packed documents.
+            that is quantised already or of a family that cannot be trained on packed documents.
     """
     folder = local_folder(base)
+    check_unquantised(Path(folder), base.source)
     cache = _cache(base, folder, quant, device, strategy, cache_bytes)
     try:
         with quiet_libraries(), loading_alone():

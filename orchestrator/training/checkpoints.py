@@ -7,8 +7,8 @@ is no random state to keep. checkpoint.json is written last: without it the fold
 """
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Checkpoint:
     optimizer: States
     program: str
     """How its steps were computed. Another way gives the same up to rounding, not to the bit."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the libraries that computed them, with the same effect; older checkpoints have none."""
 
 
 def save_checkpoint(
@@ -53,6 +55,7 @@ def save_checkpoint(
             "train_s": checkpoint.train_s,
             "optimizer": numbers,
             "program": checkpoint.program,
+            "versions": dict(checkpoint.versions),
             "trial_config": config_digest,
             "layout": record_digest(layout),
             "state_digest": file_digest(folder / "state.safetensors"),
@@ -94,6 +97,7 @@ def _load(folder: Path, config_digest: str, layout: str) -> Checkpoint:
         row=row,
         optimizer=(states, record["optimizer"]),
         program=record["program"],
+        versions=dict(record.get("versions", {})),
     )
 
 

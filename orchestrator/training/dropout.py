@@ -56,9 +56,10 @@ class Dropout:
     def __call__(self, tokens: Tensor, layer: Tensor) -> Tensor:  # [n, b*S, in] -> the same
         by_block = tokens.reshape(len(self._seeds), -1, tokens.shape[-1])  # [n*b, S, in]
         _, length, width = by_block.shape
-        place = torch.arange(length * width, dtype=torch.int32, device=tokens.device)
-        random = _hash(place.view(1, length, width) ^ self._seeds[:, 0])
-        random = _hash(random ^ self._seeds[:, 1] ^ _hash(layer))
+        starts, turns = row_starts(length, width, tokens.device)
+        places = starts + torch.arange(width, dtype=torch.int32, device=tokens.device)
+        random = _hash(places ^ self._seeds[:, 0])
+        random = _hash(random ^ (self._seeds[:, 1] ^ _hash(layer) ^ _hash(turns)))
         # One byte a value is kept for the backward pass, not a factor.
         kept = by_block * ((random & 0x7FFFFFFF) >= self._thresholds)
         return (kept * self._factors).to(tokens.dtype).view_as(tokens)
@@ -71,10 +72,19 @@ class Dropout:
         return tensor.copy_(source)
 
 
+def row_starts(length: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each row of [length, width] the number of its first value, as 32 bits that wrap around,
+    and how often they did: [length, 1] each. A block may have 2**32 values and more."""
+    starts = torch.arange(length, dtype=torch.int64, device=device).unsqueeze(1) * width
+    low = starts & 0xFFFFFFFF
+    return (low - (low >> 31 << 32)).to(torch.int32), (starts >> 32).to(torch.int32)
+
+
 def _hash(x: Tensor) -> Tensor:
-    """lowbias32, a 32-bit mixer (Chris Wellons, hash-prospector), on int32 that wraps around."""
+    """A 32-bit mixer on int32 that wraps around: lowbias32 (Chris Wellons, hash-prospector) but for
+    its second factor, 0x846CA68B there. It stays, for masks must be those of earlier runs."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7935B975  # 0x846CA68B
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * -0x7935B975  # 0x86CA468B
     return x ^ ((x >> 16) & 0xFFFF)
 
 

@@ -19,6 +19,7 @@ GATHERING_THREADS = 2
 # disk that answers late makes some of them wait.
 STEPS_AHEAD = 4
 BYTES_AHEAD = 32 << 20  # but one step at least
+MOST_NAMED = 8  # blocks, in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,16 @@ class StepBlocks:
     batch: Batch
     num_labels: int
     num_tokens: int
+    indices: tuple[int, ...]
+    """In the training shards, from 0."""
+
+    @property
+    def words(self) -> str:
+        """Which they are, for a person; some of them where they are many."""
+        named = ", ".join(str(index) for index in self.indices[:MOST_NAMED])
+        more = len(self.indices) - MOST_NAMED
+        what = "training block" if len(self.indices) == 1 else "training blocks"
+        return f"{what} {named}" + (f" and {more} more" if more > 0 else "")
 
 
 class Feed:
@@ -68,6 +79,7 @@ class Feed:
             batch,
             int(np.count_nonzero(batch.labels != IGNORED)),
             int(np.count_nonzero(batch.document_ids != NO_DOCUMENT)),
+            tuple(int(index) for index in indices),
         )
 
     def gather_later(self, trial: TrialConfig, step: int) -> Future[StepBlocks]:

@@ -1,11 +1,30 @@
-"""The libraries that a worker loads its base and saves adapters with, imported at once.
+"""The libraries that a worker loads its base, trains and saves adapters with.
 
-Left to their users, each machine's workers would import them one after another, for a base is
-loaded under a lock (base_model.py).
+They are imported at once. Left to their users, each machine's workers would import them one after
+another, for a base is loaded under a lock (base_model.py).
 """
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
 
 from orchestrator.garbage import without_collections
 from orchestrator.training.quiet import quiet_libraries
+
+# Another version of one may add up in another order.
+COMPUTE_WITH = ("torch", "transformers", "bitsandbytes", "deepspeed")
+
+
+@cache
+def library_versions() -> Mapping[str, str]:
+    """Of those in COMPUTE_WITH that are installed."""
+    found = {}
+    for name in COMPUTE_WITH:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def import_libraries() -> None:

@@ -5,7 +5,7 @@ approximation of the error by a product of low rank is added by the adapter. So 
 with and without it, share one base. In: weights and packed layers, as they are loaded. Out:
 Corrections.
 
-Shapes: weight [out, in], largest rank R.
+Shapes: weight [out, in]; R vectors: the largest rank, or the layer's smaller side if that is less.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ class Correction:
     """[R, in]."""
 
     def parts(self, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-        """A [rank, in] and B [out, rank], whose product times `scaling` is the approximation."""
+        """A [r, in] and B [out, r], whose product times `scaling` is the approximation. r is the
+        rank, or R if that is less: then nothing is left of the error."""
         root = scaling**0.5
         return self.right[:rank] / root, self.left[:, :rank] / root
 

@@ -26,10 +26,12 @@ from orchestrator.files import (
     write_json,
     write_text,
 )
+from orchestrator.planning.shape import quantised_by
 from orchestrator.records import BaseModel
 from orchestrator.training.quiet import quiet_libraries
 
 PACKAGE = "package:"
+CONFIG = "config.json"
 GGUF_FORMAT_VERSION = 1  # raise when the conversion changes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
@@ -56,7 +58,8 @@ def find_source(config: BaseModelConfig) -> Path | None:
 
     Raises:
         BaseModelError: the source looks like a file, folder or package and is not there, or it is
-            a folder without a model or a tokenizer, or a file that is no GGUF.
+            a folder without a model or a tokenizer or with quantised weights, or a file that is no
+            GGUF.
     """
     source = config.source
     if source.startswith(PACKAGE):
@@ -81,7 +84,9 @@ def folder_here(config: BaseModelConfig) -> Path | None:
     """
     source = find_source(config)
     if source is None:
-        return _downloaded(config)
+        if (folder := _downloaded(config)) is not None:
+            check_unquantised(folder, config.source)
+        return folder
     if source.is_dir():
         return source
     folder = _conversion(source)
@@ -92,6 +97,8 @@ def resolve_base_model(config: BaseModelConfig) -> BaseModel:
     """Make the base model available as a folder, and take its digest."""
     source = find_source(config)
     if source is None:
+        # Before its weights, which may take hours.
+        check_unquantised(_download(config.source, config.revision, [CONFIG]), config.source)
         folder = _download(config.source, config.revision)
         digest = f"commit:{folder.name}"
     elif source.is_file():
@@ -107,7 +114,9 @@ def tokenizer_folder(config: BaseModelConfig) -> Path:
     """A folder with the base model's tokenizer, perhaps without its weights."""
     source = find_source(config)
     if source is None:
-        return _download(config.source, config.revision, TOKENIZER_PATTERNS)
+        folder = _download(config.source, config.revision, TOKENIZER_PATTERNS)
+        check_unquantised(folder, config.source)
+        return folder
     return _converted(source) if source.is_file() else source
 
 
@@ -120,6 +129,21 @@ def local_folder(base: BaseModel) -> str:
     raise BaseModelError(
         f"{base.folder} is not on this machine: put the base model on storage that all nodes share"
     )
+
+
+def check_unquantised(folder: Path, source: str) -> None:
+    """Raises BaseModelError for a base whose files hold codes: it would be trained at the bits of
+    its files, whatever the trial says."""
+    try:
+        method = quantised_by(read_json(folder / CONFIG))
+    except (OSError, ValueError):
+        return  # transformers says what is wrong with it
+    if method:
+        raise BaseModelError(
+            f"base_model.source: {source}: its files are quantised already (by {method}), but "
+            "trial.quant quantises a base itself: name the unquantised original, "
+            "or a copy of it in 16 bits"
+        )
 
 
 def _package_file(source: str) -> Path:
@@ -165,13 +189,14 @@ def _downloaded(config: BaseModelConfig) -> Path | None:
 
 
 def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise BaseModelError(f"base_model.source: {folder} is no model folder: no config.json")
+    if not (folder / CONFIG).is_file():
+        raise BaseModelError(f"base_model.source: {folder} is no model folder: no {CONFIG}")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise BaseModelError(
             f"base_model.source: {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): "
             "save the tokenizer beside the weights"
         )
+    check_unquantised(folder, str(folder))
 
 
 def _check_file(path: Path) -> None:

@@ -5,7 +5,7 @@ of its step are through, it clips its own gradient and steps its own optimizer.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from orchestrator.training.dropout import Drops
 from orchestrator.training.engine import Engine
 from orchestrator.training.feed import Feed, ReadAhead, StepBlocks
 from orchestrator.training.lanes import Served
+from orchestrator.training.libraries import library_versions
 from orchestrator.training.optimizers import learning_rate
 from orchestrator.training.slots import Slots, mix
 
@@ -120,8 +121,8 @@ class Slot:
         if not (math.isfinite(self.step_loss) and math.isfinite(grad_norm)):
             raise TrialFailed(
                 "loss_not_finite",
-                f"step {self.step + 1}: loss {self.step_loss}, gradient norm {grad_norm}: "
-                "lower optimizer.learning_rate or raise schedule.warmup_steps",
+                f"step {self.step + 1} ({self._blocks.words}): loss {self.step_loss}, gradient "
+                f"norm {grad_norm}: lower optimizer.learning_rate or raise schedule.warmup_steps",
             )
         self.tokens += self._blocks.num_tokens
         self.step += 1
@@ -149,7 +150,13 @@ class Slot:
         on_host = {name: tensor.cpu() for name, tensor in tensors.items()}
         row, tensors = self._converted(self._slots.values, row.cpu(), on_host)
         checkpoint = Checkpoint(
-            self.step, self.tokens, self.train_s, row, (tensors, numbers), self._program()
+            self.step,
+            self.tokens,
+            self.train_s,
+            row,
+            (tensors, numbers),
+            self._program(),
+            library_versions(),
         )
         return save_checkpoint(
             Path(self.task.attempt_dir), checkpoint, self._config_digest(), self._layout()
@@ -167,11 +174,9 @@ class Slot:
             self.step = checkpoint.step
             self.tokens = checkpoint.tokens
             self.train_s = checkpoint.train_s
-            if checkpoint.program != (program := self._program()):
-                self.note = (
-                    f"trained with {checkpoint.program} so far, now with {program}: equal up to "
-                    "rounding, not to the bit"
-                )
+            self.note = other_computation(
+                (checkpoint.program, checkpoint.versions), (self._program(), library_versions())
+            )
         return refused
 
     def _converted(
@@ -196,3 +201,22 @@ class Slot:
 
     def _config_digest(self) -> str:
         return record_digest(self.trial.model_dump(mode="json"))
+
+
+def other_computation(
+    before: tuple[str, Mapping[str, str]], now: tuple[str, Mapping[str, str]]
+) -> str:
+    """What differs between two programs with the versions of their libraries, as a trial's note;
+    empty where steps are equal to the bit. A library that only one of them knows says nothing."""
+    (program, versions), (new_program, new_versions) = before, now
+    shared = [name for name in versions if new_versions.get(name, versions[name]) != versions[name]]
+    old = [f"{name} {versions[name]}" for name in shared]
+    new = [f"{name} {new_versions[name]}" for name in shared]
+    if program != new_program:
+        old, new = [program, *old], [new_program, *new]
+    if not old:
+        return ""
+    return (
+        f"trained with {', '.join(old)} so far, now with {', '.join(new)}: equal up to rounding, "
+        "not to the bit"
+    )

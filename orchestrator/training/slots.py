@@ -80,7 +80,8 @@ class Slots:
 
     def open(self, slot: int, adapter: AdapterConfig, seed: int) -> None:
         """Give the slot its first values: A as PEFT draws it, B zero, everything else zero; with
-        loftq those of `corrections`, where a layer has some. Magnitudes are the rows' lengths.
+        loftq those of `corrections` before these, as many as a layer has. Magnitudes are the rows'
+        lengths.
 
         Raises:
             TrialFailed: a key of a pattern matches no layer that the trial targets. Its sweep says
@@ -93,16 +94,17 @@ class Slots:
         for number, layer in enumerate(self.layers):
             if layer.name not in targets:
                 continue
-            rank = rank_of(adapter, layer.name)
+            rank, found = rank_of(adapter, layer.name), 0
             if adapter.init == "loftq" and layer.name in self.corrections:
                 A, B = self.corrections[layer.name].parts(rank, scaling_of(adapter, layer.name))
-                self._A(slot, layer)[:, :rank] = A.T.to(self.rows)
-                self._B(slot, layer)[:rank] = B.T.to(self.rows)
-            else:
+                found = len(A)  # fewer than the rank where a side of the layer is smaller
+                self._A(slot, layer)[:, :found] = A.T.to(self.rows)
+                self._B(slot, layer)[:found] = B.T.to(self.rows)
+            if found < rank:
                 generator = torch.Generator().manual_seed(mix(seed, layer.key))
                 first = torch.empty(rank, layer.in_features)
                 nn.init.kaiming_uniform_(first, a=math.sqrt(5), generator=generator)
-                self._A(slot, layer)[:, :rank] = first.T.to(self.rows)
+                self._A(slot, layer)[:, found:rank] = first[found:].T.to(self.rows)
             if self.dora:
                 scaling = self.rows.new_full((1, 1, 1), scaling_of(adapter, layer.name))
                 self._magnitudes(slot, layer).copy_(self._lengths(slot, number, scaling))

@@ -169,6 +169,24 @@ def test_what_a_worker_raises_comes_back_as_a_lost_pack(
     assert "a simulated error" in lost.message
 
 
+@pytest.mark.parametrize("trial", [-1, 0])
+def test_data_that_cannot_be_read_is_the_reason_of_a_lost_pack(
+    make_executor: MakeExecutor, tmp_path: object, trial: int
+) -> None:
+    """While its worker loads, or trains."""
+    executor = make_executor({trial: "bad_shard"})
+    executor.start_pack(spec())
+    _, events = next_answer(executor)
+    if trial == 0:
+        executor.advance(0, [task(0, tmp_path)])
+        next_answer(executor)
+        executor.advance(0, [])
+        _, events = next_answer(executor)
+    (lost,) = [event for event in events if isinstance(event, PackLost)]
+    assert lost.reason == "data_error"
+    assert "the shard is missing or damaged" in lost.message
+
+
 def test_an_error_while_loading_comes_back_as_a_lost_pack(make_executor: MakeExecutor) -> None:
     executor = make_executor({-1: "disk_full"})
     executor.start_pack(spec())

@@ -77,6 +77,23 @@ def test_a_model_folder_without_a_tokenizer_is_named(
     assert "no tokenizer" in refused(orchestrator, tmp_path, "train", str(config))
 
 
+@pytest.mark.parametrize(
+    "command", [["train"], ["sweep"], ["sweep", "--dry-run"], ["plan", "--gpus", "1xH100-80GB"]]
+)
+def test_a_base_whose_files_are_quantised_already_is_named(
+    orchestrator: Command, tmp_path: Path, tiny_base: Path, command: list[str]
+) -> None:
+    base = tmp_path / "base-bnb-4bit"
+    shutil.copytree(tiny_base, base)
+    settings = json.loads((base / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(settings))
+    config = write_config(tmp_path, base)
+    message = refused(orchestrator, tmp_path, command[0], str(config), *command[1:])
+    assert "quantised already (by bitsandbytes)" in message
+    assert "name the unquantised original" in message
+
+
 @pytest.mark.parametrize("uri", ["sqlite:////proc/nowhere/mlflow.db", "ftp://somewhere"])
 def test_a_tracking_server_that_cannot_be_used_is_named_before_anything_starts(
     orchestrator: Command, tmp_path: Path, tiny_base: Path, uri: str

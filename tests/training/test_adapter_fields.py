@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.config import AdapterConfig, StrategyConfig, TrialConfig
+from orchestrator.config import AdapterConfig, QuantConfig, StrategyConfig, TrialConfig
 from orchestrator.planning.ranks import largest_rank, rank_of, scaling_of
-from orchestrator.records import Evaluated, TrialDone, TrialStopped
+from orchestrator.records import Evaluated, PackSpec, TrialDone, TrialStopped
 from orchestrator.training.adapter import saved_config
 from orchestrator.training.adapter_evaluation import evaluate_adapter
 from orchestrator.training.base_model import load_base_model
 from orchestrator.training.frozen import PackedLinear
-from orchestrator.training.loftq import correction
+from orchestrator.training.loftq import Corrections, correction
 from orchestrator.training.merge import Updates
 from orchestrator.training.slots import Slots
 from tests.training.conftest import MakeSpec, trial_config
@@ -136,22 +136,12 @@ def test_loftq_begins_nearer_to_the_base_in_16_bits(make_spec: MakeSpec, tmp_pat
 def test_loftq_leaves_the_base_as_it_is_and_its_first_values_fill_the_error(
     make_spec: MakeSpec, base_folder: Path
 ) -> None:
-    from orchestrator.config import QuantConfig
-    from orchestrator.training.loftq import Corrections
-
     weights = load_file(base_folder / "model.safetensors")
-    quant = QuantConfig(compute_dtype="float32")
-    corrections = Corrections(max_rank=8)
-    base = load_base_model(
-        make_spec().base_model, quant, "cpu", StrategyConfig(), on_layer=corrections.add
-    )
-    rows = Slots(base.model, "all-linear", 1, 8, "cpu")
-    rows.corrections = corrections.by_layer
     adapter = AdapterConfig(rank=8, alpha=4, init="loftq")
-    rows.open(0, adapter, seed=0)
+    rows, base = opened(make_spec(), adapter)
     tensors = rows.adapter_tensors(0, adapter)
     for layer in rows.layers:
-        packed = base.model.get_submodule(layer.name)
+        packed = base.get_submodule(layer.name)
         assert isinstance(packed, PackedLinear)
         prefix = f"base_model.model.{layer.name}"
         A, B = (tensors[f"{prefix}.lora_{part}.weight"] for part in "AB")
@@ -159,3 +149,47 @@ def test_loftq_leaves_the_base_as_it_is_and_its_first_values_fill_the_error(
         left = error - scaling_of(adapter, layer.name) * B @ A
         sizes = torch.linalg.svdvals(error)
         assert float(left.norm()) == pytest.approx(float(sizes[8:].norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [{}, {"v_proj": 40, "down_proj": 80, "up_proj": 4}])
+def test_loftq_fills_the_error_wholly_where_a_layer_has_fewer_rows_than_the_rank(
+    make_spec: MakeSpec, base_folder: Path, tmp_path: Path, pattern: dict[str, int]
+) -> None:
+    """k_proj and v_proj have 32 rows. Beyond them A is drawn as ever and B is zero, so that the
+    rest can be trained."""
+    adapter = AdapterConfig(rank=48, alpha=24, init="loftq", rank_pattern=pattern)
+    rows, base = opened(make_spec(), adapter)
+    plain = rows.adapter_tensors(0, adapter)
+    rows.open(0, adapter.model_copy(update={"init": "default"}), seed=0)
+    drawn = rows.adapter_tensors(0, adapter)
+    weights = load_file(base_folder / "model.safetensors")
+    for layer in rows.layers:
+        rank = rank_of(adapter, layer.name)
+        found = min(rank, layer.in_features, layer.out_features)
+        prefix = f"base_model.model.{layer.name}"
+        A, B = (plain[f"{prefix}.lora_{part}.weight"] for part in "AB")
+        packed = base.get_submodule(layer.name)
+        assert isinstance(packed, PackedLinear)
+        error = weights[f"{layer.name}.weight"] - packed.values()
+        left = error - scaling_of(adapter, layer.name) * B @ A
+        sizes = torch.linalg.svdvals(error)
+        assert float(left.norm()) == pytest.approx(float(sizes[found:].norm()), rel=1e-4, abs=1e-5)
+        assert not B[:, found:].any()
+        assert torch.equal(A[found:], drawn[f"{prefix}.lora_A.weight"][found:])
+    trial = loftq(adapter__rank=48, adapter__rank_pattern=pattern, steps=2)
+    spec = replace(make_spec(4, num_slots=1), loftq=True, max_rank=largest_rank(adapter))
+    adapters, _ = train(spec, [trial], tmp_path)
+    trained = adapters[0]["base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight"]
+    assert trained[:, 32:].any()
+
+
+def opened(spec: PackSpec, adapter: AdapterConfig) -> tuple[Slots, torch.nn.Module]:
+    """Rows whose first slot has this adapter's first values, on the spec's base in 4 bits."""
+    quant, corrections = QuantConfig(compute_dtype="float32"), Corrections(largest_rank(adapter))
+    base = load_base_model(
+        spec.base_model, quant, "cpu", StrategyConfig(), on_layer=corrections.add
+    )
+    rows = Slots(base.model, "all-linear", 1, largest_rank(adapter), "cpu")
+    rows.corrections = corrections.by_layer
+    rows.open(0, adapter, seed=0)
+    return rows, base.model

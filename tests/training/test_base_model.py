@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from orchestrator.config import BaseModelConfig, QuantConfig, StrategyConfig
 from orchestrator.data.manifest import load_manifest
@@ -80,6 +81,28 @@ def test_weights_that_are_no_model_are_refused(tmp_path: Path, base_folder: Path
 def test_a_file_that_is_no_gguf_is_refused_with_the_remedy(base_folder: Path) -> None:
     with pytest.raises(BaseModelError, match="no .gguf: name the folder"):
         find_source(BaseModelConfig(source=str(base_folder / "config.json")))
+
+
+@pytest.mark.parametrize("bit_width", [4, 8, 16])
+def test_a_base_whose_files_are_quantised_already_is_never_loaded(
+    base_folder: Path, tmp_path: Path, bit_width: int
+) -> None:
+    quantised = quantised_copy(base_folder, tmp_path / "base-bnb-4bit")
+    words = "its files are quantised already .by bitsandbytes.*name the unquantised original"
+    for look in (find_source, folder_here, resolve_base_model):
+        with pytest.raises(BaseModelError, match=words):
+            look(BaseModelConfig(source=str(quantised)))
+    with pytest.raises(BaseModelError, match=words):
+        load(quantised, bit_width)
+
+
+def quantised_copy(base: Path, folder: Path) -> Path:
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((base / name).read_bytes())
+    return folder
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from jobs.generate import CHAT_HELP, chat, generate_text
 from orchestrator.errors import BaseModelError, ConfigError
 from orchestrator.records import TrialDone
-from orchestrator.tracking.adapter_model import DamagedFiles, load, reply
+from orchestrator.tracking.adapter_model import DamagedFiles, continued, encode, load, reply
 from tests.sweeps import with_changes
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import train
@@ -118,3 +120,45 @@ def test_a_base_model_that_is_not_on_this_machine_is_one_clear_error(adapter: Pa
     change_record(adapter, base_model__folder="/nowhere")
     with pytest.raises(BaseModelError, match="not in /nowhere.*ORCHESTRATOR_BASE_MODEL"):
         generate(adapter)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 12, "suppress_tokens": list(range(40, 200))},
+        {"num_beams": 4, "do_sample": True, "temperature": 0.7, "top_k": 20},
+    ],
+)
+def test_the_likeliest_token_is_that_of_the_model_whatever_its_base_says_of_generation(
+    adapter: Path, own: dict[str, object]
+) -> None:
+    """Scores and `--temperature 0` are of the model, not of penalties that the base came with."""
+    model, tokenizer = load(adapter)
+    base = model.get_base_model()
+    prompts = [encode(tokenizer, f"What is {number} plus 1?") for number in range(3)]
+    base.generation_config.update(**own)
+    before = base.generation_config.to_dict()
+    for ids in prompts:
+        expected = tokenizer.decode(by_hand(model, ids, 12, end=1), skip_special_tokens=True)
+        for asked in (model, base):
+            assert continued(asked, tokenizer, [ids], 12) == [expected]
+    assert base.generation_config.to_dict() == before
+
+
+def test_each_token_that_ends_a_text_of_the_base_ends_one(adapter: Path) -> None:
+    model, tokenizer = load(adapter)
+    ids = encode(tokenizer, "What is 1 plus 1?")
+    first, *_ = by_hand(model, ids, 1, end=1)
+    model.get_base_model().generation_config.eos_token_id = [1, first]
+    assert len(tokenizer(continued(model, tokenizer, [ids], 12)[0])["input_ids"]) <= 1
+
+
+def by_hand(model: Any, ids: list[int], count: int, end: int) -> list[int]:
+    """The likeliest tokens, one forward pass each."""
+    found: list[int] = []
+    while len(found) < count and found[-1:] != [end]:
+        logits = model(input_ids=torch.tensor([ids + found])).logits
+        found.append(int(logits[0, -1].argmax()))
+    return found

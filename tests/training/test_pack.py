@@ -1,9 +1,12 @@
 """A trial in a pack is the same trial alone; PEFT and a plain loop are the reference."""
 
+import json
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +255,9 @@ def test_a_member_that_diverges_harms_nobody(make_spec: MakeSpec, tmp_path: Path
     stopped = [event for event in events if isinstance(event, TrialStopped)]
     assert [(event.trial, event.reason) for event in stopped] == [(1, "loss_not_finite")]
     assert "learning_rate" in stopped[0].message
+    step, *blocks = numbers_before(": loss", stopped[0].message)
+    num_blocks = load_manifest(make_spec().data_place, "train").totals.num_blocks
+    assert blocks == step_block_indices(2, step - 1, bad.batch_size, num_blocks).tolist()
     alone, _ = train(make_spec(num_slots=1), [good], tmp_path / "alone")
     assert_equal(together[0], alone[0])
 
@@ -308,6 +314,10 @@ def test_an_error_in_one_members_step_fails_it_alone_in_a_sweep(
     assert make_controller(store, InProcessExecutor(worker), num_workers=1).run()
     assert [result.reason for result in store.results] == ["", "raised", ""]
     assert "float without overflow" in store.results[1].message
+
+
+def numbers_before(end: str, message: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", message.partition(end)[0])]
 
 
 def test_an_evaluation_that_is_not_finite_stops_its_trial_alone(
@@ -394,6 +404,36 @@ def test_a_pack_that_leaves_saves_every_slot_first(make_spec: MakeSpec, tmp_path
     events = worker.advance([Leave(save=True)])
     kinds = [type(event) for event in events if not isinstance(event, Progress)]
     assert kinds == [Checkpointed, Checkpointed, PackLeft]
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        ({}, ""),
+        ({"versions": {"torch": "2.0.0", "gone": "1"}}, "torch 2.0.0 so far"),
+        ({"versions": None}, ""),  # as before they were written down
+    ],
+)
+def test_a_resume_under_another_version_of_a_library_says_so(
+    make_spec: MakeSpec, tmp_path: Path, change: dict[str, Any], note: str
+) -> None:
+    config, spec = trial_config(steps=4), make_spec(num_slots=1)
+    worker = PackWorker(spec)
+    worker.load()
+    worker.advance([task(0, config, tmp_path)])
+    worker.advance([Leave(save=True)])
+    (path,) = tmp_path.rglob("checkpoint.json")
+    record = json.loads(path.read_text())
+    assert record["versions"]["torch"] == version("torch")
+    known = {name: value for name, value in (record | change).items() if value is not None}
+    path.write_text(json.dumps(known))
+    worker = PackWorker(spec)
+    worker.load()
+    (opened, *_) = worker.advance([task(0, config, tmp_path, attempt=2)])
+    assert isinstance(opened, TrialOpened)
+    assert not opened.refused_checkpoints
+    assert note in opened.note
+    assert ("equal up to rounding" in opened.note) == bool(note)
 
 
 def test_a_pack_answers_in_the_midst_of_a_long_step_and_may_leave_there(
