@@ -22,7 +22,7 @@ from orchestrator.planning.packs import preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.pruning import rung_steps
-from orchestrator.search.space import ask, check_space, first_batch, num_trials
+from orchestrator.search.space import check_space, first_trials, num_trials
 from orchestrator.sweep.bits import auto_settings, last_allocation
 from orchestrator.sweep.expectations import refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
@@ -80,14 +80,6 @@ def show_plan(
         console.print(line, markup=False)
     _print_settings(console, config, placement.device, run_dir)
     return 0
-
-
-def first_trials(config: SweepConfig) -> list[TrialSpec]:
-    """The trials that are known before any result is in."""
-    trials: list[TrialSpec] = []
-    while len(trials) < first_batch(config.search):
-        trials.append(ask(config, trials, ()))
-    return trials
 
 
 def _placement(config: SweepConfig, ray_address: str | None, machine: Node) -> Placement:

@@ -164,9 +164,11 @@ def _contains(values: Values, value: Choice) -> bool:
 
 
 def encoded(choice: Choice) -> Scalar:
-    """Optuna's categories are scalars: a list of names or a mapping becomes text."""
+    """Optuna's categories are scalars: a list of names or a mapping becomes text. Equal numbers
+    give equal text: 16 is written, and a field of floats makes 16.0 of it."""
     if isinstance(choice, dict):
-        return json.dumps(choice, sort_keys=True)
+        numbers = {name: value if value % 1 else int(value) for name, value in choice.items()}
+        return json.dumps(numbers, sort_keys=True)
     return json.dumps(choice) if isinstance(choice, list | tuple) else choice
 
 
