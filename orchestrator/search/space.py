@@ -136,8 +136,9 @@ def has_new_point(
     """Whether a trial can be added that is none of the known ones again."""
     if config.search.sampler == "grid":
         return next_trial(config, known, results, most_under_way=1) is not None
-    drawn = ask(config, known, results)  # where there is no new one, the sampler repeats one
-    return _as_set(drawn.params) not in {_as_set(point_of(config, trial)) for trial in known}
+    drawn = ask(config, known, results).params  # where there is no new one, it repeats one
+    taken = {_as_set(point_of(config, trial)) for trial in known}
+    return _as_set(drawn) not in taken and not _problems(config, drawn)
 
 
 def ask(
@@ -148,7 +149,8 @@ def ask(
 ) -> TrialSpec:
     """What the sampler draws next, given all trials asked so far and those that are over.
 
-    A sampler may draw a combination that cannot work: see `problems` of its config.
+    A sampler that finds none but combinations that cannot work draws such a one: see `problems` of
+    its config.
 
     Raises:
         ConfigError: a value of the space is not allowed.
@@ -165,7 +167,10 @@ def ask(
     def searched(trial: TrialSpec) -> dict[str, Choice]:
         return point_of(config, trial)
 
-    return _spec(config, len(known), draw(search, known, results, suggest, searched))
+    def refused(params: dict[str, Choice]) -> bool:
+        return bool(_problems(config, params))
+
+    return _spec(config, len(known), draw(search, known, results, suggest, searched, refused))
 
 
 def chosen(search: SearchConfig, choose: Callable[[str, Values], Choice]) -> dict[str, Choice]:
@@ -305,9 +310,7 @@ def _refused_of_grid(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
         ruled = {name: value for name, value in params.items() if name.startswith(RULED_FIELDS)}
         key = repr(ruled)
         if key not in found:
-            found[key] = problems(
-                trial_with(config.trial, ruled), config.resources.workers_per_pack
-            )
+            found[key] = _problems(config, ruled)
         if found[key]:
             yield _title(number, params), found[key]
 
@@ -318,12 +321,21 @@ def _refused_of_sampler(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
     refused = []
     while len(known) < first_batch(config.search):
         trial = ask(config, known, ())
-        found = problems(trial.config, config.resources.workers_per_pack)
+        found = _problems(config, trial.params)
         if not found:
             return
         known.append(trial)
         refused.append((_title(trial.number, trial.params), found))
     yield from refused
+
+
+def _problems(config: SweepConfig, params: dict[str, Choice]) -> list[str]:
+    """Why a point cannot work."""
+    try:
+        trial = trial_with(config.trial, params)
+    except ConfigError as error:
+        return [str(error)]
+    return problems(trial, config.resources.workers_per_pack)
 
 
 def _title(number: int, params: Mapping[str, Choice]) -> str:

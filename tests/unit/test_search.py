@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.errors import ConfigError
+from orchestrator.planning.compatibility import problems
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.samplers import SAMPLERS
 from orchestrator.search.space import (
@@ -337,6 +338,31 @@ def test_a_sampler_is_refused_only_if_it_begins_with_nothing_that_works(sampler:
     expected = 12 if sampler == "random" else 10
     assert len(refusal(sweep_config(search=search))) == expected
     check_space(sweep_config(search=search | {"space": {"micro_batch_size": [3, 5, 2]}}))
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "nsga2"])
+def test_what_the_rules_refuse_is_drawn_again(sampler: str) -> None:
+    """fp4 is a 4-bit code: at 16 bits it would be a trial for nothing."""
+    space = CONDITIONAL["space"] | {"optimizer.learning_rate": RANGES["optimizer.learning_rate"]}
+    config = sweep_config(search={"space": space, "sampler": sampler, "num_trials": 24})
+    known: list[TrialSpec] = []
+    results: list[TrialResult] = []
+    while trial := next_trial(config, known, results, most_under_way=1):
+        assert problems(trial.config) == []
+        known.append(trial)
+        loss = 1.0 if trial.config.quant.bit_width == 16 else 2.0
+        results.append(TrialResult(trial.number, "finished", 1, 0.0, eval_loss=loss))
+    assert {trial.config.quant.bit_width for trial in known} == {4, 16}
+
+
+def test_where_only_refused_points_are_left_none_is_new() -> None:
+    space = {"quant.bit_width": [4, 16], "quant.quant_type": ["nf4", "fp4"]}
+    config = sweep_config(search={"space": space, "sampler": "random", "num_trials": 9})
+    known: list[TrialSpec] = []
+    for number in range(3):
+        assert has_new_point(config, known, []), number
+        known.append(ask(config, known, []))
+    assert not has_new_point(config, known, [])
 
 
 TARGETS = {"adapter.target_modules": [["q_proj"], ["q_proj", "v_proj"]]}
