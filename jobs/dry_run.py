@@ -15,6 +15,7 @@ from jobs.inputs import check_files
 from orchestrator.config import SweepConfig
 from orchestrator.data.sources import estimate_slices
 from orchestrator.data_config import MIB
+from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
 from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import problems
@@ -124,7 +125,11 @@ def _print_bits(
     """What `bit_width: auto` gives each layer, as far as it was measured before."""
     device: Device = "cpu" if placement.device == "cpu" else "cuda"
     for quant in auto_settings(config):
-        found = last_allocation(config, quant, shape, auto_compute_dtype(device))
+        try:
+            found = last_allocation(config, quant, shape, auto_compute_dtype(device))
+        except ConfigError as error:
+            console.print(f"bits: {quant.title}: not trained: {error}", markup=False)
+            continue
         if found is None:
             words = "measured and chosen for each layer when the sweep starts"
             console.print(f"bits: {quant.title}: {words}", markup=False)

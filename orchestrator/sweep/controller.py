@@ -196,7 +196,10 @@ class Controller:
                 self._end(refused)
 
     def _refusal(self, trial: TrialSpec) -> TrialResult | None:
-        """Of a trial that cannot keep to the constraints, before it takes a slot."""
+        """Of a trial without a map of bits, or that cannot keep to the constraints, before it takes
+        a slot."""
+        if trial.refused:
+            return failed_result(trial.number, 0, "not_valid", trial.refused)
         return refusal(trial, self._constraints, self._premises, time.time())
 
     def _judge(self) -> None:
