@@ -14,6 +14,9 @@ Scalar = bool | int | float | str
 Choice = Scalar | tuple[str, ...] | dict[str, int]
 """One listed value of a searched field; a tuple of names for adapter.target_modules."""
 
+BUDGETS = ("quant.average_bits", "quant.budget_gib")
+"""Fields that only a trial of quant.bit_width auto reads."""
+
 SamplerKind = Literal["grid", "random", "tpe", "gp", "nsga2"]
 PrunerKind = Literal["none", "asha", "hyperband", "median"]
 ObjectiveName = Literal[
@@ -111,7 +114,8 @@ class SearchConfig(Strict):
 
     conditions: dict[str, dict[str, tuple[Choice, ...]]] = {}
     """Searched field -> {another searched field: values}: it is searched only where the other one
-    has one of these values, and elsewhere is as written under `trial`."""
+    has one of these values, and elsewhere is as written under `trial`. quant.average_bits and
+    budget_gib are searched only where quant.bit_width is auto, without being told."""
 
     sampler: SamplerKind = "grid"
     """grid tries every combination of lists; the others draw `num_trials`: random; tpe (a
@@ -144,6 +148,18 @@ class SearchConfig(Strict):
     With several, the report shows the Pareto front. NaN never wins."""
 
     constraints: ConstraintsConfig = ConstraintsConfig()
+
+    @property
+    def all_conditions(self) -> dict[str, dict[str, tuple[Choice, ...]]]:
+        """With those that hold by themselves: budgets are searched only where bits are chosen."""
+        widths = self.space.get("quant.bit_width", ())
+        if isinstance(widths, RangeConfig) or all(width == "auto" for width in widths):
+            return self.conditions
+        return self.conditions | {
+            name: self.conditions.get(name, {}) | {"quant.bit_width": ("auto",)}
+            for name in BUDGETS
+            if name in self.space
+        }
 
     @model_validator(mode="after")
     def _sampler_fits_space(self) -> "SearchConfig":
@@ -210,10 +226,11 @@ class SearchConfig(Strict):
         return self
 
     def _refuse_circles(self) -> None:
-        for field in self.conditions:
+        conditions = self.all_conditions
+        for field in conditions:
             above, todo = set[str](), [field]
             while todo:
-                parents = self.conditions.get(todo.pop(), {})
+                parents = conditions.get(todo.pop(), {})
                 todo += [name for name in parents if name not in above]
                 above |= parents.keys()
             if field in above:

@@ -41,7 +41,7 @@ def num_trials(search: SearchConfig) -> int:
     if search.sampler != "grid":
         assert search.num_trials is not None
         return search.num_trials
-    if search.conditions:
+    if search.all_conditions:
         return sum(1 for _ in grid_points(search))
     combinations = 1
     for values in search.space.values():
@@ -224,9 +224,10 @@ def ordered_fields(search: SearchConfig) -> list[str]:
     are free to: a worker keeps its base model while it goes on."""
     grid = search.sampler == "grid"
     todo = sorted(search.space, key=lambda name: grid and name != "quant.bit_width")
+    conditions = search.all_conditions
     ordered: list[str] = []
     while todo:
-        field = next(name for name in todo if set(search.conditions.get(name, ())) <= set(ordered))
+        field = next(name for name in todo if set(conditions.get(name, ())) <= set(ordered))
         ordered.append(field)
         todo.remove(field)
     return ordered
@@ -234,7 +235,7 @@ def ordered_fields(search: SearchConfig) -> list[str]:
 
 def is_searched(search: SearchConfig, field: str, point: Mapping[str, Choice]) -> bool:
     """Whether the field's condition holds at a point whose earlier fields are known."""
-    needs = search.conditions.get(field, {})
+    needs = search.all_conditions.get(field, {})
     return all(name in point and point[name] in wanted for name, wanted in needs.items())
 
 

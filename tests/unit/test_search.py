@@ -365,6 +365,30 @@ def test_where_only_refused_points_are_left_none_is_new() -> None:
     assert not has_new_point(config, known, [])
 
 
+@pytest.mark.parametrize("trial", [{}, {"average_bits": 5}])
+@pytest.mark.parametrize("sampler", ["grid", "random", "tpe"])
+def test_a_budget_is_searched_only_where_bits_are_chosen(
+    sampler: str, trial: dict[str, Any]
+) -> None:
+    space = {"quant.average_bits": [5, 6], "quant.bit_width": [4, "auto"]}
+    search = {"space": space, "sampler": sampler, "num_trials": 3}
+    config = sweep_config(search=search, trial__quant=trial)
+    check_space(config)
+    assert num_trials(config.search) == 3
+    quants = {
+        (t.config.quant.bit_width, t.params.get("quant.average_bits")) for t in ask_all(config)
+    }
+    assert quants == {(4, None), ("auto", 5), ("auto", 6)}
+
+
+def test_a_point_without_its_budget_is_refused_with_its_title() -> None:
+    space = {"quant.average_bits": [5], "quant.bit_width": [4, "auto"], "adapter.rank": [4, 8]}
+    conditions = {"quant.average_bits": {"adapter.rank": [4]}}
+    (line,) = refusal(sweep_config(search={"space": space, "conditions": conditions}))
+    assert line.startswith("trial 3 (quant.bit_width=auto, adapter.rank=8): ")
+    assert "needs average_bits or budget_gib" in line
+
+
 TARGETS = {"adapter.target_modules": [["q_proj"], ["q_proj", "v_proj"]]}
 
 
