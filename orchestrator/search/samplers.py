@@ -9,7 +9,6 @@ and takes those under way for bad ones (constant_liar); GP and NSGA-II learn fro
 only, and fields that a condition may leave out they draw at random.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import numpy as np
 
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import OBJECTIVES, overshoots
-from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
+from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values, encoded
 
 if TYPE_CHECKING:
     import optuna
@@ -169,15 +168,6 @@ def _contains(values: Values, value: Choice) -> bool:
             return False
         return values.low <= value <= values.high
     return value in values
-
-
-def encoded(choice: Choice) -> Scalar:
-    """Optuna's categories are scalars: a list of names or a mapping becomes text. Equal numbers
-    give equal text: 16 is written, and a field of floats makes 16.0 of it."""
-    if isinstance(choice, dict):
-        numbers = {name: value if value % 1 else int(value) for name, value in choice.items()}
-        return json.dumps(numbers, sort_keys=True)
-    return json.dumps(choice) if isinstance(choice, list | tuple) else choice
 
 
 def _decoded(value: Scalar, values: tuple[Choice, ...]) -> Choice:

@@ -16,8 +16,8 @@ from orchestrator.loading import trial_with
 from orchestrator.planning.compatibility import RULED_FIELDS, problems, sweep_problems
 from orchestrator.planning.ranks import largest_rank
 from orchestrator.records import TrialResult, TrialSpec
-from orchestrator.search.samplers import STARTUP_TRIALS, Draw, draw, encoded
-from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
+from orchestrator.search.samplers import STARTUP_TRIALS, Draw, draw
+from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values, encoded
 
 MAX_LISTED_PROBLEMS = 20
 

@@ -467,6 +467,18 @@ def test_every_sampler_of_the_schema_exists() -> None:
     [
         ({"pruner": {"kind": "asha", "rungs": [8, 4]}}, "must be steps in ascending order"),
         ({"pruner": {"kind": "asha", "rungs": [4], "min_steps": 2}}, "exclude each other"),
+        ({"pruner": {"kind": "none", "rungs": [2]}}, "pruner: none does not read rungs"),
+        ({"pruner": {"min_steps": 2}}, "pruner: none does not read min_steps"),
+        (
+            {"pruner": {"kind": "asha", "startup_trials": 50}},
+            "pruner: asha does not read startup_trials, but got startup_trials=50: leave",
+        ),
+        (
+            {"pruner": {"kind": "median", "rungs": [2], "reduction_factor": 3}},
+            "pruner: median does not read reduction_factor",
+        ),
+        ({"space": {"adapter.alpha": [16, 16.0]}}, "space.adapter.alpha lists a value twice"),
+        ({"space": {"adapter.alpha_pattern": [{}, {}]}}, "lists a value twice"),
         ({"pruner": "bandit"}, "Input should be 'none', 'asha', 'hyperband' or 'median'"),
         ({"pruner": "asha", "objectives": ["eval_loss", "adapter_bytes"]}, "set pruner: none"),
         ({"objectives": []}, "objectives must name each at least one once"),
@@ -492,6 +504,20 @@ def test_a_search_that_cannot_be_meant_is_refused_with_the_rule(
     with pytest.raises(ValidationError) as caught:
         sweep_config(search={"space": space} | search)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        {"kind": "none"},
+        {"kind": "hyperband", "min_steps": 2, "reduction_factor": 2},
+        {"kind": "median", "min_steps": 2, "reduction_factor": 2, "startup_trials": 1},
+        {"kind": "median", "rungs": [2, 4], "startup_trials": 1},
+    ],
+)
+def test_a_pruner_comes_back_from_the_run_folder_as_it_was_set(pruner: dict[str, Any]) -> None:
+    config = sweep_config(search__pruner=pruner)
+    assert SweepConfig.model_validate(config.model_dump(mode="json")) == config
 
 
 def test_a_pruner_needs_a_rung_before_the_end() -> None:
