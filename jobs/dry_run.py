@@ -15,6 +15,7 @@ from jobs.inputs import check_files
 from orchestrator.config import SweepConfig
 from orchestrator.data.sources import estimate_slices
 from orchestrator.data_config import MIB
+from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
 from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import problems
@@ -22,7 +23,7 @@ from orchestrator.planning.packs import one_kind, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.pruning import rung_steps
-from orchestrator.search.space import ask, check_space, first_batch, num_trials
+from orchestrator.search.space import check_space, first_trials, num_trials
 from orchestrator.sweep.bits import auto_settings, check_budgets, last_allocation
 from orchestrator.sweep.expectations import refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
@@ -84,14 +85,6 @@ def show_plan(
     return 0
 
 
-def first_trials(config: SweepConfig) -> list[TrialSpec]:
-    """The trials that are known before any result is in."""
-    trials: list[TrialSpec] = []
-    while len(trials) < first_batch(config.search):
-        trials.append(ask(config, trials, ()))
-    return trials
-
-
 def _placement(config: SweepConfig, ray_address: str | None, machine: Node) -> Placement:
     resources = config.resources
     if ray_address:
@@ -138,7 +131,11 @@ def _print_bits(
 ) -> None:
     """What `bit_width: auto` gives each layer, as far as it was measured before."""
     for quant in auto_settings(config):
-        found = last_allocation(config, quant, shape, auto_compute_dtype(_device(placement)))
+        try:
+            found = last_allocation(config, quant, shape, auto_compute_dtype(_device(placement)))
+        except ConfigError as error:
+            console.print(f"bits: {quant.title}: not trained: {error}", markup=False)
+            continue
         if found is None:
             words = "measured and chosen for each layer when the sweep starts"
             console.print(f"bits: {quant.title}: {words}", markup=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from jobs.dry_run import base_shape, first_trials, trials_table
+from jobs.dry_run import base_shape, trials_table
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
@@ -25,7 +25,7 @@ from orchestrator.planning.memory import GIB, PackMemory
 from orchestrator.planning.packs import PackPlan, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import Device, TrialSpec
-from orchestrator.search.space import ask, check_space, first_batch, num_trials
+from orchestrator.search.space import ask, check_space, first_batch, first_trials, num_trials
 from orchestrator.sweep.earlier import earlier_speeds
 from orchestrator.sweep.expectations import check_none_waits, refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises

@@ -37,7 +37,7 @@ from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind, known_gpus, worker_kinds
 from orchestrator.planning.machine import this_machine
 from orchestrator.records import Notice, PackReady
-from orchestrator.search.space import ask, check_space, next_trial, num_trials
+from orchestrator.search.space import check_space, has_new_point, num_trials
 from orchestrator.sweep.bits import RunOnWorker, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.executor import Executor, InProcessExecutor
@@ -156,21 +156,13 @@ def change_sweep(store: RunStore, overrides: list[str], add_trials: int | None) 
         overrides = [*overrides, f"search.num_trials={present + add_trials}"]
     config = settled(override_config(store.sweep.config, overrides))
     check_space(config)
-    if add_trials is not None and not _has_new_point(config, store):
+    if add_trials is not None and not has_new_point(config, store.trials, store.results):
         raise ConfigError(
             f"--add-trials {add_trials}: all points of the space are trained: widen it with --set "
             "search.space.FIELD=[...], or draw from a range with --set search.sampler=tpe --set "
             "'search.space.FIELD={low: ..., high: ...}'"
         )
     store.change_config(config)
-
-
-def _has_new_point(config: SweepConfig, store: RunStore) -> bool:
-    trials, results = store.trials, store.results
-    if config.search.sampler == "grid":
-        return next_trial(config, trials, results, most_under_way=1) is not None
-    drawn = ask(config, trials, results)  # where there is no new one, the sampler repeats one
-    return all(trial.config != drawn.config for trial in trials)
 
 
 def train_one(path: Path, overrides: list[str], run_dir: Path | None, register: bool) -> int:

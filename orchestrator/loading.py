@@ -10,7 +10,7 @@ would take the last.
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -21,15 +21,18 @@ from pydantic import BaseModel, ValidationError
 from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import ConfigError
-from orchestrator.search_config import RangeConfig
+from orchestrator.search_config import BUDGETS, RangeConfig, Values
 from orchestrator.yaml_core import CoreLoader
 
 FieldPath = tuple[str | int, ...]
+Mistake = tuple[FieldPath, str]
 COMMAND_LINE = "--set"
 # In place of the line of a field that --set gives.
 SET_LINE = 0
 STDIN = "-"
 SPACE = ("search", "space")
+DOTTED = (SPACE, ("search", "conditions"))
+"""Groups whose keys have dots of their own."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -48,7 +51,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 def parse_config(text: str, name: str, overrides: Sequence[str] = ()) -> SweepConfig:
     content, lines = _parse_yaml(text, name)
-    return _checked(content, overrides, lines, name)
+    return _checked(content, overrides, lines, name, _written_budget_problems)
 
 
 def override_config(config: SweepConfig, overrides: Sequence[str]) -> SweepConfig:
@@ -105,8 +108,13 @@ def _leaf_fields(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _checked(
-    content: dict[str, Any], overrides: Sequence[str], lines: dict[FieldPath, int], name: str
+    content: dict[str, Any],
+    overrides: Sequence[str],
+    lines: dict[FieldPath, int],
+    name: str,
+    further: Callable[[SweepConfig], Iterable[Mistake]] = lambda config: (),
 ) -> SweepConfig:
+    """`further` mistakes are looked for in what is sound so far."""
     lines = _override(content, overrides, lines)
     found = list(_unknown_in_space(content))
     unknown = [path for path, _ in found]
@@ -116,7 +124,7 @@ def _checked(
         inner = _mistakes(error, SweepConfig, content, lines)
         found += [(path, rule) for path, rule in inner if path[: len(SPACE) + 1] not in unknown]
         raise ConfigError("\n".join(_described(found, lines, name))) from error
-    found += _candidate_problems(config)
+    found += [*_candidate_problems(config), *further(config)]
     if found:
         raise ConfigError("\n".join(_described(found, lines, name)))
     return config
@@ -202,8 +210,8 @@ def _set_override(content: dict[str, Any], override: str) -> FieldPath:
     finally:
         loader.dispose()
     *parents, leaf = field.split(".")
-    if tuple(parents[:2]) == SPACE:  # its keys have dots of their own
-        parents, leaf = list(SPACE), field.removeprefix("search.space.")
+    if (group := tuple(parents[:2])) in DOTTED:
+        parents, leaf = list(group), field.removeprefix(".".join(group) + ".")
     place = content
     for parent in parents:
         place = place.setdefault(parent, {})
@@ -221,18 +229,38 @@ def _candidate_problems(config: SweepConfig) -> Iterable[tuple[FieldPath, str]]:
         if field not in trial_fields():
             continue  # named already
         if isinstance(values, RangeConfig):
-            problem = _range_problem(config.trial, field, values)
+            problem = _range_problem(config, field, values)
             if problem:
                 yield path, problem
             continue
         for index, value in enumerate(values):
-            problem = _value_problem(config.trial, field, value)
+            problem = _value_problem(config, field, value)
             if problem:
                 yield (*path, index), problem
                 break
 
 
-def _range_problem(trial: TrialConfig, field: str, values: RangeConfig) -> str:
+def _written_budget_problems(config: SweepConfig) -> Iterable[Mistake]:
+    """Of a new sweep: a resume cannot change `trial`."""
+    if "auto" in _widths(config):
+        return
+    quant = config.trial.quant
+    for field in BUDGETS:
+        name = field.removeprefix("quant.")
+        if (value := getattr(quant, name)) is not None:
+            yield (
+                ("trial", "quant", name),
+                f"only bit_width: auto has a budget, but got {name}={value:g}, "
+                f"bit_width={quant.bit_width}: set bit_width: auto, or leave {name} out",
+            )
+
+
+def _widths(config: SweepConfig) -> tuple[Any, ...]:
+    values = config.search.space.get("quant.bit_width", (config.trial.quant.bit_width,))
+    return values if isinstance(values, tuple) else ()  # a range of it is a mistake of its own
+
+
+def _range_problem(config: SweepConfig, field: str, values: RangeConfig) -> str:
     kind = _field_type(field)
     numbers = [option for option in _options(kind) if option in (int, float)]
     if not numbers:
@@ -240,15 +268,31 @@ def _range_problem(trial: TrialConfig, field: str, values: RangeConfig) -> str:
     if numbers == [int] and not values.integer:
         return f"{field} is a whole number: add integer: true to its range"
     ends = [int(end) if values.integer else end for end in (values.low, values.high)]
-    return next(filter(None, (_value_problem(trial, field, end) for end in ends)), "")
+    return next(filter(None, (_value_problem(config, field, end) for end in ends)), "")
 
 
-def _value_problem(trial: TrialConfig, field: str, value: Any) -> str:
+def _value_problem(config: SweepConfig, field: str, value: Any) -> str:
+    beside: dict[str, Any] = {}
+    if field in BUDGETS:
+        if "auto" not in _widths(config):
+            widths = ", ".join(map(str, _widths(config)))
+            return (
+                f"only bit_width: auto has a budget, but got quant.bit_width={widths}: "
+                f"add auto to search.space.quant.bit_width, or leave {field} out"
+            )
+        beside = {"quant.bit_width": "auto"}
+    if field == "quant.bit_width" and value == "auto":
+        space = config.search.space
+        beside = {name: _first(space[name]) for name in BUDGETS if name in space}
     try:
-        trial_with(trial, {field: value})
+        trial_with(config.trial, beside | {field: value})
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def _first(values: Values) -> Any:
+    return values.low if isinstance(values, RangeConfig) else values[0]
 
 
 def _field_type(field: str) -> Any:

@@ -38,6 +38,8 @@ class TrialSpec:
     config: TrialConfig
     notes: dict[str, Any] = field(default_factory=dict)
     """What the sampler wants to know of it later."""
+    refused: str = ""
+    """Why it cannot be trained, where that shows as it is asked for."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -45,7 +47,7 @@ class TrialSpec:
             "params": self.params,
             "config": self.config.model_dump(mode="json"),
             "notes": self.notes,
-        }
+        } | ({"refused": self.refused} if self.refused else {})
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
@@ -54,7 +56,8 @@ class TrialSpec:
             for name, value in record["params"].items()
         }
         config = TrialConfig.model_validate(record["config"])
-        return cls(record["number"], params, config, record.get("notes", {}))
+        notes, refused = record.get("notes", {}), record.get("refused", "")
+        return cls(record["number"], params, config, notes, refused)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ In: a mapping. Out: a frozen SearchConfig, which knows nothing of the trial that
 what needs both is checked in loading.py and search/. Imports pydantic only.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -13,6 +14,9 @@ from orchestrator.strict import NonNegativeInt, PositiveInt, Strict, Switch
 Scalar = bool | int | float | str
 Choice = Scalar | tuple[str, ...] | dict[str, int]
 """One listed value of a searched field; a tuple of names for adapter.target_modules."""
+
+BUDGETS = ("quant.average_bits", "quant.budget_gib")
+"""Fields that only a trial of quant.bit_width auto reads."""
 
 SamplerKind = Literal["grid", "random", "tpe", "gp", "nsga2"]
 PrunerKind = Literal["none", "asha", "hyperband", "median"]
@@ -24,6 +28,15 @@ ObjectiveName = Literal[
     "adapter_bytes",
     "tokens_per_s",
 ]
+
+
+def encoded(choice: Choice) -> Scalar:
+    """As one scalar, the same for equal values: a list of names or a mapping becomes text, in which
+    a whole number is written as such, for a field of floats makes 16.0 of 16."""
+    if isinstance(choice, dict):
+        numbers = {name: value if value % 1 else int(value) for name, value in choice.items()}
+        return json.dumps(numbers, sort_keys=True)
+    return json.dumps(choice) if isinstance(choice, list | tuple) else choice
 
 
 class RangeConfig(Strict):
@@ -51,6 +64,16 @@ Values = tuple[Choice, ...] | RangeConfig
 """What a searched field may be."""
 
 
+RUNGS = ("reduction_factor", "min_steps", "rungs")
+READ_BY: dict[PrunerKind, tuple[str, ...]] = {
+    "none": (),
+    "asha": RUNGS,
+    "hyperband": RUNGS,
+    "median": (*RUNGS, "startup_trials"),
+}
+"""The settings that a kind of pruner goes by."""
+
+
 class PrunerConfig(Strict):
     """When a trial is stopped early, by its held-out loss at rungs. Trials compete with those of
     the same base (bit-width and code) and of a lower number, see docs/design.md."""
@@ -75,6 +98,21 @@ class PrunerConfig(Strict):
     """median stops nobody at a rung until so many trials have got there."""
 
     @model_validator(mode="after")
+    def _reads_what_is_set(self) -> "PrunerConfig":
+        unread = set(PrunerConfig.model_fields) - {"kind", *READ_BY[self.kind]}
+        if self.kind == "median" and self.rungs is not None:  # else it spaces them
+            unread.add("reduction_factor")
+        for name in sorted(unread):
+            value = getattr(self, name)
+            if value != PrunerConfig.model_fields[name].default:
+                shown = list(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"pruner: {self.kind} does not read {name}, but got {name}={shown}: leave "
+                    f"{name} out, or choose another kind"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _rungs_ascend(self) -> "PrunerConfig":
         if self.rungs is None:
             return self
@@ -88,6 +126,13 @@ class PrunerConfig(Strict):
                 f"pruner.rungs must be steps in ascending order, but got {list(self.rungs)}"
             )
         return self
+
+
+def _listed_twice(values: tuple[Choice, ...]) -> list[Choice]:
+    """16 and 16.0 are one, true and 1 are not: each is a mistake in another kind of field."""
+    keys = [(isinstance(value, bool), encoded(value)) for value in values]
+    first = {key: place for place, key in reversed([*enumerate(keys)])}
+    return [value for place, value in enumerate(values) if first[keys[place]] < place]
 
 
 def _named_pruner(written: Any) -> Any:
@@ -112,7 +157,8 @@ class SearchConfig(Strict):
 
     conditions: dict[str, dict[str, tuple[Choice, ...]]] = {}
     """Searched field -> {another searched field: values}: it is searched only where the other one
-    has one of these values, and elsewhere is as written under `trial`."""
+    has one of these values, and elsewhere is as written under `trial`. quant.average_bits and
+    budget_gib are searched only where quant.bit_width is auto, without being told."""
 
     sampler: SamplerKind = "grid"
     """grid tries every combination of lists; the others draw `num_trials`: random; tpe (a
@@ -146,6 +192,18 @@ class SearchConfig(Strict):
 
     constraints: ConstraintsConfig = ConstraintsConfig()
 
+    @property
+    def all_conditions(self) -> dict[str, dict[str, tuple[Choice, ...]]]:
+        """With those that hold by themselves: budgets are searched only where bits are chosen."""
+        widths = self.space.get("quant.bit_width", ())
+        if isinstance(widths, RangeConfig) or all(width == "auto" for width in widths):
+            return self.conditions
+        return self.conditions | {
+            name: self.conditions.get(name, {}) | {"quant.bit_width": ("auto",)}
+            for name in BUDGETS
+            if name in self.space
+        }
+
     @model_validator(mode="after")
     def _sampler_fits_space(self) -> "SearchConfig":
         ranges = [name for name, values in self.space.items() if isinstance(values, RangeConfig)]
@@ -159,8 +217,11 @@ class SearchConfig(Strict):
         for name, values in self.space.items():
             if not isinstance(values, RangeConfig) and not values:
                 raise ValueError(f"space.{name} needs at least one value")
-            if not isinstance(values, RangeConfig) and len(set(map(repr, values))) < len(values):
-                raise ValueError(f"space.{name} lists a value twice")
+            if not isinstance(values, RangeConfig) and (twice := _listed_twice(values)):
+                raise ValueError(
+                    f"space.{name} lists a value twice, but got {twice[0]!r} after an equal one: "
+                    "leave one of them out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -211,10 +272,11 @@ class SearchConfig(Strict):
         return self
 
     def _refuse_circles(self) -> None:
-        for field in self.conditions:
+        conditions = self.all_conditions
+        for field in conditions:
             above, todo = set[str](), [field]
             while todo:
-                parents = self.conditions.get(todo.pop(), {})
+                parents = conditions.get(todo.pop(), {})
                 todo += [name for name in parents if name not in above]
                 above |= parents.keys()
             if field in above:

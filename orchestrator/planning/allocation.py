@@ -76,7 +76,7 @@ def allocate(
     """`plain_bytes` of the base are those that no bit-width touches.
 
     Raises:
-        ConfigError: the budget is less than 4 bits everywhere take.
+        ConfigError: the budget is less than the layers take at the fewest bits that they may have.
     """
     num_params = sum(layer.num_params for layer in layers)
     choices, costs, budget = _within_budget(quant, layers, plain_bytes, dtype_bytes)
@@ -150,16 +150,18 @@ def _check_budget(
     least = sum(layer.num_params * costs[min(choices[layer.name])] for layer in layers)
     if least <= budget:
         return
+    given = ", ".join(f"{name}: {bits}" for name, bits in quant.bit_width_pattern.items())
+    fewest = "at the fewest" + (f" with quant.bit_width_pattern={{{given}}}" if given else "")
     if quant.budget_gib is None:
         average = least / sum(layer.num_params for layer in layers)
         raise ConfigError(
             f"quant.average_bits={quant.average_bits:g} is less than the {average:.3f} bits that a "
-            f"weight takes at the fewest: set quant.average_bits to {_up(average)} or more"
+            f"weight takes {fewest}: set quant.average_bits to {_up(average)} or more"
         )
     gib = (least / 8 + plain_bytes) / GIB
     raise ConfigError(
         f"quant.budget_gib={quant.budget_gib:g} is less than the {gib:.3f} GiB that the base takes "
-        f"at the fewest bits: set quant.budget_gib to {_up(gib)} or more"
+        f"{fewest.replace('fewest', 'fewest bits', 1)}: set quant.budget_gib to {_up(gib)} or more"
     )
 
 

@@ -9,7 +9,6 @@ and takes those under way for bad ones (constant_liar); GP and NSGA-II learn fro
 only, and fields that a condition may leave out they draw at random.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import numpy as np
 
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import OBJECTIVES, overshoots
-from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
+from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values, encoded
 
 if TYPE_CHECKING:
     import optuna
@@ -29,7 +28,8 @@ NSGA2_POPULATION = 12
 # Trials that a sampler draws at random, before it learns: Optuna's defaults, and NSGA-II's first
 # generation.
 STARTUP_TRIALS = {"tpe": 10, "gp": 10, "nsga2": NSGA2_POPULATION}
-# Of a trial, until its point is a new one; where there are no more, the first draw counts.
+# Of a trial, until its point is a new one that the rules allow; where none is found, the first
+# draw counts.
 MAX_DRAWS = 100
 
 
@@ -44,6 +44,8 @@ Suggest = Callable[[Callable[[str, Values], Choice]], dict[str, Choice]]
 """Makes a point, given what draws one field."""
 Searched = Callable[[TrialSpec], dict[str, Choice]]
 """Where a trial lies in the space as it is now."""
+Refused = Callable[[dict[str, Choice]], bool]
+"""Whether a point cannot work."""
 
 
 def draw(
@@ -52,8 +54,10 @@ def draw(
     results: Sequence[TrialResult],
     suggest: Suggest,
     searched: Searched,
+    refused: Refused,
 ) -> Draw:
-    """Trial number len(known). Not for the grid."""
+    """Trial number len(known). Not for the grid. Points that are refused are drawn again, for TPE
+    does not learn from trials that failed and would go on to draw them."""
     import optuna
 
     place = len(known)
@@ -78,14 +82,17 @@ def draw(
         return int(trial.suggest_int(name, int(values.low), int(values.high), log=values.log))
 
     draws: list[Draw] = []
+    barred = set(drawn)
     for number in range(MAX_DRAWS):
         if number:  # one that learns may insist on what it found best
             study.sampler = SAMPLERS["random"](_seed(search.seed, place, number))
         trial = study.ask()
         params = suggest(choose)
         draws.append(Draw(params, dict(study.get_trials(deepcopy=False)[-1].system_attrs)))
-        if _point(params) not in drawn:
+        point = _point(params)
+        if point not in barred and not refused(params):
             return draws[-1]
+        barred.add(point)
     return draws[0]
 
 
@@ -161,13 +168,6 @@ def _contains(values: Values, value: Choice) -> bool:
             return False
         return values.low <= value <= values.high
     return value in values
-
-
-def encoded(choice: Choice) -> Scalar:
-    """Optuna's categories are scalars: a list of names or a mapping becomes text."""
-    if isinstance(choice, dict):
-        return json.dumps(choice, sort_keys=True)
-    return json.dumps(choice) if isinstance(choice, list | tuple) else choice
 
 
 def _decoded(value: Scalar, values: tuple[Choice, ...]) -> Choice:

@@ -2,7 +2,7 @@
 
 In: a SweepConfig, and the trials so far. Out: TrialSpecs, or a ConfigError that lists what cannot
 work. `ask` is a function of its arguments, see samplers.py, so a resumed sweep asks what an
-undisturbed one would have asked for at that point.
+undisturbed one would have asked for at that point. A GridWalk only remembers how far a grid is.
 """
 
 import itertools
@@ -18,8 +18,8 @@ from orchestrator.planning.ranks import largest_rank
 from orchestrator.planning.sweep_rules import sweep_problems
 from orchestrator.planning.unread import unread
 from orchestrator.records import TrialResult, TrialSpec
-from orchestrator.search.samplers import STARTUP_TRIALS, Draw, draw, encoded
-from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values
+from orchestrator.search.samplers import STARTUP_TRIALS, Draw, draw
+from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values, encoded
 
 MAX_LISTED_PROBLEMS = 20
 
@@ -43,7 +43,7 @@ def num_trials(search: SearchConfig) -> int:
     if search.sampler != "grid":
         assert search.num_trials is not None
         return search.num_trials
-    if search.conditions:
+    if search.all_conditions:
         return sum(1 for _ in grid_points(search))
     combinations = 1
     for values in search.space.values():
@@ -96,18 +96,20 @@ def next_trial(
     known: Sequence[TrialSpec],
     results: Sequence[TrialResult],
     most_under_way: int,
+    walk: "GridWalk | None" = None,
 ) -> TrialSpec | None:
     """The next trial; None when there is none, or a sampler that learns waits for results.
 
     `most_under_way`: trials that such a sampler has under way at most, where search.ahead does not
-    say which results it waits for.
+    say which results it waits for. `walk`: kept from call to call, it saves going through the grid
+    anew.
     """
     search = config.search
     number = len(known)
     if search.num_trials is not None and number >= search.num_trials:
         return None
     if search.sampler == "grid":
-        params = _next_point(config, known)
+        params = (walk or GridWalk(config)).next_point(known)
         return None if params is None else _spec(config, number, Draw(params))
     if number >= first_batch(search):
         if search.ahead is not None:
@@ -121,19 +123,43 @@ def next_trial(
     return ask(config, known, results)
 
 
-def ask(
+def first_trials(config: SweepConfig) -> list[TrialSpec]:
+    """Those that are known before any result is in."""
+    trials: list[TrialSpec] = []
+    walk = GridWalk(config)
+    while len(trials) < first_batch(config.search):
+        trials.append(ask(config, trials, (), walk))
+    return trials
+
+
+def has_new_point(
     config: SweepConfig, known: Sequence[TrialSpec], results: Sequence[TrialResult]
+) -> bool:
+    """Whether a trial can be added that is none of the known ones again."""
+    if config.search.sampler == "grid":
+        return next_trial(config, known, results, most_under_way=1) is not None
+    drawn = ask(config, known, results).params  # where there is no new one, it repeats one
+    taken = {_as_set(point_of(config, trial)) for trial in known}
+    return _as_set(drawn) not in taken and not _problems(config, drawn)
+
+
+def ask(
+    config: SweepConfig,
+    known: Sequence[TrialSpec],
+    results: Sequence[TrialResult],
+    walk: "GridWalk | None" = None,
 ) -> TrialSpec:
     """What the sampler draws next, given all trials asked so far and those that are over.
 
-    A sampler may draw a combination that cannot work: see `problems` of its config.
+    A sampler that finds none but combinations that cannot work draws such a one: see `problems` of
+    its config.
 
     Raises:
         ConfigError: a value of the space is not allowed.
     """
     search = config.search
     if search.sampler == "grid":
-        params = _next_point(config, known)
+        params = (walk or GridWalk(config)).next_point(known)
         assert params is not None, "every point of the grid is known"
         return _spec(config, len(known), Draw(params))
 
@@ -141,9 +167,12 @@ def ask(
         return chosen(search, choose)
 
     def searched(trial: TrialSpec) -> dict[str, Choice]:
-        return point_of(search, trial.config)
+        return point_of(config, trial)
 
-    return _spec(config, len(known), draw(search, known, results, suggest, searched))
+    def refused(params: dict[str, Choice]) -> bool:
+        return bool(_problems(config, params))
+
+    return _spec(config, len(known), draw(search, known, results, suggest, searched, refused))
 
 
 def chosen(search: SearchConfig, choose: Callable[[str, Values], Choice]) -> dict[str, Choice]:
@@ -156,9 +185,40 @@ def chosen(search: SearchConfig, choose: Callable[[str, Values], Choice]) -> dic
     return point
 
 
-def point_of(search: SearchConfig, trial: TrialConfig) -> dict[str, Choice]:
-    """Where a trial lies in the space, also one that was asked for in another space."""
-    return chosen(search, lambda field, _: _value_at(trial, field))
+def point_of(config: SweepConfig, trial: TrialSpec) -> dict[str, Choice]:
+    """Where a trial lies in the space, also one that was asked for in another space: what was asked
+    for, and elsewhere what is written under `trial`, which no resume changes. The trial's own
+    config will not do: of bit_width auto it holds what was chosen, not what was asked for."""
+
+    def value(field: str, _: Values) -> Choice:
+        if field in trial.params:
+            return trial.params[field]
+        return _value_at(config.trial, field)
+
+    return chosen(config.search, value)
+
+
+class GridWalk:
+    """Goes once through a grid's points. A widened grid holds those of the narrow one, too: the
+    next point is the first that no trial has."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self._config = config
+        self._points = _points(config.search, ordered_fields(config.search), {})
+        self._point = next(self._points, None)
+        """The first that may be free."""
+        self._taken: set[frozenset[tuple[str, Scalar]]] = set()
+        self._num_known = 0
+
+    def next_point(self, known: Sequence[TrialSpec]) -> dict[str, Choice] | None:
+        """`known` goes on from what it was in the call before; None where all points are taken."""
+        self._taken.update(
+            _as_set(point_of(self._config, trial)) for trial in known[self._num_known :]
+        )
+        self._num_known = len(known)
+        while self._point is not None and _as_set(self._point) in self._taken:
+            self._point = next(self._points, None)
+        return self._point
 
 
 def ordered_fields(search: SearchConfig) -> list[str]:
@@ -166,9 +226,10 @@ def ordered_fields(search: SearchConfig) -> list[str]:
     are free to: a worker keeps its base model while it goes on."""
     grid = search.sampler == "grid"
     todo = sorted(search.space, key=lambda name: grid and name != "quant.bit_width")
+    conditions = search.all_conditions
     ordered: list[str] = []
     while todo:
-        field = next(name for name in todo if set(search.conditions.get(name, ())) <= set(ordered))
+        field = next(name for name in todo if set(conditions.get(name, ())) <= set(ordered))
         ordered.append(field)
         todo.remove(field)
     return ordered
@@ -176,7 +237,7 @@ def ordered_fields(search: SearchConfig) -> list[str]:
 
 def is_searched(search: SearchConfig, field: str, point: Mapping[str, Choice]) -> bool:
     """Whether the field's condition holds at a point whose earlier fields are known."""
-    needs = search.conditions.get(field, {})
+    needs = search.all_conditions.get(field, {})
     return all(name in point and point[name] in wanted for name, wanted in needs.items())
 
 
@@ -252,9 +313,8 @@ def _refused_of_grid(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
         ruled = {name: value for name, value in params.items() if name.startswith(RULED_FIELDS)}
         key = repr(ruled)
         if key not in found:
-            trial = trial_with(config.trial, ruled)
-            found[key] = problems(trial, config.resources.workers_per_pack)
-            found[key] += unread(trial.quant, ruled)
+            found[key] = _problems(config, ruled)
+            found[key] = found[key] or unread(trial_with(config.trial, ruled).quant, ruled)
         if found[key]:
             yield _title(number, params), found[key]
 
@@ -265,12 +325,21 @@ def _refused_of_sampler(config: SweepConfig) -> Iterator[tuple[str, list[str]]]:
     refused = []
     while len(known) < first_batch(config.search):
         trial = ask(config, known, ())
-        found = problems(trial.config, config.resources.workers_per_pack)
+        found = _problems(config, trial.params)
         if not found:
             return
         known.append(trial)
         refused.append((_title(trial.number, trial.params), found))
     yield from refused
+
+
+def _problems(config: SweepConfig, params: dict[str, Choice]) -> list[str]:
+    """Why a point cannot work."""
+    try:
+        trial = trial_with(config.trial, params)
+    except ConfigError as error:
+        return [str(error)]
+    return problems(trial, config.resources.workers_per_pack)
 
 
 def _title(number: int, params: Mapping[str, Choice]) -> str:
@@ -296,19 +365,8 @@ def _points(
             yield from _points(search, fields[1:], point | {fields[0]: value})
 
 
-def _next_point(config: SweepConfig, known: Sequence[TrialSpec]) -> dict[str, Choice] | None:
-    """The first point that no trial has; a widened grid holds those of the narrow one, too."""
-    search = config.search
-    in_order = _points(search, ordered_fields(search), {})
-    if all(trial.params == next(in_order, None) for trial in known):  # it was not widened
-        return next(in_order, None)
-    # As sets of values, for which 16 and 16.0 are one: fields turn what is written into their type.
-    taken = {_as_set(point_of(search, trial.config)) for trial in known}
-    points = _points(search, ordered_fields(search), {})
-    return next((point for point in points if _as_set(point) not in taken), None)
-
-
 def _as_set(point: Mapping[str, Choice]) -> frozenset[tuple[str, Scalar]]:
+    """For which 16 and 16.0 are one: fields turn what is written into their type."""
     return frozenset((name, encoded(value)) for name, value in point.items())
 
 

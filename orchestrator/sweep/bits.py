@@ -64,10 +64,11 @@ class BitChooser:
         """Everything that the sweep's trials may need.
 
         Raises:
-            ConfigError: a budget that no map fits.
+            ConfigError: no trial has a budget that a map fits.
         """
         if not isinstance(self._shape, UnknownShape):
             check_budgets(config, self._shape, self._compute_dtype)
+        found, refused = [], []
         for quant in auto_settings(config):
             path = self._cached(quant)
             if not path.exists():
@@ -81,14 +82,24 @@ class BitChooser:
                 write_json(path, {"layers": [layer.to_json() for layer in layers]})
             # A dry run does not read the data, whose digest the measurement is kept under.
             write_json(_last(config, self._concrete(quant)), read_json(path))
-            say(f"bits: {quant.title}: {self.allocation(quant).reason}")
+            try:
+                found.append(f"bits: {quant.title}: {self.allocation(quant).reason}")
+            except ConfigError as error:
+                refused.append(str(error))
+        if refused and not found and _only_auto(config):
+            raise ConfigError("\n".join(dict.fromkeys(refused)))
+        for line in [*found, *(f"bits: not trained: {why}" for why in refused)]:
+            say(line)
 
     def settle(self, trial: TrialSpec) -> TrialSpec:
-        """Raises ConfigError for a budget that no map fits."""
+        """With a map; one whose budget no map fits is refused."""
         quant = trial.config.quant
         if quant.bit_width != "auto" or self._is_settled(quant):
             return trial
-        allocation = self.allocation(quant)
+        try:
+            allocation = self.allocation(quant)
+        except ConfigError as error:
+            return replace(trial, refused=str(error))
         self.chosen[_key(quant)] = {
             "asked": quant.model_dump(mode="json"),
             "reason": allocation.reason,
@@ -126,16 +137,24 @@ class BitChooser:
         return cache_dir() / "sensitivity" / f"{record_digest(key)[:32]}.json"
 
 
+def _only_auto(config: SweepConfig) -> bool:
+    return set(_widths(config)) == {"auto"}
+
+
+def _widths(config: SweepConfig) -> tuple[Any, ...]:
+    widths: Any = config.search.space.get("quant.bit_width", (config.trial.quant.bit_width,))
+    return tuple(widths)
+
+
 def _key(quant: QuantConfig) -> str:
     return record_digest(quant.model_dump(mode="json"))[:12]
 
 
 def check_hqq(config: SweepConfig) -> None:
     """Raises ConfigError if trials of 2 or 3 bits are asked for and HQQ is not installed here."""
-    quant, space = config.trial.quant, config.search.space
-    widths: Any = space.get("quant.bit_width", (quant.bit_width,))
-    patterns: Any = space.get("quant.bit_width_pattern", (quant.bit_width_pattern,))
-    found = {*widths, *itertools.chain(*(pattern.values() for pattern in patterns))}
+    written = config.trial.quant.bit_width_pattern
+    patterns: Any = config.search.space.get("quant.bit_width_pattern", (written,))
+    found = {*_widths(config), *itertools.chain(*(pattern.values() for pattern in patterns))}
     if found & set(HQQ_BITS) and importlib.util.find_spec("hqq") is None:
         raise ConfigError(
             "quant.bit_width: 2 and 3 need HQQ, which is not installed: "
@@ -146,7 +165,11 @@ def check_hqq(config: SweepConfig) -> None:
 def last_allocation(
     config: SweepConfig, quant: QuantConfig, shape: BaseShape | UnknownShape, compute_dtype: str
 ) -> Allocation | None:
-    """By what was measured last for this base and data, if anything was; reads neither."""
+    """By what was measured last for this base and data, if anything was; reads neither.
+
+    Raises:
+        ConfigError: no map fits the budget.
+    """
     concrete = _concrete(quant, compute_dtype)
     path = _last(config, concrete)
     if not path.exists():
@@ -185,17 +208,23 @@ def _allocation(
 
 
 def check_budgets(config: SweepConfig, shape: BaseShape, compute_dtype: str) -> None:
-    """Raises ConfigError for a budget that no map fits, before anything is measured."""
-    for quant in auto_settings(config):
+    """Raises ConfigError where no trial has a budget that a map fits, before anything is
+    measured."""
+    refused, settings = [], list(auto_settings(config))
+    for quant in settings:
         concrete = _concrete(quant, compute_dtype)
-        check_budget(concrete, shape, DTYPE_BYTES[concrete.compute_dtype])
+        try:
+            check_budget(concrete, shape, DTYPE_BYTES[concrete.compute_dtype])
+        except ConfigError as error:
+            refused.append(str(error))
+    if settings and len(refused) == len(settings) and _only_auto(config):
+        raise ConfigError("\n".join(dict.fromkeys(refused)))
 
 
 def auto_settings(config: SweepConfig) -> Iterator[QuantConfig]:
     """All of bit_width auto that the sweep's trials may have; of a range, those at its ends."""
     space = config.search.space
-    widths: Any = space.get("quant.bit_width", (config.trial.quant.bit_width,))
-    if "auto" not in widths:
+    if "auto" not in _widths(config):
         return
     lists: dict[str, Any] = {
         field: values if isinstance(values, tuple) else (values.low, values.high)

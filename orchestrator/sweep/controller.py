@@ -203,8 +203,11 @@ class Controller:
                 self._end(refused)
 
     def _refusal(self, trial: TrialSpec) -> TrialResult | None:
-        """Of a trial that cannot keep to the constraints or fits no worker, before it takes a
-        slot. By the estimate alone: what ran out of memory before is tried with less."""
+        """Of a trial without a map of bits, or that cannot keep to the constraints or fits no
+        worker, before it takes a slot. By the estimate alone: what ran out of memory before is
+        tried with less."""
+        if trial.refused:
+            return failed_result(trial.number, 0, "not_valid", trial.refused)
         kinds = self._kinds or one_kind(self._num_workers, self._at_start)
         return refusal(trial, self._constraints, self._at_start, time.time(), kinds)
 

@@ -163,6 +163,24 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_trained(
     assert RunStore.open(folder).trials == []
 
 
+def test_a_point_whose_budget_no_map_fits_is_not_valid_and_the_others_train(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """6 bits are too few where down_proj keeps its 16."""
+    folder = tmp_path / "run"
+    space = "{quant.average_bits: [6, 12], quant.bit_width_pattern: [{}, {down_proj: 16}]}"
+    command = ["sweep", str(config_file), "--set", f"search.space={space}"]
+    command += ["--set", "resources.num_workers=1", "--run-dir", str(folder)]
+    assert run(command) == 0
+    results = sorted(RunStore.open(folder).results, key=lambda result: result.number)
+    assert [result.reason for result in results] == ["", "not_valid", "", ""]
+    assert "quant.average_bits=6 is less than the " in results[1].message
+    assert "at the fewest with quant.bit_width_pattern={down_proj: 16}" in results[1].message
+    capsys.readouterr()
+    assert run([*command[:4], "--dry-run"]) == 0
+    assert f"bits: auto (6 bits): not trained: {results[1].message}" in capsys.readouterr().out
+
+
 def test_the_map_that_was_chosen_covers_every_layer_of_the_base(make_spec: MakeSpec) -> None:
     spec = make_spec()
     layers = measure_sensitivity(spec.base_model, FLOAT32, "cpu", spec.data_place, 512)

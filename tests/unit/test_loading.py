@@ -269,6 +269,56 @@ def test_all_mistakes_of_one_mapping_are_named() -> None:
     ]
 
 
+def test_a_condition_of_one_field_can_be_set() -> None:
+    space = "search.space={quant.bit_width: [4, 16], adapter.rank: [4, 8]}"
+    condition = "search.conditions.adapter.rank={quant.bit_width: [4]}"
+    config = parse_config(GOOD, "f", [space, condition])
+    assert config.search.conditions == {"adapter.rank": {"quant.bit_width": (4,)}}
+    other = "search.conditions.quant.bit_width={adapter.rank: [4]}"
+    added = override_config(parse_config(GOOD, "f", [space]), [other])
+    assert added.search.conditions == {"quant.bit_width": {"adapter.rank": (4,)}}
+    with pytest.raises(ConfigError, match="names adapter.rnk, which is not in search.space"):
+        parse_config(GOOD, "f", [space, "search.conditions.adapter.rnk={quant.bit_width: [4]}"])
+
+
+AUTO_OR_4 = "search.space={quant.bit_width: [4, auto], quant.average_bits: [5, 6]}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["trial.quant={bit_width: 4, budget_gib: 1}"],
+            "--set trial.quant.budget_gib: only bit_width: auto has a budget, but got "
+            "budget_gib=1, bit_width=4: set bit_width: auto, or leave budget_gib out",
+        ),
+        (
+            ["search.space={quant.average_bits: [5, 6]}"],
+            "--set search.space.quant.average_bits.0: only bit_width: auto has a budget, but got "
+            "quant.bit_width=4: add auto to search.space.quant.bit_width, or leave "
+            "quant.average_bits out",
+        ),
+        (
+            ["search.space={quant.bit_width: [4, auto]}"],
+            "--set search.space.quant.bit_width.1: quant: bit_width: auto needs average_bits or "
+            "budget_gib, one of them, but got none",
+        ),
+    ],
+)
+def test_a_budget_goes_with_auto_bits_alone(settings: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        parse_config(GOOD, "f", settings)
+    assert str(found.value) == said
+
+
+def test_a_budget_may_come_from_the_trial_or_from_the_space() -> None:
+    parse_config(GOOD, "f", [AUTO_OR_4])
+    space = "search.space={quant.bit_width: [4, auto]}"
+    config = parse_config(GOOD, "f", [space, "trial.quant.average_bits=5"])
+    # A resume cannot change the trial, so a narrower space stays possible.
+    override_config(config, ["search.space={adapter.rank: [4]}"])
+
+
 @pytest.mark.parametrize("override", ["trial.steps", "=3", "name.x=3"])
 def test_a_malformed_override_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
