@@ -6,6 +6,7 @@ them was measured on an H200 alone: see speed.py.
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from orchestrator.errors import ConfigError
 
@@ -49,6 +50,7 @@ def relative_speed(name: str) -> float:
     return found.tflops / GPUS[MEASURED].tflops if found else UNKNOWN_SPEED
 
 
+@lru_cache(maxsize=256)
 def find_gpu(name: str) -> Gpu | None:
     """By what a user or Ray calls it: `H100`, `H100-80GB`, `NVIDIA-L40S`, `a100`."""
     wanted = name.upper().replace(" ", "-").removeprefix("NVIDIA-").removeprefix("TESLA-")

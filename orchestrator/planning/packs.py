@@ -20,6 +20,7 @@ from typing import Any
 
 from orchestrator.config import StrategyConfig, TrialConfig
 from orchestrator.planning.fit import Fit, after_out_of_memory, fit
+from orchestrator.planning.gpus import find_gpu
 from orchestrator.planning.kinds import ALIKE, WorkerKind, longest_for
 from orchestrator.planning.options import PackWish, Premises
 from orchestrator.planning.waiting import FRESH, Kept, Lines, PackKey, indexed, pack_key
@@ -96,7 +97,8 @@ def premises_for(kind: WorkerKind, premises: Premises) -> Premises:
         return premises
     usable = int(kind.memory_bytes * premises.memory_fraction)
     limit = premises.memory_limit_bytes
-    return replace(premises, worker_memory_bytes=usable if limit is None else min(usable, limit))
+    memory_bytes = usable if limit is None else min(usable, limit)
+    return replace(premises, worker_memory_bytes=memory_bytes, gpu=find_gpu(kind.name))
 
 
 def one_kind(num_workers: int, premises: Premises) -> tuple[WorkerKind, ...]:
