@@ -36,16 +36,21 @@ class Costs:
 
     def __init__(self, premises: Premises, wish: PackWish, shape: BaseShape) -> None:
         self._premises, self._wish, self._shape = premises, wish, shape
-        self._memories: dict[Option, PackMemory] = {}
+        self._eager = step_program(premises, wish) in ("eager", "in_place")
+        self._needed: dict[Option, int] = {}
         self._times: dict[Option, StepTime] = {}
 
     def load(self, option: Option) -> PackLoad:
         return pack_load(self._premises, self._wish, option)
 
     def memory(self, option: Option) -> PackMemory:
-        if option not in self._memories:
-            self._memories[option] = estimate_memory(self._shape, self.load(option))
-        return self._memories[option]
+        return estimate_memory(self._shape, self.load(option))
+
+    def needed(self, option: Option) -> int:
+        """Bytes."""
+        if option not in self._needed:
+            self._needed[option] = self.memory(option).total_bytes
+        return self._needed[option]
 
     @property
     def predicted(self) -> bool:
@@ -59,8 +64,7 @@ class Costs:
         return total + self._step_s(option, rest) if rest else total
 
     def _step_s(self, option: Option, occupied: int) -> float:
-        program = "in_place" if option.in_place else step_program(self._premises, self._wish)
-        eager = program in ("eager", "in_place")
+        eager = self._eager or option.in_place
         lanes = occupied if eager else fewest_lanes(occupied, option.num_slots)
         used = option if lanes == option.num_slots else option._replace(num_slots=lanes)
         if used not in self._times:
@@ -85,15 +89,8 @@ class Choice:
     def wanted(self) -> Option:
         return self.options[0]
 
-    @property
-    def memory(self) -> PackMemory:
-        return self.costs.memory(self.option)
-
-    def needed(self, option: Option) -> int:
-        return self.costs.memory(option).total_bytes
-
     def fits(self, option: Option) -> bool:
-        return self.needed(option) <= self.budget_bytes
+        return self.costs.needed(option) <= self.budget_bytes
 
     def times_as_long(self, option: Option) -> float | None:
         """As the one that is taken; None where nobody can say."""
@@ -117,10 +114,10 @@ def choose(premises: Premises, wish: PackWish, shape: BaseShape, budget_bytes: i
 
 
 def _taken(options: Sequence[Option], costs: Costs, share: int, budget_bytes: int) -> Option:
-    fitting = (o for o in options if costs.memory(o).total_bytes <= budget_bytes)
+    fitting = (o for o in options if costs.needed(o) <= budget_bytes)
     if (first := next(fitting, None)) is not None:
         return first if not costs.predicted else _soonest([first, *fitting], costs, share)
-    return min(options, key=lambda option: costs.memory(option).total_bytes)
+    return min(options, key=costs.needed)
 
 
 def _soonest(options: Sequence[Option], costs: Costs, share: int) -> Option:

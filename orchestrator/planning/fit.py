@@ -57,7 +57,8 @@ def fit(premises: Premises, wish: PackWish) -> Fit:
         return _without_estimate(premises, wish, unknown)
     budget_bytes = int(BUDGET_FRACTION * premises.worker_memory_bytes)
     choice = choose(premises, wish, shape, budget_bytes)
-    option, memory = choice.option, choice.memory
+    option = choice.option
+    memory = choice.costs.memory(option)
     verdict = "expects" if choice.fits(option) else "does not fit, the least is"
     why = _Reasons(premises, wish, choice)
     return Fit(
@@ -74,7 +75,7 @@ def fit(premises: Premises, wish: PackWish) -> Fit:
             *why.residency(),
             why.recomputation(),
             why.program(),
-            *why.evaluation(shape),
+            *why.evaluation(shape, memory),
             f"{verdict} {_gib(memory.total_bytes)} of {_gib(budget_bytes)}",
         ),
     )
@@ -155,9 +156,19 @@ class _Reasons:
             return words
         chosen, wanted = self.chosen, self.choice.wanted
         words = f"{counted(chosen.num_slots, 'slot')} for {self.wish.share}"
-        more = [o for o in self._recorded() if o.num_slots > chosen.num_slots]
-        if chosen.num_slots == wanted.num_slots or not more:
-            return f"{words} (at most {max_slots(self.premises, wanted.micro_batch_size)})"
+        more = [
+            option
+            for option in self._recorded()
+            if option.num_slots > chosen.num_slots
+            and (
+                option.num_slots <= wanted.num_slots
+                or option.micro_batch_size == chosen.micro_batch_size
+            )
+        ]
+        if not more or chosen[:2] == wanted[:2]:
+            same = chosen.num_slots == wanted.num_slots
+            micro = (wanted if same else chosen).micro_batch_size
+            return f"{words} (at most {max_slots(self.premises, micro)})"
         next_more = min(option.num_slots for option in more)
         least = self._least([option for option in more if option.num_slots == next_more])
         return f"{words}: {self._why_not_more(more, f'{next_more} need {_gib(least)}')}"
@@ -170,15 +181,15 @@ class _Reasons:
         if micro == blocks:
             return f"all {counted(micro, 'block')} in one pass"
         words = f"{micro} of {counted(blocks, 'block')} in a pass"
+        if micro == self.choice.wanted.micro_batch_size:
+            return f"{words}, which fill the GPU"
         more = [
             option
             for option in self._recorded()
             if option.micro_batch_size > micro
-            and option.num_slots == chosen.num_slots
             and option.gradient_checkpointing == chosen.gradient_checkpointing
         ]
-        if not more:
-            return f"{words}, which fill the GPU"
+        more = [option for option in more if option.num_slots == chosen.num_slots] or more
         next_more = min(option.micro_batch_size for option in more)
         least = self._least([option for option in more if option.micro_batch_size == next_more])
         free = not chosen.gradient_checkpointing and self.wish.gradient_checkpointing is None
@@ -195,7 +206,7 @@ class _Reasons:
         if chosen.dequantise_once:
             return [words]
         resident = chosen._replace(dequantise_once=True)
-        return [f"{words}: once needs {_gib(self.choice.needed(resident))}"]
+        return [f"{words}: once needs {_gib(self.choice.costs.needed(resident))}"]
 
     def recomputation(self) -> str:
         if words := _set_recomputation(self.wish):
@@ -216,18 +227,18 @@ class _Reasons:
     def program(self) -> str:
         if not self.chosen.in_place:
             return _program_reason(self.premises, self.wish)
-        needed = self.choice.needed(self.chosen._replace(in_place=False))
+        needed = self.choice.costs.needed(self.chosen._replace(in_place=False))
         program = step_program(self.premises, self.wish)
         return f"step program in_place: {program} needs {_gib(needed)}"
 
-    def evaluation(self, shape: BaseShape) -> list[str]:
+    def evaluation(self, shape: BaseShape, memory: PackMemory) -> list[str]:
         """Where less was chosen for the sake of evaluation, which the user can change alone."""
-        memory = self.choice.memory
         if self.chosen == self.choice.wanted or memory.evaluation_bytes <= memory.training_bytes:
             return []
         load = self.choice.costs.load(self.chosen)
-        without = estimate_memory(shape, replace(load, generated_tokens=0))
-        if memory.evaluation_bytes > without.evaluation_bytes:
+        without = replace(load, generated_tokens=0)
+        answers = load != without and estimate_memory(shape, without).evaluation_bytes
+        if answers and memory.evaluation_bytes > answers:
             words = f"evaluation.task.batch_size={load.generation_batch_size}"
         elif load.eager:
             words = f"evaluation.batch_size={load.evaluation_batch_size}"
@@ -243,14 +254,14 @@ class _Reasons:
         return [option for option in self.choice.options if not option.in_place]
 
     def _least(self, options: list[Option]) -> int:
-        return min(self.choice.needed(option) for option in options)
+        return min(self.choice.costs.needed(option) for option in options)
 
     def _why_not_more(self, more: list[Option], needs: str) -> str:
         """`needs` where none of these fits, else what the best that does would have meant."""
         if (best := self.choice.best_of(more)) is None:
             return needs
         if (how_long := self._how_long(best)) is None:
-            return f"more fit only as {self._in_words(best)}"
+            return f"more would mean {self._in_words(best)}"
         return f"{self._in_words(best)} would take {how_long}"
 
     def _how_long(self, option: Option) -> str | None:

@@ -214,11 +214,22 @@ def _micro_batches(premises: Premises, wish: PackWish) -> list[int]:
 def _passes(premises: Premises, wish: PackWish, micros: list[int]) -> list[tuple[int, int, bool]]:
     """(slots, blocks of each in a pass, recomputation): passes that are large enough without
     recomputation, then with it; then smaller ones, the largest first."""
-    sizes = list(itertools.product(_slot_counts(premises, wish, micros[0]), micros))
-    tokens = {(slots, micro): slots * micro * premises.block_length for slots, micro in sizes}
-    enough = min(MIN_PASS_TOKENS, tokens[sizes[0]])
-    large = [size for size in sizes if tokens[size] >= enough]
-    small = sorted((size for size in sizes if tokens[size] < enough), key=lambda s: -tokens[s])
+    slots = _slot_counts(premises, wish, micros[0])
+    most = slots[0] * micros[0]
+    sizes = list(itertools.product(slots, micros))
+    if premises.gpu is not None:
+        # Slots in place of blocks: where a batch of 7 is too large, 1 block alone may be too small.
+        # Last, as they are for where they are faster.
+        sizes += [
+            (more, micro)
+            for micro in micros[1:]
+            for more in _slot_counts(premises, wish, micro)
+            if more > slots[0] and more * micro <= most
+        ]
+    enough = min(MIN_PASS_TOKENS / premises.block_length, most)
+    large = [size for size in sizes if size[0] * size[1] >= enough]
+    small = [size for size in sizes if size[0] * size[1] < enough]
+    small.sort(key=lambda size: -size[0] * size[1])
     order = [
         *((*size, recomputes) for recomputes in (False, True) for size in large),
         *((*size, recomputes) for size in small for recomputes in (False, True)),

@@ -66,7 +66,7 @@ def least_seconds(given: Premises, wish: PackWish, shape: BaseShape) -> float:
         Option,
         itertools.product(range(1, wish.share + 1), divisors, (False, True), (False, True)),
     )
-    fitting = [option for option in every if costs.memory(option).total_bytes <= budget]
+    fitting = [option for option in every if costs.needed(option) <= budget]
     return min(costs.seconds(option, wish.share) for option in fitting)
 
 
@@ -78,6 +78,7 @@ CASES = [
     ("3B", "A10G", 512, 16, 8),
     ("8B", "T4", 512, 4, 4),
     ("8B", "H200", 512, 4, 8),
+    ("14B", "A100", 1024, 7, 8),
 ]
 
 

@@ -197,7 +197,7 @@ def test_each_choice_is_shown_with_what_the_other_would_need() -> None:
 
 def test_fewer_slots_are_shown_with_what_more_would_mean() -> None:
     slots = fitted(24, batch_size=1).reasons[0]
-    assert slots == "2 slots for 4: more fit only as 4 slots with recomputation"
+    assert slots == "2 slots for 4: more would mean 4 slots with recomputation"
     assert fitted(11.75).reasons[0] == "1 slot for 4: 2 need 10.7 GiB"
 
 
