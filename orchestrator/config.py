@@ -255,8 +255,9 @@ class TrialConfig(Strict):
     """Blocks in one forward pass; must divide batch_size. null: as many as the memory holds."""
 
     gradient_checkpointing: Switch | None = None
-    """Recompute activations in the backward pass: less memory, about a third more work. null: only
-    where the memory demands it, and on a GPU whose memory or base is not known."""
+    """Recompute activations in the backward pass: less memory, about half more work. null: only
+    where fewer slots or smaller passes would cost more or not do, and on a GPU whose memory or base
+    is not known."""
 
     seed: NonNegativeInt = 0
     """Decides the adapter's first values, the order of the data and dropout."""

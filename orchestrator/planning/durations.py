@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.config import StrategyConfig
 from orchestrator.planning.gpus import Gpu
+from orchestrator.planning.lanes import fewest_lanes
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.options import DTYPE_BYTES, Premises
 from orchestrator.planning.packs import PackPlan
@@ -43,7 +44,7 @@ class Durations:
 
     def _block_s(self, plan: PackPlan, occupied: int) -> float:
         load = plan_load(plan, self.premises)
-        lanes = occupied if load.eager else min(plan.num_slots, 1 << (occupied - 1).bit_length())
+        lanes = occupied if load.eager else fewest_lanes(occupied, plan.num_slots)
         time = step_time(self.shape, replace(load, num_slots=lanes), self.gpus[plan.kind.name])
         step_blocks = max(plan.fit.micro_batch_size, (plan.key.batch_size or 0) // plan.world_size)
         return time.pass_s / plan.fit.micro_batch_size + time.step_s / step_blocks

@@ -1,20 +1,20 @@
-"""Which of its options a pack takes, from the memory that its worker has, each with its reason.
+"""What a pack takes of its worker, each choice with its reason.
 
 In: Premises and a PackWish. Out: a Fit. Pure.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from orchestrator.planning.load import PackLoad
+from orchestrator.planning.choice import EQUALLY_FAST, Choice, choose
 from orchestrator.planning.memory import GIB, PackMemory, estimate_memory
 from orchestrator.planning.options import (
+    MIN_PASS_TOKENS,
+    Option,
     PackWish,
     Premises,
     balanced_slots,
     max_slots,
-    pack_loads,
     step_program,
 )
 from orchestrator.planning.shape import BaseShape, UnknownShape
@@ -25,9 +25,6 @@ from orchestrator.wording import counted
 BUDGET_FRACTION = 0.9
 # Of the memory that a lost pack was expected to need, what the next ones may.
 OUT_OF_MEMORY_FACTOR = 0.8
-
-Choices = tuple[int | bool, ...]
-"""(slots, micro-batch, recomputation, dequantised once, in place), or the beginning of it."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +51,22 @@ class Fit:
 
 @lru_cache(maxsize=4096)
 def fit(premises: Premises, wish: PackWish) -> Fit:
-    """The most wanted option that the memory holds, or the one that needs least if none does."""
+    """The option that trains soonest of those that the memory holds; where none fits, the least."""
     shape, unknown = premises.shape, _why_unknown(premises, wish)
     if unknown or isinstance(shape, UnknownShape):
         return _without_estimate(premises, wish, unknown)
     budget_bytes = int(BUDGET_FRACTION * premises.worker_memory_bytes)
-    loads = list(pack_loads(premises, wish))
-    load, memory, rejected = _first_that_fits(shape, loads, budget_bytes)
-    verdict = "expects" if memory.total_bytes <= budget_bytes else "does not fit, the least is"
-    why = _Reasons(premises, wish, loads[0], load, rejected)
+    choice = choose(premises, wish, shape, budget_bytes)
+    option = choice.option
+    memory = choice.costs.memory(option)
+    verdict = "expects" if choice.fits(option) else "does not fit, the least is"
+    why = _Reasons(premises, wish, choice)
     return Fit(
-        load.num_slots,
-        load.micro_batch_size,
-        load.dequantise_once,
-        load.gradient_checkpointing,
-        load.step_program,
+        option.num_slots,
+        option.micro_batch_size,
+        option.dequantise_once,
+        option.gradient_checkpointing,
+        choice.costs.load(option).step_program,
         memory,
         budget_bytes,
         (
@@ -101,26 +99,7 @@ def after_out_of_memory(
     return (known, reason) if _choices(fit(known, wish)) != _choices(lost) else None
 
 
-def _first_that_fits(
-    shape: BaseShape, loads: Sequence[PackLoad], budget_bytes: int
-) -> tuple[PackLoad, PackMemory, dict[Choices, int]]:
-    """The first load that the budget holds, else the least. And of those rejected the least bytes,
-    by the beginnings of their choices."""
-    rejected: dict[Choices, int] = {}
-    options = []
-    for load in loads:
-        memory = estimate_memory(shape, load)
-        if memory.total_bytes <= budget_bytes:
-            return load, memory, rejected
-        options.append((load, memory))
-        choices = _choices(load)
-        for length in range(1, len(choices) + 1):
-            least = rejected.get(choices[:length], memory.total_bytes)
-            rejected[choices[:length]] = min(least, memory.total_bytes)
-    return *min(options, key=lambda option: option[1].total_bytes), rejected
-
-
-def _choices(chosen: PackLoad | Fit) -> Choices:
+def _choices(chosen: Fit) -> tuple[object, ...]:
     return (
         chosen.num_slots,
         chosen.micro_batch_size,
@@ -162,71 +141,107 @@ def _without_estimate(premises: Premises, wish: PackWish, unknown: str) -> Fit:
 
 @dataclass(frozen=True)
 class _Reasons:
-    """Says of each choice whether it was set, wanted, or forced by the memory."""
+    """Says of each choice whether it was set, wanted, forced by the memory, or the faster one."""
 
     premises: Premises
     wish: PackWish
-    wanted: PackLoad
-    chosen: PackLoad
-    rejected: Mapping[Choices, int]
+    choice: Choice
+
+    @property
+    def chosen(self) -> Option:
+        return self.choice.option
 
     def slots(self) -> str:
         if words := _set_slots(self.wish):
             return words
-        words = f"{counted(self.chosen.num_slots, 'slot')} for {self.wish.share}"
-        if self.chosen.num_slots == self.wanted.num_slots:
-            most = max_slots(self.premises, self.wanted.micro_batch_size)
-            return f"{words} (at most {most})"
-        return f"{words}: {self._next_more()}"
+        chosen, wanted = self.chosen, self.choice.wanted
+        words = f"{counted(chosen.num_slots, 'slot')} for {self.wish.share}"
+        more = [
+            option
+            for option in self._recorded()
+            if option.num_slots > chosen.num_slots
+            and (
+                option.num_slots <= wanted.num_slots
+                or option.micro_batch_size == chosen.micro_batch_size
+            )
+        ]
+        if not more or chosen[:2] == wanted[:2]:
+            same = chosen.num_slots == wanted.num_slots
+            micro = (wanted if same else chosen).micro_batch_size
+            return f"{words} (at most {max_slots(self.premises, micro)})"
+        next_more = min(option.num_slots for option in more)
+        least = self._least([option for option in more if option.num_slots == next_more])
+        return f"{words}: {self._why_not_more(more, f'{next_more} need {_gib(least)}')}"
 
     def micro_batch(self) -> str:
-        micro = self.chosen.micro_batch_size
+        chosen, blocks = self.chosen, self.wish.worker_blocks
+        micro = chosen.micro_batch_size
         if self.wish.micro_batch_size is not None:
             return f"{counted(micro, 'block')} in a pass, {self.wish.as_set}"
-        if micro == self.wish.worker_blocks:
+        if micro == blocks:
             return f"all {counted(micro, 'block')} in one pass"
-        words = f"{micro} of {counted(self.wish.worker_blocks, 'block')} in a pass"
-        if micro == self.wanted.micro_batch_size:
+        words = f"{micro} of {counted(blocks, 'block')} in a pass"
+        if micro == self.choice.wanted.micro_batch_size:
             return f"{words}, which fill the GPU"
-        recomputes = self.chosen.gradient_checkpointing or self.wish.gradient_checkpointing is False
-        condition = "" if recomputes else " without recomputation"
-        return f"{words}: {self._next_more(self.chosen.num_slots)}{condition}"
+        more = [
+            option
+            for option in self._recorded()
+            if option.micro_batch_size > micro
+            and option.gradient_checkpointing == chosen.gradient_checkpointing
+        ]
+        more = [option for option in more if option.num_slots == chosen.num_slots] or more
+        next_more = min(option.micro_batch_size for option in more)
+        least = self._least([option for option in more if option.micro_batch_size == next_more])
+        free = not chosen.gradient_checkpointing and self.wish.gradient_checkpointing is None
+        condition = " without recomputation" if free else ""
+        return f"{words}: {self._why_not_more(more, f'{next_more} need {_gib(least)}{condition}')}"
 
     def residency(self) -> list[str]:
         if not self.wish.can_be_resident:
             return []
-        words = "dequantised once" if self.chosen.dequantise_once else "dequantised at every use"
+        chosen = self.chosen
+        words = "dequantised once" if chosen.dequantise_once else "dequantised at every use"
         if self.premises.resources.dequantise_once is not None:
             return [f"{words}, as set"]
-        if self.chosen.dequantise_once:
+        if chosen.dequantise_once:
             return [words]
-        needed = self.rejected[(*_choices(self.chosen)[:3], True)]
-        return [f"{words}: once needs {_gib(needed)}"]
+        resident = chosen._replace(dequantise_once=True)
+        return [f"{words}: once needs {_gib(self.choice.costs.needed(resident))}"]
 
     def recomputation(self) -> str:
         if words := _set_recomputation(self.wish):
             return words
-        if not self.chosen.gradient_checkpointing:
+        chosen = self.chosen
+        if not chosen.gradient_checkpointing:
             return "no recomputation"
-        needed = self.rejected[(*_choices(self.chosen)[:2], False)]
-        return f"recomputation: without it {_gib(needed)}"
+        without = [option for option in self._recorded() if not option.gradient_checkpointing]
+        same = [option for option in without if option[:2] == chosen[:2]]
+        words = f"recomputation: without it {_gib(self._least(same))}"
+        if (best := self.choice.best_of(without)) is None:
+            return words
+        how_long = self._how_long(best)
+        why = f"a pass of less than {MIN_PASS_TOKENS:,} tokens"
+        why = f"which would take {how_long}" if how_long else why
+        return f"{words}, or {self._in_words(best)}, {why}"
 
     def program(self) -> str:
-        if self.chosen.step_program == self.wanted.step_program:
+        if not self.chosen.in_place:
             return _program_reason(self.premises, self.wish)
-        needed = self.rejected[(*_choices(self.chosen)[:4], False)]
-        return f"step program in_place: {self.wanted.step_program} needs {_gib(needed)}"
+        needed = self.choice.costs.needed(self.chosen._replace(in_place=False))
+        program = step_program(self.premises, self.wish)
+        return f"step program in_place: {program} needs {_gib(needed)}"
 
     def evaluation(self, shape: BaseShape, memory: PackMemory) -> list[str]:
         """Where less was chosen for the sake of evaluation, which the user can change alone."""
-        chosen = self.chosen
-        if chosen == self.wanted or memory.evaluation_bytes <= memory.training_bytes:
+        if self.chosen == self.choice.wanted or memory.evaluation_bytes <= memory.training_bytes:
             return []
-        without = estimate_memory(shape, replace(chosen, generated_tokens=0))
-        if memory.evaluation_bytes > without.evaluation_bytes:
-            words = f"evaluation.task.batch_size={chosen.generation_batch_size}"
-        elif chosen.eager:
-            words = f"evaluation.batch_size={chosen.evaluation_batch_size}"
+        load = self.choice.costs.load(self.chosen)
+        without = replace(load, generated_tokens=0)
+        answers = load != without and estimate_memory(shape, without).evaluation_bytes
+        if answers and memory.evaluation_bytes > answers:
+            words = f"evaluation.task.batch_size={load.generation_batch_size}"
+        elif load.eager:
+            words = f"evaluation.batch_size={load.evaluation_batch_size}"
         else:
             return []
         return [
@@ -234,13 +249,39 @@ class _Reasons:
             f"{_gib(memory.training_bytes)}"
         ]
 
-    def _next_more(self, *given: int) -> str:
-        """What the next larger number needs, with the choices before it `given`."""
-        place = len(given)
-        count = _choices(self.chosen)[place]
-        needs = {key[place]: size for key, size in self.rejected.items() if key[:-1] == given}
-        more = min(other for other in needs if other > count)
-        return f"{more} need {_gib(needs[more])}"
+    def _recorded(self) -> list[Option]:
+        """All but the last resort."""
+        return [option for option in self.choice.options if not option.in_place]
+
+    def _least(self, options: list[Option]) -> int:
+        return min(self.choice.costs.needed(option) for option in options)
+
+    def _why_not_more(self, more: list[Option], needs: str) -> str:
+        """`needs` where none of these fits, else what the best that does would have meant."""
+        if (best := self.choice.best_of(more)) is None:
+            return needs
+        if (how_long := self._how_long(best)) is None:
+            return f"more would mean {self._in_words(best)}"
+        return f"{self._in_words(best)} would take {how_long}"
+
+    def _how_long(self, option: Option) -> str | None:
+        times = self.choice.times_as_long(option)
+        if times is None:
+            return None
+        return "as long" if times <= EQUALLY_FAST else f"{times:.2f} times as long"
+
+    def _in_words(self, option: Option) -> str:
+        """How it differs from what was chosen."""
+        chosen, words = self.chosen, []
+        if option.num_slots != chosen.num_slots:
+            words.append(counted(option.num_slots, "slot"))
+        if option.micro_batch_size != chosen.micro_batch_size:
+            words.append(f"{counted(option.micro_batch_size, 'block')} in a pass")
+        if option.gradient_checkpointing and not chosen.gradient_checkpointing:
+            words.append("with recomputation")
+        if option.dequantise_once != chosen.dequantise_once:
+            words.append("dequantised " + ("once" if option.dequantise_once else "at every use"))
+        return ", ".join(words).replace(", with", " with")
 
 
 def _set_slots(wish: PackWish) -> str:

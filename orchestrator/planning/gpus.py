@@ -6,6 +6,7 @@ them was measured on an H200 alone: see speed.py.
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from orchestrator.errors import ConfigError
 
@@ -64,6 +65,7 @@ def relative_speed(name: str) -> float:
     return found.tflops / GPUS[MEASURED].tflops if found else UNKNOWN_SPEED
 
 
+@lru_cache(maxsize=256)
 def find_gpu(name: str) -> Gpu | None:
     """By what a user, Ray or the driver calls it: `H100`, `A100-80GB`, `NVIDIA A100-SXM4-80GB`.
     None for a card, a size or a part of one (MIG) that is not known."""

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from orchestrator.config import StrategyConfig, TrialConfig
 from orchestrator.planning.fit import fit
+from orchestrator.planning.gpus import find_gpu
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import GIB, PackMemory
 from orchestrator.planning.options import PackWish, Premises
@@ -29,7 +30,8 @@ def premises_for(kind: WorkerKind, premises: Premises) -> Premises:
         return premises
     usable = int(kind.memory_bytes * premises.memory_fraction)
     limit = premises.memory_limit_bytes
-    return replace(premises, worker_memory_bytes=usable if limit is None else min(usable, limit))
+    memory_bytes = usable if limit is None else min(usable, limit)
+    return replace(premises, worker_memory_bytes=memory_bytes, gpu=find_gpu(kind.name))
 
 
 def takers(

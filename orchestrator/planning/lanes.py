@@ -10,6 +10,11 @@ BUILD_S = 10.0
 WORTH = 2.0
 
 
+def fewest_lanes(occupied: int, most: int) -> int:
+    """That hold so many occupied slots: a power of two, or all."""
+    return min(most, 1 << (occupied - 1).bit_length())
+
+
 def lanes_for(
     occupied: int, present: int, most: int, rounds_left: int, round_s: float
 ) -> tuple[int, str]:
@@ -17,7 +22,7 @@ def lanes_for(
 
     `rounds_left` is the longest member's; `round_s` the seconds of one with the present lanes.
     """
-    fitting = min(most, 1 << (occupied - 1).bit_length())
+    fitting = fewest_lanes(occupied, most)
     if occupied > present:
         return fitting, f"{occupied} slots are occupied, there are {present} lanes"
     if fitting >= present:

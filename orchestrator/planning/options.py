@@ -1,20 +1,23 @@
 """What a pack may do with its worker, the most wanted first.
 
-In: Premises, which all packs of a sweep share, and one pack's PackWish. Out: PackLoads. What the
-user set is not varied. Pure.
+In: Premises, which all packs of a sweep share, and one pack's PackWish. Out: Options, and what a
+worker holds under each. What the user set is not varied. Pure.
 
-Given up in this order where the memory is short: dequantised values; blocks in a pass, as long as
-it keeps MIN_PASS_TOKENS; activations, which are computed again for a third more work; blocks beyond
-that; slots; the compiled step, for one that copies neither the adapter nor its gradients. Where
-something makes room for what was given up before it, that comes back.
+This order decides where nobody can say how long each option takes, and between those that take
+equally long: see choice.py. Given up in this order where the memory is short: dequantised values;
+blocks in a pass, then slots, as long as a pass keeps MIN_PASS_TOKENS; activations, which are
+computed again for about half more work; passes of that size; the compiled step, for one that copies
+neither the adapter nor its gradients. Where something makes room for what was given up before it,
+that comes back.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from orchestrator.config import QuantConfig, ResourcesConfig, StrategyConfig
+from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.shape import BaseShape, Targets, UnknownShape
 from orchestrator.records import Device, StepProgram
@@ -25,7 +28,7 @@ MAX_AUTO_SLOTS_CPU = 4
 MAX_AUTO_SLOTS_GPU = 16
 MAX_SLOTS_UNKNOWN = 4
 """Where the memory is not estimated."""
-# A pass of fewer tokens leaves a GPU idle between kernels, which costs more than recomputing.
+# A pass of fewer tokens may leave a GPU idle between kernels, which can cost more than recomputing.
 MIN_PASS_TOKENS = 2048
 # (base parameters, tokens). More tokens in one pass make an H200 no faster. With 1,024 tokens per
 # adapter a base of 0.5B gains up to K=16 and one of 8B up to 4 to 8 thousand tokens; at 8,192 per
@@ -65,6 +68,16 @@ class Premises:
     ran_out: frozenset[tuple[str, int]] = frozenset()
     """(digest of a PackKey, bytes): workers of no more memory ran out with the least that it takes,
     and larger ones are there to try."""
+    gpu: Gpu | None = None
+    """The workers', where its rates are known."""
+
+
+class Option(NamedTuple):
+    num_slots: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    dequantise_once: bool
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,23 +120,36 @@ class PackWish:
         return "LLM.int8" if self.quant.llm_int8 else ""
 
 
-def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
+def pack_options(premises: Premises, wish: PackWish) -> list[Option]:
     micros = _micro_batches(premises, wish)
+    residences = _residences(premises, wish)
+    options = [
+        Option(num_slots, micro, recomputes, resident)
+        for num_slots, micro, recomputes in _passes(premises, wish, micros)
+        for resident in residences
+    ]
+    if _may_go_in_place(premises, wish):
+        recomputes = wish.gradient_checkpointing is not False
+        options.append(Option(1, micros[-1], recomputes, residences[-1], in_place=True))
+    return options
+
+
+def pack_load(premises: Premises, wish: PackWish, option: Option) -> PackLoad:
     written = wish.quant.compute_dtype
-    first = PackLoad(
+    return PackLoad(
         quant=wish.quant,
         dtype_bytes=DTYPE_BYTES[premises.compute_dtype if written == "auto" else written],
-        num_slots=1,
+        num_slots=option.num_slots,
         max_rank=premises.max_rank,
         target_modules=premises.target_modules,
         optimizer_bytes=premises.optimizer_bytes,
-        micro_batch_size=1,
+        micro_batch_size=option.micro_batch_size,
         evaluation_batch_size=premises.evaluation_batch_size,
         block_length=premises.block_length,
-        gradient_checkpointing=False,
-        dequantise_once=False,
+        gradient_checkpointing=option.gradient_checkpointing,
+        dequantise_once=option.dequantise_once,
         dropout=premises.dropout,
-        step_program=step_program(premises, wish),
+        step_program="in_place" if option.in_place else step_program(premises, wish),
         cuda=premises.device == "cuda",
         strategy=wish.strategy,
         dora=wish.dora,
@@ -131,24 +157,6 @@ def pack_loads(premises: Premises, wish: PackWish) -> Iterator[PackLoad]:
         generated_tokens=premises.generated_tokens,
         generation_batch_size=premises.generation_batch_size,
     )
-    for num_slots in _slot_counts(premises, wish, micros[0]):
-        for recomputes, micro in _passes(premises, wish, num_slots, micros):
-            for resident in _residences(premises, wish):
-                yield replace(
-                    first,
-                    num_slots=num_slots,
-                    micro_batch_size=micro,
-                    gradient_checkpointing=recomputes,
-                    dequantise_once=resident,
-                )
-    if _may_go_in_place(premises, wish):
-        yield replace(
-            first,
-            micro_batch_size=micros[-1],
-            gradient_checkpointing=wish.gradient_checkpointing is not False,
-            dequantise_once=_residences(premises, wish)[-1],
-            step_program="in_place",
-        )
 
 
 def _may_go_in_place(premises: Premises, wish: PackWish) -> bool:
@@ -206,19 +214,30 @@ def _micro_batches(premises: Premises, wish: PackWish) -> list[int]:
     return [count for count in divisors if count <= useful] or [1]
 
 
-def _passes(
-    premises: Premises, wish: PackWish, num_slots: int, micros: Sequence[int]
-) -> list[tuple[bool, int]]:
-    """(recomputation, blocks in a pass), the least work first: passes that are large enough without
-    recomputation, then with it; then smaller passes."""
-    enough = MIN_PASS_TOKENS / (num_slots * premises.block_length)
-    large = [count for count in micros if count >= enough] or micros[:1]
-    small = micros[len(large) :]
+def _passes(premises: Premises, wish: PackWish, micros: list[int]) -> list[tuple[int, int, bool]]:
+    """(slots, blocks of each in a pass, recomputation): passes that are large enough without
+    recomputation, then with it; then smaller ones, the largest first."""
+    slots = _slot_counts(premises, wish, micros[0])
+    most = slots[0] * micros[0]
+    sizes = list(itertools.product(slots, micros))
+    if premises.gpu is not None:
+        # Slots in place of blocks: where a batch of 7 is too large, 1 block alone may be too small.
+        # Last, as they are for where they are faster.
+        sizes += [
+            (more, micro)
+            for micro in micros[1:]
+            for more in _slot_counts(premises, wish, micro)
+            if more > slots[0] and more * micro <= most
+        ]
+    enough = min(MIN_PASS_TOKENS / premises.block_length, most)
+    large = [size for size in sizes if size[0] * size[1] >= enough]
+    small = [size for size in sizes if size[0] * size[1] < enough]
+    small.sort(key=lambda size: -size[0] * size[1])
     order = [
-        *itertools.product((False, True), large),
-        *((recomputes, count) for count in small for recomputes in (False, True)),
+        *((*size, recomputes) for recomputes in (False, True) for size in large),
+        *((*size, recomputes) for size in small for recomputes in (False, True)),
     ]
-    return [choice for choice in order if wish.gradient_checkpointing in (None, choice[0])]
+    return [choice for choice in order if wish.gradient_checkpointing in (None, choice[2])]
 
 
 def _useful_tokens(premises: Premises) -> float:

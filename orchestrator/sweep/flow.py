@@ -24,7 +24,7 @@ from orchestrator.files import cache_dir
 from orchestrator.planning.capacity import check_pack_fits
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu
-from orchestrator.planning.kinds import WorkerKind
+from orchestrator.planning.kinds import ALIKE, WorkerKind
 from orchestrator.planning.memory import GIB, OPTIMIZER_BYTES
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan
@@ -193,6 +193,7 @@ def _train(
             shape,
             services.worker_memory_bytes,
             room,
+            services.gpus.get(ALIKE.name),
         )
         pace = _pace(store, premises, services.gpus)
         controller = Controller(
@@ -241,8 +242,9 @@ def sweep_premises(
     shape: BaseShape | UnknownShape,
     worker_memory_bytes: int,
     room: Bounds | None = None,
+    gpu: Gpu | None = None,
 ) -> Premises:
-    """`room` is the space's own if it is left out.
+    """`room` is the space's own if it is left out; `gpu` the workers', where all are alike.
 
     Raises:
         ConfigError: the device cannot run the step program, target modules or patterns match no
@@ -279,6 +281,7 @@ def sweep_premises(
         resources=resources,
         generated_tokens=task.max_new_tokens if task else 0,
         generation_batch_size=min(task.batch_size, task.max_examples) if task else 1,
+        gpu=gpu if device == "cuda" else None,
     )
     return within(config.search.constraints, premises)
 

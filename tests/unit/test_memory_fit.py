@@ -19,7 +19,8 @@ from orchestrator.planning.options import (
     Premises,
     balanced_slots,
     full_card_tokens,
-    pack_loads,
+    pack_load,
+    pack_options,
 )
 from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import Device
@@ -69,7 +70,7 @@ def test_a_large_gpu_gives_up_nothing() -> None:
     assert choices(fitted(141)) == (True, False, 2, 4)
 
 
-def test_what_does_not_fit_gives_up_residency_then_blocks_then_activations_then_slots() -> None:
+def test_what_does_not_fit_gives_up_residency_then_blocks_then_slots_then_activations() -> None:
     sizes = [size / 4 for size in range(400, 36, -1)]
     seen = [choices(fitted(size)) for size in sizes]
     order = [choice for n, choice in enumerate(seen) if n == 0 or choice != seen[n - 1]]
@@ -78,8 +79,10 @@ def test_what_does_not_fit_gives_up_residency_then_blocks_then_activations_then_
         (False, False, 2, 4),
         (True, False, 1, 4),  # the room that a smaller pass makes holds the values again
         (False, False, 1, 4),
-        (True, True, 2, 4),  # and that of recomputation, the whole batch
-        (False, True, 2, 4),
+        (False, False, 2, 2),
+        (False, False, 1, 2),
+        (False, False, 2, 1),
+        (False, True, 2, 4),  # 1 block of 1 slot is a pass of 1,024 tokens: rather the whole batch
         (False, True, 1, 4),
         (False, True, 2, 2),
         (False, True, 1, 2),
@@ -101,13 +104,14 @@ def test_passes_shrink_to_2048_tokens_before_anything_is_computed_again(
     setting: bool | None, order: list[tuple[int, bool]]
 ) -> None:
     wished = asked(80, share=1, batch_size=4, trial__gradient_checkpointing=setting)
-    loads = [load for load in pack_loads(*wished) if not (load.dequantise_once or load.in_place)]
-    assert [(load.micro_batch_size, load.gradient_checkpointing) for load in loads] == order
+    options = [o for o in pack_options(*wished) if not (o.dequantise_once or o.in_place)]
+    assert [(o.micro_batch_size, o.gradient_checkpointing) for o in options] == order
 
 
 def test_copies_of_the_adapter_are_given_up_last_of_all() -> None:
     large: dict[str, Any] = {"search__space": {"adapter.rank": [256]}}
-    *_, smallest, in_place = pack_loads(*asked(80, **large))
+    wished = asked(80, **large)
+    *_, smallest, in_place = (pack_load(*wished, option) for option in pack_options(*wished))
     needed = estimate_memory(LLAMA_8B, smallest).total_bytes
     assert estimate_memory(LLAMA_8B, in_place).total_bytes < needed - GIB // 2
     found = fitted((needed / BUDGET_FRACTION - GIB // 4) / GIB, **large)
@@ -120,7 +124,7 @@ def test_copies_of_the_adapter_are_given_up_last_of_all() -> None:
     "changes", [{"zero": True}, {"resources__step_program": "graph"}, {"device": "cpu"}]
 )
 def test_a_step_in_place_is_not_for_packs_that_are_told_otherwise(changes: dict[str, Any]) -> None:
-    assert not any(load.in_place for load in pack_loads(*asked(80, **changes)))
+    assert not any(option.in_place for option in pack_options(*asked(80, **changes)))
 
 
 def test_a_step_in_place_has_one_slot() -> None:
@@ -180,13 +184,21 @@ def test_answers_that_cost_more_than_training_are_named(device: Device, memory_g
 
 
 def test_each_choice_is_shown_with_what_the_other_would_need() -> None:
-    slots, micro, residency, recomputation, program, expected = fitted(24, batch_size=1).reasons
+    slots, micro, residency, recomputation, program, expected = fitted(16, batch_size=1).reasons
     assert slots == "4 slots for 4 (at most 8)"
     assert micro == "all 1 block in one pass"
-    assert residency.startswith("dequantised at every use: once needs 2")
-    assert recomputation.startswith("recomputation: without it 2")
+    assert residency == "dequantised at every use: once needs 22.7 GiB"
+    assert recomputation == (
+        "recomputation: without it 25.5 GiB, or 1 slot, a pass of less than 2,048 tokens"
+    )
     assert program == "step program graph"
-    assert expected.endswith("of 21.6 GiB")
+    assert expected.endswith("of 14.4 GiB")
+
+
+def test_fewer_slots_are_shown_with_what_more_would_mean() -> None:
+    slots = fitted(24, batch_size=1).reasons[0]
+    assert slots == "2 slots for 4: more would mean 4 slots with recomputation"
+    assert fitted(11.75).reasons[0] == "1 slot for 4: 2 need 10.7 GiB"
 
 
 def test_a_pass_of_one_trial_is_not_larger_than_fills_the_gpu() -> None:
