@@ -1,5 +1,6 @@
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -189,10 +190,12 @@ def test_median_goes_by_the_least_loss_so_far_and_says_so() -> None:
     assert last[3].reason.endswith("is worse than the median of 3 before it, 2.2000")
 
 
-@pytest.mark.parametrize("kind", ["asha", "median"])
-def test_trials_of_different_lengths_compete_at_the_steps_that_they_share(kind: str) -> None:
+@pytest.mark.parametrize("settings", [{"kind": "asha"}, {"kind": "median", "startup_trials": 2}])
+def test_trials_of_different_lengths_compete_at_the_steps_that_they_share(
+    settings: dict[str, Any],
+) -> None:
     # Rungs at steps 2 and 8 for the even ones, at 8 and 32 for the odd ones.
-    pruner = PrunerConfig.model_validate({"kind": kind, "startup_trials": 2})
+    pruner = PrunerConfig.model_validate(settings)
     pruning = make(pruner, [trial(n, steps=(32, 128)[n % 2]) for n in range(4)])
     for number in (0, 2):
         pruning.report(number, 2, 3.0)
@@ -205,7 +208,7 @@ def test_trials_of_different_lengths_compete_at_the_steps_that_they_share(kind: 
     assert verdicts[2, 8].keep
     assert not verdicts[3, 8].keep  # though it is better than any loss at step 2
     places = {"asha": "is the 3rd of 4 so far, and is not among the best 1"}
-    words = places.get(kind, "is worse than the median of 3 before it, 1.0000")
+    words = places.get(settings["kind"], "is worse than the median of 3 before it, 1.0000")
     assert verdicts[3, 8].reason == f"held-out loss 2.0000 at step 8 {words}"
 
 

@@ -189,7 +189,8 @@ def test_the_stored_model_code_needs_nothing_of_this_project() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     assert {module.partition(".")[0] for module in modules} <= {
-        "hashlib", "json", "os", "re", "collections", "pathlib", "typing", "mlflow", "pandas",
+        "collections", "copy", "hashlib", "json", "mlflow", "os", "pandas", "pathlib", "re",
+        "typing",
     }  # fmt: skip
     assert "orchestrator." not in ast.unparse(tree).replace("orchestrator.json", "")
 
