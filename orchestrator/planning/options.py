@@ -222,10 +222,11 @@ def _passes(premises: Premises, wish: PackWish, micros: list[int]) -> list[tuple
     sizes = list(itertools.product(slots, micros))
     if premises.gpu is not None:
         # Slots in place of blocks: where a batch of 7 is too large, 1 block alone may be too small.
-        # Last, as they are for where they are faster.
+        # A batch that divides well needs none, and trains each of its trials sooner.
         sizes += [
             (more, micro)
-            for micro in micros[1:]
+            for larger, micro in itertools.pairwise(micros)
+            if larger > 2 * micro
             for more in _slot_counts(premises, wish, micro)
             if more > slots[0] and more * micro <= most
         ]
