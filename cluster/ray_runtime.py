@@ -17,7 +17,7 @@ from typing import Any
 
 from orchestrator.errors import ClusterError, NeverStarted
 from orchestrator.planning.capacity import Node
-from orchestrator.planning.machine import gpu_memory_bytes, this_machine
+from orchestrator.planning.machine import gpus_here, this_machine
 
 # Nothing large travels through Ray's object store: stages hand over files. 80 MB is near its least.
 LOCAL_OBJECT_STORE_BYTES = 80 * 2**20
@@ -177,4 +177,4 @@ def _memories(node_ids: Sequence[str]) -> list[tuple[int, int]]:
 
 def _memory_here() -> tuple[int, int]:
     # Ray hides all GPUs from a task that takes none: all of the node's are looked at.
-    return gpu_memory_bytes(), this_machine().memory_bytes
+    return gpus_here()[0], this_machine().memory_bytes

@@ -19,6 +19,8 @@ from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
 from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
 from orchestrator.planning.compatibility import problems
+from orchestrator.planning.gpus import Gpu
+from orchestrator.planning.kinds import ALIKE, known_gpus
 from orchestrator.planning.packs import one_kind, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
@@ -48,6 +50,8 @@ class Placement:
     worker_memory_bytes: int
     """0 where a cluster decides, or this machine does not say."""
     words: str
+    gpu: Gpu | None = None
+    """Where its rates are known."""
 
 
 def show_plan(
@@ -99,7 +103,8 @@ def _placement(config: SweepConfig, ray_address: str | None, machine: Node) -> P
     words = f"1 worker with {unit} of this machine"
     if num_workers > 1:
         words = f"{num_workers} workers, each with {unit} of this machine"
-    return Placement(device, num_workers, memory_bytes, words)
+    gpu = known_gpus([machine]).get(ALIKE.name)
+    return Placement(device, num_workers, memory_bytes, words, gpu)
 
 
 def _device(placement: Placement) -> Device:
@@ -170,6 +175,7 @@ def _print_packs(
         auto_compute_dtype(device),
         shape,
         placement.worker_memory_bytes,
+        gpu=placement.gpu,
     )
     kinds = one_kind(placement.num_workers, premises)
     refused = {}

@@ -19,7 +19,7 @@ from orchestrator.planning.capacity import Node, check_pack_fits, worker_count, 
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu, parse_gpus
-from orchestrator.planning.kinds import WorkerKind
+from orchestrator.planning.kinds import ALIKE, WorkerKind, known_gpus
 from orchestrator.planning.measured import Factors
 from orchestrator.planning.memory import GIB, PackMemory
 from orchestrator.planning.packs import PackPlan, preview_packs
@@ -69,8 +69,8 @@ def show(path: Path, overrides: list[str], gpus: str | None, machine: Node) -> i
 def _workers(
     config: SweepConfig, gpus: str | None, machine: Node
 ) -> tuple[tuple[WorkerKind, ...], dict[str, Gpu]]:
-    """The kinds of workers, the fastest first, and what is known of their GPUs: nothing without
-    `--gpus`."""
+    """The kinds of workers, the fastest first, and what is known of their GPUs; without `--gpus`
+    those of this machine."""
     resources = config.resources
     if gpus is None:
         device = resources.device
@@ -79,7 +79,8 @@ def _workers(
         count = worker_count(resources, device, [machine])
         memory_bytes = worker_memory_bytes(resources, device, [machine], count)
         name = "GPU of this machine" if device == "cuda" else "worker on this machine's CPU"
-        return (WorkerKind(name, count, memory_bytes),), {}
+        gpu = known_gpus([machine]).get(ALIKE.name) if device == "cuda" else None
+        return (WorkerKind(name, count, memory_bytes),), {name: gpu} if gpu else {}
     if resources.device == "cpu":
         raise ConfigError(f"--gpus {gpus}, but resources.device: cpu: set auto or cuda")
     found = sorted(_merged(parse_gpus(gpus)), key=lambda entry: -entry[2].tflops)
@@ -128,6 +129,7 @@ class _Shown:
             auto_compute_dtype(self._device),
             shape,
             min(kind.memory_bytes for kind in kinds),
+            gpu=known[kinds[0].name] if len(known) == 1 else None,
         )
 
     def plan(self, given: Sequence[TrialSpec]) -> None:

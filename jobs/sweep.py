@@ -261,14 +261,15 @@ def _in_process_backend(config: SweepConfig) -> Backend:
     import torch
 
     device = _device(config, "cuda" if torch.cuda.is_available() else "cpu")
-    memory_bytes = worker_memory_bytes(config.resources, device, [this_machine()], 1)
+    machine = this_machine()
     return Backend(
         "in_process",
         InProcessExecutor(),
         lambda: nullcontext(run_in_process),
         1,
         device,
-        memory_bytes,
+        worker_memory_bytes(config.resources, device, [machine], 1),
+        gpus=known_gpus([machine]),
     )
 
 

@@ -21,7 +21,7 @@ class Node:
     memory_bytes: int = 0
     """Of the node itself, as far as it may be used. 0: unknown."""
     gpu_kind: str = ""
-    """As Ray calls its accelerator. Empty: unknown."""
+    """As Ray or the driver calls its GPUs. Empty: unknown."""
 
 
 def worker_count(resources: ResourcesConfig, device: str, nodes: Sequence[Node]) -> int:

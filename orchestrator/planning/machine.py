@@ -21,27 +21,28 @@ log = logging.getLogger(__name__)
 
 def this_machine() -> Node:
     visible = _visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    num_gpus = _num_gpus(visible)
-    return Node(_num_cpus(), num_gpus, gpu_memory_bytes(visible), memory_bytes(CGROUPS))
+    gpu_bytes, gpu_kind = gpus_here(visible)
+    return Node(_num_cpus(), _num_gpus(visible), gpu_bytes, memory_bytes(CGROUPS), gpu_kind)
 
 
-def gpu_memory_bytes(visible: Sequence[str] | None = None) -> int:
-    """Of the GPU that has least, of those `visible`, given as indices or UUIDs; None: of all. 0 if
-    NVIDIA's management library is absent or does not say."""
+def gpus_here(visible: Sequence[str] | None = None) -> tuple[int, str]:
+    """Memory of the GPU that has least, and the name that all have, of those `visible`, given as
+    indices or UUIDs; None: of all. 0 and empty if NVIDIA's management library is absent or does not
+    say, or if names differ."""
     if not any(NVIDIA_DEVICES.glob("*")):
-        return 0
+        return 0, ""
     try:
         import pynvml  # of nvidia-ml-py; it asks the driver and leaves CUDA alone
     except ImportError:
-        return 0
+        return 0, ""
     try:
-        return least_gpu_memory_bytes(pynvml, visible)
+        return ask_gpus(pynvml, visible)
     except (pynvml.NVMLError, ValueError) as error:  # ValueError: a name that is no index
         log.warning("the GPUs' memory is unknown: %s", error)
-        return 0
+        return 0, ""
 
 
-def least_gpu_memory_bytes(nvml: Any, visible: Sequence[str] | None) -> int:
+def ask_gpus(nvml: Any, visible: Sequence[str] | None) -> tuple[int, str]:
     """`nvml` is the pynvml module. Raises its NVMLError."""
     nvml.nvmlInit()
     try:
@@ -54,7 +55,8 @@ def least_gpu_memory_bytes(nvml: Any, visible: Sequence[str] | None) -> int:
             for name in visible
         ]
         totals = [int(nvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
-        return min(totals, default=0)
+        names = {str(nvml.nvmlDeviceGetName(handle)) for handle in handles}
+        return min(totals, default=0), names.pop() if len(names) == 1 else ""
     finally:
         nvml.nvmlShutdown()
 

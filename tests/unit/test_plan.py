@@ -46,6 +46,17 @@ def test_a_laptop_says_what_a_sweep_takes_on_gpus_that_it_does_not_have(
     assert re.fullmatch(r"\.+[0=]+ *", chart)
 
 
+def test_a_machine_whose_gpus_are_known_plans_for_them_as_if_they_were_named(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = Node(16, 2, int(79.6 * 2**30), gpu_kind="NVIDIA H100 80GB HBM3")
+    assert show(sweep_file, [], None, machine) == 0
+    own = capsys.readouterr().out
+    named = shown(sweep_file, "2xH100-80GB", capsys)
+    (hours,) = re.findall(r"predicted: .*", own)
+    assert hours in named
+
+
 def test_a_plan_goes_by_what_earlier_sweeps_of_its_base_measured(
     sweep_file: Path,
     tmp_path: Path,

@@ -228,9 +228,10 @@ def test_a_container_has_the_memory_that_its_limit_says(
 
 
 class StandInNvml:
-    """pynvml's four functions, over GPUs of 80, 40 and 16 bytes."""
+    """pynvml's functions, over GPUs of 80, 40 and 16 bytes."""
 
     sizes = (80, 40, 16)
+    names = ("NVIDIA H200", "NVIDIA H200", "NVIDIA H200 MIG 1g.18gb")
 
     def __init__(self) -> None:
         self.open = 0
@@ -250,14 +251,25 @@ class StandInNvml:
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
         return ("GPU-a", "GPU-b", "MIG-c").index(uuid)
 
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return self.names[handle]
+
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
         return SimpleNamespace(total=self.sizes[handle])
 
 
 @pytest.mark.parametrize(
-    ("visible", "least"), [(None, 16), (["1", "0"], 40), (["GPU-a", "MIG-c"], 16), ([], 0)]
+    ("visible", "least", "name"),
+    [
+        (None, 16, ""),
+        (["1", "0"], 40, "NVIDIA H200"),
+        (["GPU-a", "MIG-c"], 16, ""),
+        ([], 0, ""),
+    ],
 )
-def test_the_least_memory_of_the_visible_gpus_counts(visible: list[str] | None, least: int) -> None:
+def test_the_least_memory_of_the_visible_gpus_counts_and_the_name_that_all_have(
+    visible: list[str] | None, least: int, name: str
+) -> None:
     nvml = StandInNvml()
-    assert machine.least_gpu_memory_bytes(nvml, visible) == least
+    assert machine.ask_gpus(nvml, visible) == (least, name)
     assert nvml.open == 0
