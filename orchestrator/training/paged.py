@@ -17,7 +17,7 @@ MIN_PAGED_VALUES = 100_000
 GIB = 2**30
 
 
-def paged_bytes(num_values: int, state_bits: int) -> int:
+def paged_state_bytes(num_values: int, state_bits: int) -> int:
     """Of both moments of a row, as far as they are paged."""
     return 2 * num_values * state_bits // 8 if num_values >= MIN_PAGED_VALUES else 0
 
@@ -41,7 +41,7 @@ def check_room(row: Tensor, state_bits: int) -> None:
     Raises:
         TrialFailed: out_of_memory.
     """
-    wanted = paged_bytes(row.numel(), state_bits) if row.is_cuda else 0
+    wanted = paged_state_bytes(row.numel(), state_bits) if row.is_cuda else 0
     if not wanted:
         return
     free, _ = torch.cuda.mem_get_info(row.device)

@@ -39,7 +39,7 @@ from orchestrator.training.optimizers import (
     queue_step,
     restore_optimizer,
 )
-from orchestrator.training.paged import paged_bytes, refusal
+from orchestrator.training.paged import paged_state_bytes, refusal
 from orchestrator.training.program import check_lanes
 from orchestrator.training.slots import Slots
 
@@ -131,10 +131,10 @@ def test_paged_states_are_made_only_within_their_share_of_what_is_free(
 
 
 def test_the_refusal_of_paged_states_has_the_numbers_and_what_to_lower() -> None:
-    why = refusal(paged_bytes(2**30, state_bits=32), 6 * 2**30)
+    why = refusal(paged_state_bytes(2**30, state_bits=32), 6 * 2**30)
     assert "take 8.00 GiB, but the GPU has 6.00 GiB free, of which they may take 95%" in why
     assert "lower adapter.rank, resources.slots_per_pack or trial.micro_batch_size" in why
-    assert not refusal(paged_bytes(2**30, state_bits=8), 6 * 2**30)
+    assert not refusal(paged_state_bytes(2**30, state_bits=8), 6 * 2**30)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("paged_adamw_8bit", 8), ("paged_adamw_32bit", 32)])
@@ -145,8 +145,8 @@ def test_the_bytes_of_paged_states_are_those_that_bitsandbytes_makes(name: str, 
     optimizer.step()
     tensors, _ = optimizer_states(optimizer)
     made = sum(tensors[state].nbytes for state in ("state1", "state2"))
-    assert made == paged_bytes(row.numel(), bits)
-    assert paged_bytes(99_999, bits) == 0
+    assert made == paged_state_bytes(row.numel(), bits)
+    assert paged_state_bytes(99_999, bits) == 0
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
