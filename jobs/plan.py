@@ -78,8 +78,10 @@ def _workers(
             device = "cuda" if machine.num_gpus else "cpu"
         count = worker_count(resources, device, [machine])
         memory_bytes = worker_memory_bytes(resources, device, [machine], count)
-        name = "GPU of this machine" if device == "cuda" else "worker on this machine's CPU"
         gpu = known_gpus([machine]).get(ALIKE.name) if device == "cuda" else None
+        name = machine.gpu_kind if gpu else "GPU of this machine"
+        if device != "cuda":
+            name = "worker on this machine's CPU"
         return (WorkerKind(name, count, memory_bytes),), {name: gpu} if gpu else {}
     if resources.device == "cpu":
         raise ConfigError(f"--gpus {gpus}, but resources.device: cpu: set auto or cuda")

@@ -31,9 +31,7 @@ def premises_for(kind: WorkerKind, premises: Premises) -> Premises:
     usable = int(kind.memory_bytes * premises.memory_fraction)
     limit = premises.memory_limit_bytes
     memory_bytes = usable if limit is None else min(usable, limit)
-    return replace(
-        premises, worker_memory_bytes=memory_bytes, gpu=find_gpu(kind.name) or premises.gpu
-    )
+    return replace(premises, worker_memory_bytes=memory_bytes, gpu=find_gpu(kind.name))
 
 
 def takers(
