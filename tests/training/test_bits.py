@@ -264,6 +264,7 @@ print(peak - before, loaded.num_bytes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_loading_holds_one_layer_in_full_beside_the_codes(
     base_folder: Path, tmp_path: Path
