@@ -62,7 +62,9 @@ def test_losses_and_gradient_equal_plain_cross_entropy_over_chunk_borders() -> N
 
     nll = functional.cross_entropy(head(hidden), labels, reduction="none") * weights[lanes]
     nll.sum().backward()
-    torch.testing.assert_close(losses, torch.stack([nll[lanes == n].sum() for n in range(3)]))
+    sums = torch.stack([nll[lanes == n].double().sum() for n in range(3)])
+    # Of thousands of fp32 values, in an order that hangs on the number of threads.
+    torch.testing.assert_close(losses.double(), sums, rtol=1e-5, atol=0.0)
     torch.testing.assert_close(gradient, hidden.grad)
 
 
