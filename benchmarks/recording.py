@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from orchestrator.training.libraries import installed_versions
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "mlflow")
@@ -46,7 +47,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": _gpus() if cuda else f"CPU, {_threads()}",
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": {"python": platform.python_version()} | installed_versions(PACKAGES),
     }
 
 
@@ -101,17 +102,6 @@ def _threads() -> str:
     import torch
 
     return f"{torch.get_num_threads()} thread(s)"
-
-
-def _versions() -> dict[str, str]:
-    """Of the installed ones."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _common_environment(environments: Iterable[Row]) -> Row:

@@ -6,9 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import ResourcesConfig, SweepConfig, TrialConfig
+from orchestrator.config import (
+    QuantConfig,
+    ResourcesConfig,
+    StrategyConfig,
+    SweepConfig,
+    TrialConfig,
+)
 from orchestrator.planning.fit import Fit
-from orchestrator.planning.options import Premises
+from orchestrator.planning.options import PackWish, Premises
 from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.shape import BaseShape, Linear, UnknownShape
 from orchestrator.planning.waiting import pack_key
@@ -95,6 +101,25 @@ def premises(
 ) -> Premises:
     dtype = "bfloat16" if device == "cuda" else "float32"
     return sweep_premises(config, device, dtype, shape, worker_memory_bytes)
+
+
+def pack_wish(
+    config: SweepConfig,
+    share: int,
+    batch_size: int,
+    strategy: StrategyConfig = StrategyConfig(),  # noqa: B008  (frozen)
+) -> PackWish:
+    """Of one worker for `share` trials with steps of `batch_size` blocks."""
+    return PackWish(
+        quant=QuantConfig(bit_width=config.trial.quant.bit_width),
+        strategy=strategy,
+        alone="",
+        share=share,
+        num_slots=config.resources.slots_per_pack,
+        worker_blocks=batch_size,
+        micro_batch_size=config.trial.micro_batch_size,
+        gradient_checkpointing=config.trial.gradient_checkpointing,
+    )
 
 
 def llama_shape(

@@ -4,7 +4,7 @@ They are imported at once. Left to their users, each machine's workers would imp
 another, for a base is loaded under a lock (base_model.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
 
@@ -17,9 +17,13 @@ COMPUTE_WITH = ("torch", "transformers", "bitsandbytes", "deepspeed")
 
 @cache
 def library_versions() -> Mapping[str, str]:
-    """Of those in COMPUTE_WITH that are installed."""
+    return installed_versions(COMPUTE_WITH)
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
     found = {}
-    for name in COMPUTE_WITH:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

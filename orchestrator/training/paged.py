@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import TrialFailed
+from orchestrator.planning.memory import GIB
 
 # The rest is for what CUDA itself takes as it loads kernels, and for pages that are on their way.
 SHARE_OF_FREE = 0.95
 # bitsandbytes pages no smaller ones (0.50, optim/optimizer.py, get_state_buffer).
 MIN_PAGED_VALUES = 100_000
-GIB = 2**30
 
 
 def paged_state_bytes(num_values: int, state_bits: int) -> int:

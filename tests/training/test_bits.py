@@ -29,6 +29,7 @@ from orchestrator.training.slots import Slots
 from tests.sweeps import sweep_config
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import assert_equal, train
+from tests.training.test_zero import STRATEGIES
 
 BASES: dict[str, dict[str, Any]] = {
     "NF4, single": {"double_quant": False},
@@ -101,14 +102,8 @@ def test_loftq_begins_with_what_every_kind_of_codes_left_out(
 
 
 UNDER_ZERO: dict[str, dict[str, Any]] = {
-    "stage 1": {"stage": 1},
-    "stage 2": {"stage": 2},
-    "stage 3": {"stage": 3},
-    "stage 1, optimizer on the CPU": {"stage": 1, "offload_optimizer": "cpu"},
-    "stage 2, optimizer on the CPU": {"stage": 2, "offload_optimizer": "cpu"},
-    "stage 3, optimizer on the CPU": {"stage": 3, "offload_optimizer": "cpu"},
-    "stage 3, parameters on the CPU": {"stage": 3, "offload_params": "cpu"},
-}
+    name: fields for name, fields in STRATEGIES.items() if name != "stage 3, all on the CPU"
+} | {"stage 3, parameters on the CPU": {"stage": 3, "offload_params": "cpu"}}
 
 
 @pytest.mark.parametrize(

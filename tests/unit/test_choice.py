@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.planning.choice import EQUALLY_FAST, Costs
 from orchestrator.planning.fit import BUDGET_FRACTION, Fit, after_out_of_memory, fit
 from orchestrator.planning.gpus import GPUS
@@ -15,7 +14,7 @@ from orchestrator.planning.memory import GIB
 from orchestrator.planning.options import Option, PackWish, Premises
 from orchestrator.planning.packs import premises_for
 from orchestrator.planning.shape import BaseShape
-from tests.sweeps import LLAMA_8B, llama_shape, premises, sweep_config
+from tests.sweeps import LLAMA_8B, llama_shape, pack_wish, premises, sweep_config
 
 SHAPES = {
     "3B": llama_shape(36, 2048, 11_008, 16, 2, 151_936),
@@ -33,17 +32,7 @@ def asked(
     config = sweep_config(data__block_length=block, **changes)
     known = GPUS[gpu]
     given = premises(config, "cuda", SHAPES[shape], known.memory_bytes)
-    wish = PackWish(
-        quant=QuantConfig(bit_width=config.trial.quant.bit_width),
-        strategy=StrategyConfig(),
-        alone="",
-        share=share,
-        num_slots=config.resources.slots_per_pack,
-        worker_blocks=batch_size,
-        micro_batch_size=config.trial.micro_batch_size,
-        gradient_checkpointing=config.trial.gradient_checkpointing,
-    )
-    return replace(given, gpu=known), wish
+    return replace(given, gpu=known), pack_wish(config, share, batch_size)
 
 
 def taken(found: Fit) -> Option:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import QuantConfig, StrategyConfig
+from orchestrator.config import StrategyConfig
 from orchestrator.errors import ConfigError
 from orchestrator.planning.fit import (
     BUDGET_FRACTION,
@@ -24,7 +24,7 @@ from orchestrator.planning.options import (
 )
 from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import Device
-from tests.sweeps import LLAMA_8B, LLAMA_HALF_B, NO_BASE, premises, sweep_config
+from tests.sweeps import LLAMA_8B, LLAMA_HALF_B, NO_BASE, pack_wish, premises, sweep_config
 
 
 def fitted(memory_gib: float, *arguments: Any, **changes: Any) -> Fit:
@@ -43,16 +43,8 @@ def asked(
 ) -> tuple[Premises, PackWish]:
     """For trials of `batch_size` blocks of 1,024 tokens; `changes` are settings of the sweep."""
     config = sweep_config(trial__quant__bit_width=bit_width, **changes)
-    wish = PackWish(
-        quant=QuantConfig(bit_width=config.trial.quant.bit_width),
-        strategy=StrategyConfig(kind="zero", stage=2) if zero else StrategyConfig(),
-        alone="",
-        share=share,
-        num_slots=config.resources.slots_per_pack,
-        worker_blocks=batch_size,
-        micro_batch_size=config.trial.micro_batch_size,
-        gradient_checkpointing=config.trial.gradient_checkpointing,
-    )
+    strategy = StrategyConfig(kind="zero", stage=2) if zero else StrategyConfig()
+    wish = pack_wish(config, share, batch_size, strategy)
     return premises(config, device, shape, int(memory_gib * GIB)), wish
 
 
