@@ -47,6 +47,8 @@ class Case:
     zero_stage: Literal[1, 2, 3] | None
     offload_optimizer: Literal["none", "cpu"]
     offload_params: Literal["none", "cpu"]
+    kept_layers: int = 0
+    """The last ones, which recomputation leaves out."""
 
     @property
     def strategy(self) -> StrategyConfig:
@@ -111,6 +113,7 @@ def load_of(case: Case, device: Device) -> PackLoad:
         step_program=case.program,
         cuda=cuda,
         strategy=case.strategy,
+        kept_layers=case.kept_layers,
     )
 
 
@@ -154,6 +157,8 @@ def _draw(drawn: random.Random, name: str, shape: Shape, device: Device) -> Case
     stage = drawn.choice((1, 2, 3)) if zero else None
     alone = zero or bit_width == 8
     programs: Sequence[StepProgram] = ("graph", "graph", "compiled", "eager")
+    recomputation = drawn.random() < 0.35
+    selective = recomputation and drawn.random() < 0.5
     return Case(
         shape=name,
         bit_width=bit_width,
@@ -162,7 +167,7 @@ def _draw(drawn: random.Random, name: str, shape: Shape, device: Device) -> Case
         slots=1 if alone else drawn.choice(SLOTS),
         micro_batch=drawn.choice(MICRO_BATCHES),
         tokens=drawn.choice(TOKENS if cuda else TINY_TOKENS),
-        recomputation=drawn.random() < 0.35,
+        recomputation=recomputation,
         dropout=drawn.random() < 0.15,
         optimizer=drawn.choice(OPTIMIZERS if cuda else OPTIMIZERS[:1]),
         program="eager" if alone or not cuda else drawn.choice(programs),
@@ -170,4 +175,5 @@ def _draw(drawn: random.Random, name: str, shape: Shape, device: Device) -> Case
         offload_optimizer=drawn.choice(("none", "cpu")) if zero else "none",
         # bitsandbytes keeps int8 weights where they are, whatever DeepSpeed does.
         offload_params=drawn.choice(("none", "cpu")) if stage == 3 and bit_width != 8 else "none",
+        kept_layers=drawn.randrange(1, shape.layers) if selective else 0,
     )

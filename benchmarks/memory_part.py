@@ -188,6 +188,7 @@ def pack_spec(case: Case, model: Path, shards: Path, device: Device) -> PackSpec
         max_rank=case.rank,
         micro_batch_size=case.micro_batch,
         gradient_checkpointing=case.recomputation,
+        kept_layers=case.kept_layers,
         strategy=case.strategy.model_dump(),
         device=device,
         cpus=1,

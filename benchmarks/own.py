@@ -54,6 +54,10 @@ class Pack:
     num_slots: int
     program: StepProgram
     optimizer: str = "adamw"
+    dequantise_once: bool = True
+    """If it is of 4 bits."""
+    recomputation: bool = False
+    kept_layers: int = 0
 
 
 def measure(pack: Pack, trials: int, steps: int, ready: Callable[[], None]) -> Measurement:
@@ -105,13 +109,14 @@ def pack_spec(pack: Pack) -> PackSpec:
         num_slots=pack.num_slots,
         max_rank=RANK,
         micro_batch_size=1,
-        gradient_checkpointing=False,
+        gradient_checkpointing=pack.recomputation,
+        kept_layers=pack.kept_layers,
         strategy=StrategyConfig().model_dump(),
         device=device,
         cpus=1,
         evaluation=EvaluationConfig(),
         checkpoint_every_steps=NEVER,
-        dequantise_once=pack.bit_width == 4,
+        dequantise_once=pack.bit_width == 4 and pack.dequantise_once,
         step_program=pack.program,
     )
 

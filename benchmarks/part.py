@@ -50,6 +50,9 @@ def main() -> None:
             options.slots,
             options.program,
             options.optimizer,
+            not options.dequantise_each_use,
+            options.recomputation,
+            options.kept_layers,
         )
         content = asdict(own.measure(pack, options.slots, options.steps, ready))
     options.out.write_text(json.dumps(content | {"environment": environment()}))
@@ -68,6 +71,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=1)
     parser.add_argument("--program", default="eager")
     parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--dequantise-each-use", action="store_true")
+    parser.add_argument("--recomputation", action="store_true")
+    parser.add_argument("--kept-layers", type=int, default=0)
     parser.add_argument("--steps", type=int)
     return parser.parse_args()
 

@@ -254,10 +254,11 @@ class TrialConfig(Strict):
     micro_batch_size: PositiveInt | None = None
     """Blocks in one forward pass; must divide batch_size. null: as many as the memory holds."""
 
-    gradient_checkpointing: Switch | None = None
-    """Recompute activations in the backward pass: less memory, about half more work. null: only
-    where fewer slots or smaller passes would cost more or not do, and on a GPU whose memory or base
-    is not known."""
+    gradient_checkpointing: Switch | Literal["selective"] | None = None
+    """Recompute activations in the backward pass, in all layers: less memory, about half more work.
+    selective: in as few layers as the memory asks for, at least one. null: the same, and only where
+    fewer slots or smaller passes would cost more or not do. On a GPU whose memory or base is not
+    known these two mean all layers."""
 
     seed: NonNegativeInt = 0
     """Decides the adapter's first values, the order of the data and dropout."""

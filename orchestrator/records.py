@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from orchestrator.config import EvaluationConfig, TrialConfig
 from orchestrator.search_config import Choice
+from orchestrator.wording import counted
 
 Device = Literal["cpu", "cuda"]
 ComputeDtype = Literal["bfloat16", "float32"]
@@ -115,6 +116,8 @@ class PackSpec:
     """Whether its trials have magnitudes: all of them, or none."""
     quantised_cache_bytes: int = 0
     """Of local disk, that may keep bases in codes."""
+    kept_layers: int = 0
+    """The last ones of the base, which gradient_checkpointing leaves out."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Arithmetic:
     world_size: int
     micro_batch_size: int
     gradient_checkpointing: bool
+    kept_layers: int = 0
 
     @property
     def pass_blocks(self) -> int:
@@ -133,7 +137,8 @@ class Arithmetic:
 
     def __str__(self) -> str:
         words = f"world_size={self.world_size}, micro_batch_size={self.micro_batch_size}"
-        return words + (", recomputation" if self.gradient_checkpointing else "")
+        words += ", recomputation" if self.gradient_checkpointing else ""
+        return words + (f" but in {counted(self.kept_layers, 'layer')}" if self.kept_layers else "")
 
 
 @dataclass(frozen=True)

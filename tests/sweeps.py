@@ -168,6 +168,7 @@ def pack_spec(number: int, plan: PackPlan) -> PackSpec:
         max_rank=16,
         micro_batch_size=plan.fit.micro_batch_size,
         gradient_checkpointing=plan.fit.gradient_checkpointing,
+        kept_layers=plan.fit.kept_layers,
         strategy=dict(plan.key.strategy),
         device="cpu",
         cpus=1,

@@ -86,9 +86,10 @@ class PassMemory:
     """Bytes of one worker."""
 
     kept_bytes: int
-    """What the forward pass leaves for the backward pass, and of a layer that is computed again."""
+    """What the forward pass leaves for the backward pass; where all layers are computed again,
+    and of one of them."""
     kept_for_loss_bytes: int
-    """The same without that layer, which is not there yet while the loss is computed."""
+    """The same without that one, which is not there yet while the loss is computed."""
     working_bytes: int
     """Beside it while the backward pass begins, where most is held."""
     loss_bytes: int
@@ -111,7 +112,7 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
     working += max(tokens * value * wide, weight)  # not at the same time
     if load.quant.llm_int8 and load.gradient_checkpointing and load.cuda:
         working += tokens * ROUNDED_BYTES * max(linear.in_features for linear in shape.linears)
-    dora_kept, dora_working = _dora_bytes(targets, load) if load.dora else (0, 0)
+    dora_kept, dora_working = _dora_bytes(shape, targets, load) if load.dora else (0, 0)
     # A compiled block makes its masks in the kernels that use them.
     hashing = load.dropout and load.eager and targets
     hashes = HASH_BYTES * max(t.in_features for t in targets) if hashing else 0
@@ -124,11 +125,12 @@ def pass_memory(shape: BaseShape, load: PackLoad) -> PassMemory:
     evaluated = load.evaluation_tokens
     evaluated_loss = EVALUATED_HIDDEN * evaluated * hidden * value
     evaluated_loss += _chunk(evaluated) * shape.vocab_size * EVALUATED_COPIES * max(4, value)
-    kept = round(tokens * _kept_bytes(shape, targets, load)) + dora_kept
-    again = round(tokens * _layer_bytes(shape, targets, load)) if load.gradient_checkpointing else 0
+    layers, recomputed = shape.num_layers, load.recomputed_layers(shape.num_layers)
+    inputs = recomputed * hidden * value
+    layer = _layer_bytes(shape, targets, load)
     return PassMemory(
-        kept_bytes=kept + again,
-        kept_for_loss_bytes=kept,
+        kept_bytes=round(tokens * (inputs + load.layers_at_once(layers) * layer)) + dora_kept,
+        kept_for_loss_bytes=round(tokens * (inputs + (layers - recomputed) * layer)) + dora_kept,
         working_bytes=round(working + tokens * hashes) + dora_working,
         loss_bytes=LOSS_HIDDEN * tokens * hidden * value + _loss_logits_bytes(shape, load),
         evaluation_bytes=max(round(evaluated * evaluating * value + weight), evaluated_loss),
@@ -165,13 +167,6 @@ def _generation_bytes(shape: BaseShape, load: PackLoad, passing: int) -> float:
     return batch * (cache + length * token) + _weight_bytes(shape, load)
 
 
-def _kept_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:
-    """Of one token, over all layers; recomputed, each layer's input."""
-    if not load.gradient_checkpointing:
-        return shape.num_layers * _layer_bytes(shape, targets, load)
-    return shape.num_layers * shape.hidden_size * load.dtype_bytes
-
-
 def _layer_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> float:
     """Of one token in one layer."""
     query = shape.num_heads * shape.head_dim
@@ -197,14 +192,15 @@ def _layer_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) 
     return values * load.dtype_bytes
 
 
-def _dora_bytes(targets: tuple[Linear, ...], load: PackLoad) -> tuple[int, int]:
+def _dora_bytes(shape: BaseShape, targets: tuple[Linear, ...], load: PackLoad) -> tuple[int, int]:
     """Kept by a pass, beside what its tokens keep: A and B in the arithmetic's type, where that is
     not the lanes'. And the largest layer's working memory."""
     rank, wide = load.num_slots * load.max_rank, load.row_value_bytes
     layers = [t.in_features + t.out_features for t in targets]
     copies = 0
     if wide != load.dtype_bytes and layers:
-        copies = rank * load.dtype_bytes * (max if load.gradient_checkpointing else sum)(layers)
+        kept = 1 - load.recomputed_layers(shape.num_layers) / shape.num_layers
+        copies = rank * load.dtype_bytes * max(max(layers), round(kept * sum(layers)))
     largest = max((t.out_features for t in targets), default=0)
     working = rank * largest * (load.dtype_bytes + LENGTHS_WIDE * wide)
     if load.eager:

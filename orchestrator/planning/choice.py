@@ -4,9 +4,11 @@ In: Premises and a PackWish. Out: a Choice. Pure, no torch.
 
 What counts is the time for a step of all trials that the pack will train: rounds of full slots and
 the rest, each step its passes and the optimizer's part, by speed.py. Where the GPU's rates are not
-known, and for ZeRO, whose traffic speed.py leaves out, the order of options.py decides.
+known, and for ZeRO, whose traffic speed.py leaves out, the order of options.py decides. Activations
+are computed again in as many of the base's first layers as the memory asks for.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -108,9 +110,24 @@ class Choice:
 def choose(premises: Premises, wish: PackWish, shape: BaseShape, budget_bytes: int) -> Choice:
     """The option that trains soonest of those that fit, else the one that needs least."""
     costs = _costs(premises, replace(wish, share=1), shape)
-    options = tuple(pack_options(premises, wish))
+    options = tuple(
+        _keeping_most(option, costs, shape.num_layers, budget_bytes)
+        if option.gradient_checkpointing and wish.may_keep_layers
+        else option
+        for option in pack_options(premises, wish)
+    )
     taken = _taken(options, costs, wish.share, budget_bytes)
     return Choice(taken, options, costs, wish.share, budget_bytes)
+
+
+def _keeping_most(option: Option, costs: Costs, num_layers: int, budget_bytes: int) -> Option:
+    """With activations computed again in as few layers as the memory asks for."""
+
+    def too_large(kept: int) -> bool:
+        return costs.needed(option._replace(kept_layers=kept)) > budget_bytes
+
+    kept = bisect_left(range(1, num_layers), True, key=too_large)
+    return option._replace(kept_layers=kept)
 
 
 def _taken(options: Sequence[Option], costs: Costs, share: int, budget_bytes: int) -> Option:

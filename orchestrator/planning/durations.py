@@ -72,4 +72,5 @@ def plan_load(plan: PackPlan, premises: Premises) -> PackLoad:
         dora=plan.key.dora,
         generated_tokens=premises.generated_tokens,
         generation_batch_size=premises.generation_batch_size,
+        kept_layers=chosen.kept_layers,
     )

@@ -42,6 +42,8 @@ class Fit:
     budget_bytes: int
     """0 where it is unknown."""
     reasons: tuple[str, ...]
+    kept_layers: int = 0
+    """The base's last ones, which gradient_checkpointing leaves out."""
 
     @property
     def fits(self) -> bool:
@@ -73,11 +75,12 @@ def fit(premises: Premises, wish: PackWish) -> Fit:
             why.slots(),
             why.micro_batch(),
             *why.residency(),
-            why.recomputation(),
+            why.recomputation(shape),
             why.program(),
             *why.evaluation(shape, memory),
             f"{verdict} {_gib(memory.total_bytes)} of {_gib(budget_bytes)}",
         ),
+        option.kept_layers,
     )
 
 
@@ -104,6 +107,7 @@ def _choices(chosen: Fit) -> tuple[object, ...]:
         chosen.num_slots,
         chosen.micro_batch_size,
         chosen.gradient_checkpointing,
+        chosen.kept_layers,
         chosen.dequantise_once,
         chosen.step_program == "in_place",
     )
@@ -123,7 +127,8 @@ def _without_estimate(premises: Premises, wish: PackWish, unknown: str) -> Fit:
     careful = premises.device == "cuda"
     micro = wish.micro_batch_size or (1 if careful else wish.worker_blocks)
     resident = wish.can_be_resident and bool(premises.resources.dequantise_once)
-    recomputes = careful if wish.gradient_checkpointing is None else wish.gradient_checkpointing
+    set_by_user = wish.gradient_checkpointing
+    recomputes = careful if set_by_user is None else bool(set_by_user)
     why = ", as the memory is unknown" if careful else ""
     reasons = (
         _set_slots(wish)
@@ -136,7 +141,8 @@ def _without_estimate(premises: Premises, wish: PackWish, unknown: str) -> Fit:
         f"memory unknown: {unknown}",
     )
     program = step_program(premises, wish)
-    return Fit(num_slots, micro, resident, recomputes, program, None, 0, reasons)
+    kept = wish.kept_layers or 0
+    return Fit(num_slots, micro, resident, recomputes, program, None, 0, reasons, kept)
 
 
 @dataclass(frozen=True)
@@ -205,18 +211,24 @@ class _Reasons:
             return [f"{words}, as set"]
         if chosen.dequantise_once:
             return [words]
-        resident = chosen._replace(dequantise_once=True)
+        resident = self._but(dequantise_once=True)
+        if self.choice.fits(resident):
+            return [f"{words}: {self._in_words(resident)} would take {self._how_long(resident)}"]
         return [f"{words}: once needs {_gib(self.choice.costs.needed(resident))}"]
 
-    def recomputation(self) -> str:
-        if words := _set_recomputation(self.wish):
-            return words
-        chosen = self.chosen
+    def recomputation(self, shape: BaseShape) -> str:
+        chosen, wish = self.chosen, self.wish
+        if wish.gradient_checkpointing is not None and not wish.may_keep_layers:
+            return _set_recomputation(wish)
         if not chosen.gradient_checkpointing:
             return "no recomputation"
+        recomputed = shape.num_layers - chosen.kept_layers
+        words = f"recomputation in {recomputed} of {counted(shape.num_layers, 'layer')}"
+        if wish.gradient_checkpointing is not None:
+            return f"{words}, {wish.as_set}"
         without = [option for option in self._recorded() if not option.gradient_checkpointing]
         same = [option for option in without if option[:2] == chosen[:2]]
-        words = f"recomputation: without it {_gib(self._least(same))}"
+        words += f": without it {_gib(self._least(same))}"
         if (best := self.choice.best_of(without)) is None:
             return words
         how_long = self._how_long(best)
@@ -227,7 +239,7 @@ class _Reasons:
     def program(self) -> str:
         if not self.chosen.in_place:
             return _program_reason(self.premises, self.wish)
-        needed = self.choice.costs.needed(self.chosen._replace(in_place=False))
+        needed = self.choice.costs.needed(self._but(in_place=False))
         program = step_program(self.premises, self.wish)
         return f"step program in_place: {program} needs {_gib(needed)}"
 
@@ -248,6 +260,12 @@ class _Reasons:
             f"{words} takes {_gib(memory.evaluation_bytes)}, a training pass "
             f"{_gib(memory.training_bytes)}"
         ]
+
+    def _but(self, **changes: bool) -> Option:
+        """The option that differs from the chosen one in this, and in layers that are kept."""
+        wanted = self.chosen._replace(kept_layers=0, **changes)
+        options = self.choice.options
+        return next((o for o in options if o._replace(kept_layers=0) == wanted), wanted)
 
     def _recorded(self) -> list[Option]:
         """All but the last resort."""
@@ -279,6 +297,8 @@ class _Reasons:
             words.append(f"{counted(option.micro_batch_size, 'block')} in a pass")
         if option.gradient_checkpointing and not chosen.gradient_checkpointing:
             words.append("with recomputation")
+        elif option.gradient_checkpointing and option.kept_layers < chosen.kept_layers:
+            words.append("with recomputation in more layers")
         if option.dequantise_once != chosen.dequantise_once:
             words.append("dequantised " + ("once" if option.dequantise_once else "at every use"))
         return ", ".join(words).replace(", with", " with")
@@ -294,6 +314,7 @@ def _set_recomputation(wish: PackWish) -> str:
     if wish.gradient_checkpointing is None:
         return ""
     words = "recomputation" if wish.gradient_checkpointing else "no recomputation"
+    words += f" but in {counted(wish.kept_layers, 'layer')}" if wish.kept_layers else ""
     return f"{words}, {wish.as_set}"
 
 

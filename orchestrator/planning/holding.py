@@ -125,6 +125,7 @@ def pack_wish(
         wish,
         micro_batch_size=had.micro_batch_size,
         gradient_checkpointing=had.gradient_checkpointing,
+        kept_layers=had.kept_layers,
         as_set=AS_HAD,
     )
 

@@ -38,6 +38,8 @@ class PackLoad:
     """Of an answer, after a prompt of at most a block; 0: none is generated."""
     generation_batch_size: int = 1
     """Answers that are generated together."""
+    kept_layers: int = 0
+    """The base's last ones, which gradient_checkpointing leaves out."""
 
     @property
     def row_value_bytes(self) -> int:
@@ -76,6 +78,15 @@ class PackLoad:
     def by_document(self) -> bool:
         """Whether attention makes no mask: see training/attention.py."""
         return self.cuda and self.dtype_bytes == 2 and not self.zero
+
+    def recomputed_layers(self, num_layers: int) -> int:
+        """Of so many."""
+        return num_layers - self.kept_layers if self.gradient_checkpointing else 0
+
+    def layers_at_once(self, num_layers: int) -> int:
+        """Whose activations are there as most is held. The first layers are computed again, one at
+        a time, once the backward pass has let go of those that were kept."""
+        return max(1, num_layers - self.recomputed_layers(num_layers))
 
     @property
     def training_tokens(self) -> int:

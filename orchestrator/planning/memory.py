@@ -132,7 +132,7 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
     if load.in_place:
         # Each layer casts its own part of the row, which the backward pass keeps; gradients are
         # added to the row layer by layer.
-        lanes = gradients // shape.num_layers if load.gradient_checkpointing else gradients
+        lanes = gradients * load.layers_at_once(shape.num_layers) // shape.num_layers
         gradients = step = 0
     graph, training, evaluation = _passes(pass_, load, gradients, step, measured)
     if load.generated_tokens:  # through a lane of its own

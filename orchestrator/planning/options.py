@@ -6,7 +6,8 @@ worker holds under each. What the user set is not varied. Pure.
 This order decides where nobody can say how long each option takes, and between those that take
 equally long: see choice.py. Given up in this order where the memory is short: dequantised values;
 blocks in a pass, then slots, as long as a pass keeps MIN_PASS_TOKENS; activations, which are
-computed again for about half more work; passes of that size; the compiled step, for one that copies
+computed again for about half more work, in as few layers as the memory asks for (choice.py); passes
+of that size; the compiled step, for one that copies
 neither the adapter nor its gradients. Where something makes room for what was given up before it,
 that comes back.
 """
@@ -14,7 +15,7 @@ that comes back.
 import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from orchestrator.config import QuantConfig, ResourcesConfig, StrategyConfig
 from orchestrator.planning.gpus import Gpu
@@ -78,6 +79,8 @@ class Option(NamedTuple):
     gradient_checkpointing: bool
     dequantise_once: bool
     in_place: bool = False
+    kept_layers: int = 0
+    """The last ones, where activations are computed again."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +99,24 @@ class PackWish:
     """Blocks of a trial's step that fall to one worker."""
     micro_batch_size: int | None
     """As set; None to choose a divisor of `worker_blocks`."""
-    gradient_checkpointing: bool | None
+    gradient_checkpointing: bool | Literal["selective"] | None
     """As set; None to choose."""
     dora: bool = False
     in_group: bool = False
     """Whether several workers train it together."""
     as_set: str = "as set"
     """By whom these two are, in words."""
+    kept_layers: int | None = None
+    """Where activations are computed again, as set; None to choose."""
 
     @property
     def zero(self) -> bool:
         return self.strategy.kind == "zero"
+
+    @property
+    def may_keep_layers(self) -> bool:
+        """Whether to choose how many."""
+        return self.kept_layers is None and self.gradient_checkpointing is not True
 
     @property
     def can_be_resident(self) -> bool:
@@ -123,14 +133,15 @@ class PackWish:
 def pack_options(premises: Premises, wish: PackWish) -> list[Option]:
     micros = _micro_batches(premises, wish)
     residences = _residences(premises, wish)
+    kept = wish.kept_layers or 0
     options = [
-        Option(num_slots, micro, recomputes, resident)
+        Option(num_slots, micro, recomputes, resident, kept_layers=kept if recomputes else 0)
         for num_slots, micro, recomputes in _passes(premises, wish, micros)
         for resident in residences
     ]
     if _may_go_in_place(premises, wish):
         recomputes = wish.gradient_checkpointing is not False
-        options.append(Option(1, micros[-1], recomputes, residences[-1], in_place=True))
+        options.append(Option(1, micros[-1], recomputes, residences[-1], True, kept))
     return options
 
 
@@ -156,6 +167,7 @@ def pack_load(premises: Premises, wish: PackWish, option: Option) -> PackLoad:
         in_group=wish.in_group,
         generated_tokens=premises.generated_tokens,
         generation_batch_size=premises.generation_batch_size,
+        kept_layers=option.kept_layers,
     )
 
 
@@ -238,7 +250,8 @@ def _passes(premises: Premises, wish: PackWish, micros: list[int]) -> list[tuple
         *((*size, recomputes) for recomputes in (False, True) for size in large),
         *((*size, recomputes) for size in small for recomputes in (False, True)),
     ]
-    return [choice for choice in order if wish.gradient_checkpointing in (None, choice[2])]
+    wanted = wish.gradient_checkpointing
+    return [choice for choice in order if wanted is None or choice[2] == bool(wanted)]
 
 
 def _useful_tokens(premises: Premises) -> float:

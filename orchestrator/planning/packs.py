@@ -50,7 +50,12 @@ class PackPlan:
     @property
     def arithmetic(self) -> Arithmetic:
         chosen = self.fit
-        return Arithmetic(self.world_size, chosen.micro_batch_size, chosen.gradient_checkpointing)
+        return Arithmetic(
+            self.world_size,
+            chosen.micro_batch_size,
+            chosen.gradient_checkpointing,
+            chosen.kept_layers,
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

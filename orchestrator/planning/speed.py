@@ -61,7 +61,7 @@ class StepTime:
 def step_time(shape: BaseShape, load: PackLoad, gpu: Gpu) -> StepTime:
     tokens = load.training_tokens
     bandwidth = gpu.bandwidth_tb_per_s * 1e12
-    once = 1 + (RECOMPUTED_FORWARD if load.gradient_checkpointing else 0)
+    once = 1 + RECOMPUTED_FORWARD * load.recomputed_layers(shape.num_layers) / shape.num_layers
     products = 4 * shape.num_linear_params * once * (INT8_FACTOR if _int8(load) else 1)
     products += 4 * shape.hidden_size * shape.vocab_size
     width = shape.num_heads * shape.head_dim

@@ -331,6 +331,7 @@ def pack_spec(
         max_rank=room.max_rank,
         micro_batch_size=plan.fit.micro_batch_size,
         gradient_checkpointing=plan.fit.gradient_checkpointing,
+        kept_layers=plan.fit.kept_layers,
         strategy=dict(plan.key.strategy),
         device=device_named(sweep.device),
         cpus=config.resources.cpus_per_worker,

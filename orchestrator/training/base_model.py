@@ -327,12 +327,18 @@ def difference(changed: Tensor, original: Tensor) -> float:
     return float((change / original.double().norm(dim=-1).clamp_min(1e-30)).max())
 
 
-def enable_recomputation(model: nn.Module) -> None:
-    """Gradient checkpointing: keep each block's input, compute the rest again when needed."""
+def enable_recomputation(model: nn.Module, kept_layers: int = 0) -> None:
+    """Gradient checkpointing: keep each block's input, compute the rest again when needed. The last
+    `kept_layers` blocks keep all: the backward pass lets go of them before it needs room again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     # Nothing random is left in a block, and reading a generator's state ends a graph's recording.
     model.gradient_checkpointing_enable(  # type: ignore[operator]
         gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
     )
+    blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
+    for block in blocks[max(0, len(blocks) - kept_layers) :]:
+        block.gradient_checkpointing = False
 
 
 def keep_embedding_on_host(model: nn.Module) -> None:

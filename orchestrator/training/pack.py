@@ -88,7 +88,7 @@ class PackWorker:
         corrections = Corrections(spec.max_rank)
         self.base = self._load_base(strategy, corrections)
         if spec.gradient_checkpointing:
-            enable_recomputation(self.base.model)
+            enable_recomputation(self.base.model, spec.kept_layers)
         if spec.step_program in ("compiled", "graph"):
             join_gated_mlps(self.base)
         self.rows = Slots(
@@ -161,7 +161,7 @@ class PackWorker:
             f"world_size={spec.world_size}",
             f"max_rank={spec.max_rank}",
         ]
-        words += ["recomputation"] if spec.gradient_checkpointing else []
+        words += [f"recomputation, kept={spec.kept_layers}"] if spec.gradient_checkpointing else []
         if (lanes := self.engine.program.num_lanes) is not None:
             # Kernels share out a lane's tokens by how many lanes there are, and an MLP is joined
             # with its adapters where all of its layers have some.

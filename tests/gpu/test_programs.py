@@ -28,9 +28,17 @@ def final_losses(events: list[object]) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("program", ["compiled", "graph"])
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"dropout": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "kept_layers": 1},
+        {"dropout": True},
+    ],
+)
 def test_a_constant_program_trains_as_the_eager_one(
-    make_spec: MakeSpec, tmp_path: Path, program: str, changes: dict[str, bool]
+    make_spec: MakeSpec, tmp_path: Path, program: str, changes: dict[str, Any]
 ) -> None:
     dropout = 0.2 if changes.get("dropout") else 0.0
     trials = [

@@ -14,7 +14,7 @@ from orchestrator.errors import BaseModelError
 from orchestrator.records import BaseModel
 from orchestrator.tracking.adapter_model import base_digest
 from orchestrator.tracking.entry import find_license
-from orchestrator.training.base_model import LoadedBase, load_base_model
+from orchestrator.training.base_model import LoadedBase, enable_recomputation, load_base_model
 from orchestrator.training.loss import token_losses
 from orchestrator.training.model_source import find_source, folder_here, resolve_base_model
 from tests.training.conftest import MakeSpec
@@ -45,6 +45,26 @@ def test_an_evaluation_leaves_the_quantised_weights_as_they_are(
         mean_loss(base, reader)
     base.model.train()
     assert mean_loss(base, reader) == before
+
+
+@pytest.mark.parametrize(("kept_layers", "passes"), [(0, [2, 2]), (1, [2, 1])])
+def test_recomputation_leaves_out_the_last_layers_that_are_kept(
+    base_folder: Path, make_spec: MakeSpec, kept_layers: int, passes: list[int]
+) -> None:
+    base = load(base_folder, 16)
+    layers = base.model.get_submodule("model.layers")
+    seen = [0] * len(passes)
+    for number, layer in enumerate(layers):
+
+        def count(*_: object, number: int = number) -> None:
+            seen[number] += 1
+
+        layer.mlp.register_forward_pre_hook(count)
+    enable_recomputation(base.model, kept_layers)
+    tokens = torch.arange(16)[None]
+    base.model.get_input_embeddings().weight.requires_grad_()
+    base.hidden(tokens, tokens).sum().backward()
+    assert seen == passes
 
 
 def test_fewer_bits_take_fewer_bytes_and_the_same_number_of_weights(base_folder: Path) -> None:

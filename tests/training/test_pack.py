@@ -217,10 +217,14 @@ def test_micro_batches_add_up_to_the_whole_batch(make_spec: MakeSpec, tmp_path: 
     assert_equal(whole[0], parts[0])
 
 
-def test_recomputation_changes_nothing(make_spec: MakeSpec, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept_layers", [0, 1])
+def test_recomputation_changes_nothing(
+    make_spec: MakeSpec, tmp_path: Path, kept_layers: int
+) -> None:
     trials = [trial_config(adapter__dropout=0.2)]
     plain, _ = train(make_spec(), trials, tmp_path / "plain")
-    recomputed, _ = train(make_spec(gradient_checkpointing=True), trials, tmp_path / "recomputed")
+    spec = make_spec(gradient_checkpointing=True, kept_layers=kept_layers)
+    recomputed, _ = train(spec, trials, tmp_path / "recomputed")
     assert_equal(plain[0], recomputed[0])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import choices
 from benchmarks.children import Part, end, measure, start
 from benchmarks.flops import flops_per_token
 from benchmarks.forwarding import bars as forwarding_bars
@@ -50,6 +51,19 @@ def test_a_pack_is_held_against_stock_and_the_best_single_of_its_own_kind() -> N
     assert found["8B at 1,024, K=8, against own best single"].value == 1.28
     assert len(found) == 2
     assert all(bar.holds for bar in found.values())
+
+
+def test_a_choice_is_held_against_the_plain_pack_as_the_speed_model_has_it() -> None:
+    rates = {"plain": (100.0, 120.0), "paged_adamw_8bit": (80.0, 100.0)}
+    rows: list[Row] = [
+        {"choice": name, "tokens_per_s": rate, "predicted_tokens_per_s": predicted}
+        for name, (rate, predicted) in rates.items()
+    ]
+    plain, paged = choices.with_ratios(rows)
+    assert plain["times_as_long"] == plain["predicted_times_as_long"] == 1.0
+    assert (paged["times_as_long"], paged["predicted_times_as_long"]) == (1.25, 1.2)
+    (bar,) = choices.bars([plain, paged]).values()
+    assert (bar.value, bar.holds) == (0.04, True)
 
 
 def test_each_row_gets_its_ratios_and_its_share_of_the_card() -> None:

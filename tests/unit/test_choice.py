@@ -42,6 +42,7 @@ def taken(found: Fit) -> Option:
         found.gradient_checkpointing,
         found.dequantise_once,
         found.step_program == "in_place",
+        found.kept_layers,
     )
 
 
@@ -51,10 +52,12 @@ def least_seconds(given: Premises, wish: PackWish, shape: BaseShape) -> float:
     budget = int(BUDGET_FRACTION * given.worker_memory_bytes)
     blocks = wish.worker_blocks
     divisors = [count for count in range(1, blocks + 1) if blocks % count == 0]
-    every = itertools.starmap(
-        Option,
-        itertools.product(range(1, wish.share + 1), divisors, (False, True), (False, True)),
-    )
+    every = [
+        Option(slots, micro, kept < shape.num_layers, resident, kept_layers=kept % shape.num_layers)
+        for slots, micro, resident, kept in itertools.product(
+            range(1, wish.share + 1), divisors, (False, True), range(shape.num_layers + 1)
+        )
+    ]
     fitting = [option for option in every if costs.needed(option) <= budget]
     return min(costs.seconds(option, wish.share) for option in fitting)
 
@@ -87,17 +90,18 @@ def test_fewer_slots_are_taken_rather_than_recomputation_and_the_plan_says_why()
     found = fit(*asked("32B", "H200", 1024, 1, 8))
     assert taken(found) == Option(4, 1, False, True)
     assert found.reasons[0] == (
-        "4 slots for 8: 8 slots with recomputation would take 1.47 times as long"
+        "4 slots for 8: 8 slots with recomputation, dequantised at every use would take 1.02 times "
+        "as long"
     )
 
 
 def test_recomputation_is_taken_where_it_is_faster_than_what_fits_without_and_says_so() -> None:
     given, wish = asked("3B", "H200", 128, 1, 16)
     found = fit(replace(given, worker_memory_bytes=int(5.75 * GIB)), wish)
-    assert taken(found) == Option(2, 1, True, False)
+    assert taken(found) == Option(2, 1, True, False, kept_layers=16)
     assert (
-        "recomputation: without it 5.5 GiB, or 1 slot, which would take 1.28 times as long"
-        in found.reasons
+        "recomputation in 20 of 36 layers: without it 5.5 GiB, or 1 slot, which would take 1.42 "
+        "times as long" in found.reasons
     )
 
 
@@ -120,6 +124,29 @@ def test_what_the_user_set_is_kept_however_long_it_takes(
         )
     )
     assert taken(found) == Option(2, 1, setting, setting)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_selective_recomputes_just_as_many_layers_as_the_memory_asks_for(
+    case: tuple[str, str, int, int, int],
+) -> None:
+    setting: dict[str, Any] = {
+        "trial__gradient_checkpointing": "selective",
+        "trial__micro_batch_size": case[3],
+        "resources__slots_per_pack": case[4],
+    }
+    given, wish = asked(*case, **setting)
+    found = fit(given, wish)
+    option, costs = taken(found), Costs(given, wish, SHAPES[case[0]])
+    assert option.gradient_checkpointing
+    layers = SHAPES[case[0]].num_layers
+    words = f"recomputation in {layers - option.kept_layers} of {layers} layers, as set"
+    assert words in found.reasons
+    if found.fits and option.kept_layers < layers - 1:
+        one_more = option._replace(kept_layers=option.kept_layers + 1)
+        assert costs.needed(one_more) > found.budget_bytes
+    if not found.fits:
+        assert option.kept_layers == 0
 
 
 @pytest.mark.parametrize("case", CASES)

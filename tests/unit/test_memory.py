@@ -335,6 +335,7 @@ LOADS = st.builds(
     micro_batch_size=st.integers(1, 32),
     evaluation_batch_size=st.integers(1, 32),
     gradient_checkpointing=st.booleans(),
+    kept_layers=st.integers(0, LLAMA_HALF_B.num_layers - 2),
     dequantise_once=st.booleans(),
     dropout=st.booleans(),
     dora=st.booleans(),
@@ -354,6 +355,7 @@ LOADS = st.builds(
         "block_length",
         "generated_tokens",
         "generation_batch_size",
+        "kept_layers",
     ],
 )
 @settings(deadline=None)
@@ -363,6 +365,18 @@ def test_more_of_anything_never_takes_less_memory(field: str, load: PackLoad) ->
     for shape in (LLAMA_8B, LLAMA_HALF_B):
         least = estimate_memory(shape, load).total_bytes
         assert least <= estimate_memory(shape, more).total_bytes
+
+
+@settings(deadline=None)
+@given(load=LOADS)
+def test_to_keep_all_layers_but_one_takes_less_than_no_recomputation(load: PackLoad) -> None:
+    most = replace(load, gradient_checkpointing=True, kept_layers=LLAMA_8B.num_layers - 1)
+    none = replace(load, gradient_checkpointing=False)
+    difference = estimate_memory(LLAMA_8B, none).total_bytes
+    difference -= estimate_memory(LLAMA_8B, most).total_bytes
+    assert 0 <= difference
+    one_layer = pass_memory(LLAMA_8B, none).kept_bytes / LLAMA_8B.num_layers
+    assert difference <= 1.1 * one_layer
 
 
 @settings(deadline=None)

@@ -181,7 +181,8 @@ def test_each_choice_is_shown_with_what_the_other_would_need() -> None:
     assert micro == "all 1 block in one pass"
     assert residency == "dequantised at every use: once needs 22.7 GiB"
     assert recomputation == (
-        "recomputation: without it 25.5 GiB, or 1 slot, a pass of less than 2,048 tokens"
+        "recomputation in 28 of 32 layers: without it 25.5 GiB, or 1 slot, a pass of less than "
+        "2,048 tokens"
     )
     assert program == "step program graph"
     assert expected.endswith("of 14.4 GiB")

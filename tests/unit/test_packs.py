@@ -268,7 +268,7 @@ def started(actions: list[Action]) -> list[tuple[Arithmetic, int]]:
     return [(plan.arithmetic, plan.num_slots) for plan in plans]
 
 
-HAD = Arithmetic(1, 4, True)
+HAD = Arithmetic(1, 4, True, kept_layers=2)
 
 
 def test_a_half_trained_trial_gets_a_pack_of_the_arithmetic_that_it_had() -> None:
