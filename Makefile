@@ -23,8 +23,9 @@ TORCH ?= torch==$(TORCH_VERSION)
 quickstart: install
 	$(BIN)/orchestrator sweep jobs/configs/quickstart.yaml
 
+# By default the files of few tests come last, and those of tests/integration take longest.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

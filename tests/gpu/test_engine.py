@@ -74,6 +74,7 @@ def test_paged_states_that_the_gpu_has_no_room_for_are_not_made(saved: bool) -> 
     row = torch.nn.Parameter(torch.ones(2**26, device="cuda"))
     row.grad = torch.ones_like(row)
     optimizer = RowOptimizers(row).begin(config)
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     held = torch.empty(free - 2**28, dtype=torch.uint8, device="cuda")  # 512 MiB are wanted
     states = {"state1": row.detach(), "state2": row.detach()}
@@ -82,6 +83,7 @@ def test_paged_states_that_the_gpu_has_no_room_for_are_not_made(saved: bool) -> 
         make()
     assert len(GlobalPageManager.get_instance().paged_tensors) == made
     del held
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS.keys() - {"deepspeed_cpu_adam"}))

@@ -54,11 +54,12 @@ def test_it_trains_as_plain_peft_does(make_spec: MakeSpec, tmp_path: Path, quant
     """Weight decay pulls on magnitudes too, as it does there."""
     if quant == "3 bits":
         pytest.importorskip("hqq.core.quantize", reason="the extra hqq is not installed")
-    trial = dora(optimizer__weight_decay=0.1, adapter__rslora=True, **PATTERNS)
+    # With a smaller one AdamW's first steps make a step's length of a gradient's rounding.
+    large = {"optimizer__eps": 1e-3}
+    trial = dora(optimizer__weight_decay=0.1, adapter__rslora=True, **PATTERNS, **large)
     spec = make_spec(quant={**make_spec().quant, **QUANTS[quant]}, num_slots=1)
     adapters, events = train(spec, [trial], tmp_path)
-    # In float32 AdamW's first steps make 2e-5 of rounding at 4 bits; without DoRA as well.
-    tolerance = 1e-9 if quant == "16 bits" else 5e-5
+    tolerance = 1e-9 if quant == "16 bits" else 2e-6
     assert_equal(adapters[0], reference_adapter(spec, trial), tolerance)
     (done,) = [event for event in events if isinstance(event, TrialDone)]
     assert done.num_adapter_params == sum(tensor.numel() for tensor in adapters[0].values())

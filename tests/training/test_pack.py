@@ -146,7 +146,9 @@ def reference_adapter(spec: PackSpec, trial: TrialConfig) -> Adapter:
             torch.testing.assert_close(state[own], tensor)
         state[own].copy_(tensor)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=trial.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1.0, weight_decay=trial.optimizer.weight_decay, eps=trial.optimizer.eps
+    )
     reader = BlockReader(load_manifest(spec.data_place, "train"))
     for step in range(trial.steps):
         indices = step_block_indices(trial.seed, step, trial.batch_size, reader.num_blocks)

@@ -55,7 +55,7 @@ def least_seconds(given: Premises, wish: PackWish, shape: BaseShape) -> float:
     every = [
         Option(slots, micro, kept < shape.num_layers, resident, kept_layers=kept % shape.num_layers)
         for slots, micro, resident, kept in itertools.product(
-            range(1, wish.share + 1), divisors, (False, True), range(shape.num_layers + 1)
+            range(1, wish.share + 1), divisors, (False, True), range(0, shape.num_layers + 1, 4)
         )
     ]
     fitting = [option for option in every if costs.needed(option) <= budget]

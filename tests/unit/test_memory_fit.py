@@ -63,7 +63,7 @@ def test_a_large_gpu_gives_up_nothing() -> None:
 
 
 def test_what_does_not_fit_gives_up_residency_then_blocks_then_slots_then_activations() -> None:
-    sizes = [size / 4 for size in range(400, 36, -1)]
+    sizes = [size / 2 for size in range(200, 18, -1)]
     seen = [choices(fitted(size)) for size in sizes]
     order = [choice for n, choice in enumerate(seen) if n == 0 or choice != seen[n - 1]]
     assert order == [
