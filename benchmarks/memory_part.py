@@ -67,7 +67,8 @@ def main() -> None:
             )
         spec = pack_spec(case, options.model, data[case.tokens], device)
         plan = expected(case, SHAPES[case.shape], device)
-        append_row(options.rows, asdict(case) | measured_row(case, spec, plan, bases))
+        row = asdict(case) | measured_row(case, spec, plan, bases)
+        append_row(options.rows, row | {"command": options.command})
 
 
 class Bases:
@@ -277,6 +278,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cases", type=Path, required=True, help="JSON")
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--command", required=True, help="that asked for it")
     return parser.parse_args()
 
 

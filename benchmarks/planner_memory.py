@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks import children
 from benchmarks.memory_cases import Case, draw_cases
 from benchmarks.models import SHAPES
-from benchmarks.recording import Bar, Row, add_record_action, read_rows, record
+from benchmarks.recording import Bar, Row, add_record_action, command, read_rows, record
 from orchestrator.planning.memory import GIB, HOPPER
 from orchestrator.records import Device
 
@@ -152,9 +152,9 @@ def _measure_in_one(model: Path, cases: Sequence[Case], rows: Path, seconds: flo
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cases.json"
         path.write_text(json.dumps([asdict(case) for case in cases]))
-        command = [sys.executable, "-m", "benchmarks.memory_part", f"--cases={path}"]
-        command += [f"--model={model}", f"--rows={rows}", f"--seconds={seconds}"]
-        child = children.start(command)
+        words = [sys.executable, "-m", "benchmarks.memory_part", f"--cases={path}"]
+        words += [f"--model={model}", f"--rows={rows}", f"--seconds={seconds}"]
+        child = children.start([*words, f"--command={command()}"])
         try:
             child.wait()
         finally:

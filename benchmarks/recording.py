@@ -52,11 +52,13 @@ def environment() -> dict[str, Any]:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """`row["environment"]` says where it was measured; the command that asked for it is added."""
+    """`row["environment"]` says where it was measured; the command that asked for it is added, if
+    it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(row | {"command": command()}) + "\n")
-    print(json.dumps({key: row[key] for key in row if key != "environment"}), flush=True)
+        file.write(json.dumps({"command": command()} | row) + "\n")
+    shown = {key: row[key] for key in row if key not in ("command", "environment")}
+    print(json.dumps(shown), flush=True)
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:

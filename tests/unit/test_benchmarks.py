@@ -18,6 +18,8 @@ from benchmarks.recording import Bar, Row, append_row, read_rows, record
 from benchmarks.search_quality import bars as search_bars
 from benchmarks.search_quality import point_key, quality_points
 
+RATES = ("tokens_per_s", "predicted_tokens_per_s")
+
 
 def row(who: str, adapters: int, rate: float, **changes: object) -> Row:
     facts = {"shape": "8b", "bit_width": 4, "tokens_per_adapter": 1024, "optimizer": "adamw"}
@@ -54,16 +56,22 @@ def test_a_pack_is_held_against_stock_and_the_best_single_of_its_own_kind() -> N
 
 
 def test_a_choice_is_held_against_the_plain_pack_as_the_speed_model_has_it() -> None:
-    rates = {"plain": (100.0, 120.0), "paged_adamw_8bit": (80.0, 100.0)}
-    rows: list[Row] = [
-        {"choice": name, "tokens_per_s": rate, "predicted_tokens_per_s": predicted}
-        for name, (rate, predicted) in rates.items()
-    ]
-    plain, paged = choices.with_ratios(rows)
-    assert plain["times_as_long"] == plain["predicted_times_as_long"] == 1.0
-    assert (paged["times_as_long"], paged["predicted_times_as_long"]) == (1.25, 1.2)
-    (bar,) = choices.bars([plain, paged]).values()
-    assert (bar.value, bar.holds) == (0.04, True)
+    rates = {
+        ("plain", "adamw"): (100.0, 120.0),
+        ("recomputation in all layers", "adamw"): (50.0, 54.0),
+        ("paged_adamw_8bit", "paged_adamw_8bit"): (80.0, 100.0),
+    }
+    found = choices.with_ratios(
+        [
+            {"choice": choice, "optimizer": optimizer} | dict(zip(RATES, rate, strict=True))
+            for (choice, optimizer), rate in rates.items()
+        ]
+    )
+    assert [row["times_as_long"] for row in found] == [1.0, 2.0, 1.25]
+    assert [row["predicted_times_as_long"] for row in found] == [1.0, 2.222, 1.2]
+    of_planner, of_user = choices.bars(found).values()
+    assert (of_planner.value, of_planner.holds) == (0.111, False)
+    assert (of_user.value, of_user.holds) == (0.04, True)
 
 
 def test_each_row_gets_its_ratios_and_its_share_of_the_card() -> None:
