@@ -17,7 +17,12 @@ from orchestrator.data.sources import estimate_slices
 from orchestrator.data_config import MIB
 from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
-from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
+from orchestrator.planning.capacity import (
+    Node,
+    host_memory_bytes,
+    worker_count,
+    worker_memory_bytes,
+)
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import ALIKE, known_gpus
@@ -52,6 +57,7 @@ class Placement:
     words: str
     gpu: Gpu | None = None
     """Where its rates are known."""
+    host_memory_bytes: int = 0
 
 
 def show_plan(
@@ -104,7 +110,8 @@ def _placement(config: SweepConfig, ray_address: str | None, machine: Node) -> P
     if num_workers > 1:
         words = f"{num_workers} workers, each with {unit} of this machine"
     gpu = known_gpus([machine]).get(ALIKE.name)
-    return Placement(device, num_workers, memory_bytes, words, gpu)
+    host_bytes = host_memory_bytes(resources, [machine], num_workers)
+    return Placement(device, num_workers, memory_bytes, words, gpu, host_bytes)
 
 
 def _device(placement: Placement) -> Device:
@@ -176,6 +183,7 @@ def _print_packs(
         shape,
         placement.worker_memory_bytes,
         gpu=placement.gpu,
+        host_memory_bytes=placement.host_memory_bytes,
     )
     kinds = one_kind(placement.num_workers, premises)
     refused = {}

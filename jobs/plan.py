@@ -15,7 +15,13 @@ from jobs.dry_run import base_shape, trials_table
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loading import load_config
-from orchestrator.planning.capacity import Node, check_pack_fits, worker_count, worker_memory_bytes
+from orchestrator.planning.capacity import (
+    Node,
+    check_pack_fits,
+    host_memory_bytes,
+    worker_count,
+    worker_memory_bytes,
+)
 from orchestrator.planning.compatibility import problems
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu, parse_gpus
@@ -82,7 +88,9 @@ def _workers(
         name = machine.gpu_kind if gpu else "GPU of this machine"
         if device != "cuda":
             name = "worker on this machine's CPU"
-        return (WorkerKind(name, count, memory_bytes),), {name: gpu} if gpu else {}
+        host_bytes = host_memory_bytes(resources, [machine], count)
+        kind = WorkerKind(name, count, memory_bytes, host_memory_bytes=host_bytes)
+        return (kind,), {name: gpu} if gpu else {}
     if resources.device == "cpu":
         raise ConfigError(f"--gpus {gpus}, but resources.device: cpu: set auto or cuda")
     found = sorted(_merged(parse_gpus(gpus)), key=lambda entry: -entry[2].tflops)

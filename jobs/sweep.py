@@ -32,7 +32,7 @@ from orchestrator.errors import (
     TrackingError,
 )
 from orchestrator.loading import load_config, override_config
-from orchestrator.planning.capacity import worker_count, worker_memory_bytes
+from orchestrator.planning.capacity import host_memory_bytes, worker_count, worker_memory_bytes
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import WorkerKind, known_gpus, worker_kinds
 from orchestrator.planning.machine import this_machine
@@ -89,6 +89,7 @@ class Backend:
     gpus: Mapping[str, Gpu] = field(default_factory=dict)
     """Of each kind of workers whose rates are known."""
     run_on_worker: RunOnWorker = run_here
+    host_memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,7 @@ def _ray_backend(
             node_sampler(),
             known_gpus(nodes),
             run_on_worker(device, config.resources.cpus_per_worker),
+            host_memory_bytes(config.resources, nodes, num_workers),
         )
 
 
@@ -270,6 +272,7 @@ def _in_process_backend(config: SweepConfig) -> Backend:
         device,
         worker_memory_bytes(config.resources, device, [machine], 1),
         gpus=known_gpus([machine]),
+        host_memory_bytes=host_memory_bytes(config.resources, [machine], 1),
     )
 
 
@@ -347,6 +350,7 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
         backend.kinds,
         backend.gpus,
         backend.run_on_worker,
+        backend.host_memory_bytes,
     )
     try:
         with store.locked(lock_wait_s), interrupts.caught():

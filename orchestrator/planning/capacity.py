@@ -83,6 +83,14 @@ def worker_memory_bytes(
     return min(parts, default=0)
 
 
+def host_memory_bytes(resources: ResourcesConfig, nodes: Sequence[Node], num_workers: int) -> int:
+    """A GPU worker's part of its node's own memory, which the node's workers share evenly: the
+    least; 0 if a node's is unknown."""
+    fitting = [(node, fitting_workers(node, resources.cpus_per_worker, "cuda")) for node in nodes]
+    parts = [node.memory_bytes // min(count, num_workers) for node, count in fitting if count]
+    return min(parts, default=0)
+
+
 def fitting_workers(node: Node, cpus_per_worker: int, device: str) -> int:
     by_cpus = int(node.num_cpus // cpus_per_worker)
     return min(by_cpus, int(node.num_gpus)) if device == "cuda" else by_cpus

@@ -31,7 +31,12 @@ def premises_for(kind: WorkerKind, premises: Premises) -> Premises:
     usable = int(kind.memory_bytes * premises.memory_fraction)
     limit = premises.memory_limit_bytes
     memory_bytes = usable if limit is None else min(usable, limit)
-    return replace(premises, worker_memory_bytes=memory_bytes, gpu=find_gpu(kind.name))
+    return replace(
+        premises,
+        worker_memory_bytes=memory_bytes,
+        gpu=find_gpu(kind.name),
+        host_memory_bytes=kind.host_memory_bytes,
+    )
 
 
 def takers(
@@ -54,7 +59,12 @@ def _takers(
     able = [kind for kind in there if not _ran_out(key, kind, premises)] or _largest(there)
     asked = premises.resources.slots_per_pack or 1
     wish = pack_wish(key, asked, 1, size, premises, had)
-    holding = [kind for kind in able if fit(premises_for(kind, premises), wish).fits]
+    planned = {kind: (given := premises_for(kind, premises), fit(given, wish)) for kind in able}
+    holding = [
+        kind
+        for kind, (given, found) in planned.items()
+        if found.fits and _on_host(found.memory, given)
+    ]
     return holding or _largest(able)
 
 
@@ -73,13 +83,24 @@ def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Pre
         return ""
     rooms: dict[str, int] = {}
     needs: list[PackMemory] = []
+    off_host = ""
     for kind in there:
         given = premises_for(kind, premises)
         memory = fit(given, pack_wish(key, 1, 1, size, premises)).memory
-        if memory is None or memory.total_bytes <= given.worker_memory_bytes:
+        if memory is None:
             return ""
+        if memory.total_bytes <= given.worker_memory_bytes:
+            if _on_host(memory, given):
+                return ""
+            off_host = (
+                f"it does not fit its node: {key.title} takes at least "
+                f"{memory.host_bytes / GIB:.1f} GiB of its memory, and a worker's part is "
+                f"{given.host_memory_bytes / GIB:.1f} GiB: {_host_remedy(trial, kind.count)}"
+            )
         needs.append(memory)
         rooms[kind.name or "GPU"] = given.worker_memory_bytes
+    if off_host:
+        return off_host
     least = min(needs, key=lambda memory: memory.total_bytes)
     words = ", ".join(f"{room / GIB:.1f} GiB of each {name}" for name, room in rooms.items())
     remedy = _remedy(trial, least, premises)
@@ -140,6 +161,23 @@ def _ran_out(key: PackKey, kind: WorkerKind, premises: Premises) -> bool:
         name == key.unlimited.digest and kind.memory_bytes <= num_bytes
         for name, num_bytes in premises.ran_out
     )
+
+
+def _on_host(memory: PackMemory | None, given: Premises) -> bool:
+    """As far as is known. What is in it is what is offloaded, for the rest is small."""
+    if memory is None or not given.host_memory_bytes:
+        return True
+    return memory.host_bytes <= given.host_memory_bytes
+
+
+def _host_remedy(trial: TrialConfig, workers: int) -> str:
+    words = ["lower resources.num_workers"] if workers > 1 else []
+    words += [
+        f"set strategy.{name}: {'nvme or none' if value == 'cpu' else 'none'}"
+        for name in ("offload_optimizer", "offload_params")
+        if (value := getattr(trial.strategy, name)) != "none"
+    ]
+    return ", ".join([*words, "or take nodes with more memory"])
 
 
 def _remedy(trial: TrialConfig, memory: PackMemory, premises: Premises) -> str:

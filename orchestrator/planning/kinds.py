@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config import ResourcesConfig
-from orchestrator.planning.capacity import Node, fitting_workers
+from orchestrator.planning.capacity import Node, fitting_workers, host_memory_bytes
 from orchestrator.planning.gpus import Gpu, find_gpu, relative_speed
 
 
@@ -23,6 +23,8 @@ class WorkerKind:
     """Of the one that has least."""
     speed: float = 1.0
     """Relative to the others."""
+    host_memory_bytes: int = 0
+    """A worker's part of its node's own memory, the least. 0: unknown."""
 
 
 def longest_for(
@@ -57,7 +59,8 @@ def worker_kinds(
         count = min(left, there)
         if count:
             memory_bytes = min(node.gpu_memory_bytes for node in mine)
-            kinds.append(WorkerKind(name, count, memory_bytes, relative_speed(name)))
+            host_bytes = host_memory_bytes(resources, mine, count)
+            kinds.append(WorkerKind(name, count, memory_bytes, relative_speed(name), host_bytes))
             left -= count
     return tuple(kinds)
 

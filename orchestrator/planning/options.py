@@ -71,6 +71,8 @@ class Premises:
     and larger ones are there to try."""
     gpu: Gpu | None = None
     """The workers', where its rates are known."""
+    host_memory_bytes: int = 0
+    """A GPU worker's part of its node's own memory; the least there is. 0: unknown."""
 
 
 class Option(NamedTuple):

@@ -83,6 +83,8 @@ class Services:
     """Of each kind of workers whose rates are known; of "" where all are alike."""
     run_on_worker: RunOnWorker = run_here
     """Runs one job where a worker would train; before any pack does."""
+    host_memory_bytes: int = 0
+    """A GPU worker's part of its node's own memory, the least; 0: unknown."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ def _train(
             services.worker_memory_bytes,
             room,
             services.gpus.get(ALIKE.name),
+            services.host_memory_bytes,
         )
         pace = _pace(store, premises, services.gpus)
         controller = Controller(
@@ -243,6 +246,7 @@ def sweep_premises(
     worker_memory_bytes: int,
     room: Bounds | None = None,
     gpu: Gpu | None = None,
+    host_memory_bytes: int = 0,
 ) -> Premises:
     """`room` is the space's own if it is left out; `gpu` the workers', where all are alike.
 
@@ -282,6 +286,7 @@ def sweep_premises(
         generated_tokens=task.max_new_tokens if task else 0,
         generation_batch_size=min(task.batch_size, task.max_examples) if task else 1,
         gpu=gpu if device == "cuda" else None,
+        host_memory_bytes=host_memory_bytes,
     )
     return within(config.search.constraints, premises)
 

@@ -1,5 +1,6 @@
 """Packs go to kinds of workers that hold them, and trials that none holds are refused."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from jobs.plan import show
 from orchestrator.errors import ConfigError
 from orchestrator.planning.capacity import Node
 from orchestrator.planning.gpus import GPUS
-from orchestrator.planning.holding import why_too_large
+from orchestrator.planning.holding import takers, why_too_large
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import GIB
-from orchestrator.planning.packs import PackPlan, preview_packs
+from orchestrator.planning.packs import PackPlan, one_kind, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape
+from orchestrator.planning.waiting import pack_key
 from orchestrator.records import PackSpec, TrialResult, TrialSpec
 from orchestrator.search.space import next_trial
 from orchestrator.sweep.controller import Controller
@@ -148,6 +150,41 @@ def test_what_workers_of_zero_may_share_is_not_refused() -> None:
     given = premises(config, "cuda", QWEN_32B, GIB)
     assert why_too_large(config.trial, (replace(L40S, count=4),), given) == ""
     assert "take larger GPUs" in why_too_large(config.trial, (L40S,), given)
+
+
+def test_what_is_offloaded_must_fit_a_workers_part_of_its_node() -> None:
+    offloaded = {
+        "kind": "zero",
+        "stage": 3,
+        "offload_optimizer": "nvme",
+        "nvme_path": "/scratch",
+        "offload_params": "cpu",
+    }
+    config = sweep_config(trial__strategy=offloaded, search={}, **SMALL_BATCH)
+    given = premises(config, "cuda", QWEN_32B, 40 * GIB)
+    found = [
+        why_too_large(config.trial, (kind,), replace(given, host_memory_bytes=host * GIB))
+        for host in (0, 8, 64)
+        for kind in one_kind(1, given)
+    ]
+    assert (found[0], found[2]) == ("", "")
+    assert re.match(
+        r"it does not fit its node: 4-bit nf4 takes at least \d\d\.\d GiB of its memory, and a "
+        r"worker's part is 8\.0 GiB: set strategy\.offload_optimizer: none, set "
+        r"strategy\.offload_params: nvme or none, or take nodes with more memory",
+        found[1],
+    )
+
+
+def test_what_is_offloaded_goes_to_the_kind_whose_nodes_hold_it() -> None:
+    offloaded = {"kind": "zero", "stage": 3, "offload_params": "cpu", "offload_optimizer": "cpu"}
+    config = sweep_config(trial__strategy=offloaded, search={}, **SMALL_BATCH)
+    given = premises(config, "cuda", QWEN_32B, 40 * GIB)
+    small, large = (
+        replace(H100, host_memory_bytes=8 * GIB),
+        replace(L40S, host_memory_bytes=GIB * 99),
+    )
+    assert takers(pack_key(config.trial), (small, large), given) == [large]
 
 
 def test_a_plan_and_a_dry_run_refuse_a_base_that_fits_no_gpu(

@@ -10,7 +10,12 @@ from pydantic import BaseModel
 from orchestrator.config import ResourcesConfig
 from orchestrator.errors import ConfigError
 from orchestrator.planning import machine
-from orchestrator.planning.capacity import Node, worker_count, worker_memory_bytes
+from orchestrator.planning.capacity import (
+    Node,
+    host_memory_bytes,
+    worker_count,
+    worker_memory_bytes,
+)
 from orchestrator.planning.compatibility import RULED_FIELDS, problems
 from tests.sweeps import sweep_config
 
@@ -204,6 +209,14 @@ def test_a_worker_has_the_memory_of_the_least_gpu_or_its_part_of_a_node(
     fields: dict[str, Any], device: str, nodes: list[Node], num_workers: int, num_bytes: int
 ) -> None:
     assert worker_memory_bytes(resources(**fields), device, nodes, num_workers) == num_bytes
+
+
+def test_gpu_workers_share_their_nodes_own_memory() -> None:
+    nodes = [Node(8, 2, 80, 500), Node(8, 4, 80, 600), Node(8, 0, 0, 7)]
+    assert host_memory_bytes(resources(), nodes, 6) == 150
+    assert host_memory_bytes(resources(), nodes, 1) == 500
+    assert host_memory_bytes(resources(), [*nodes, Node(8, 1, 80)], 7) == 0
+    assert host_memory_bytes(resources(), nodes[2:], 1) == 0
 
 
 @pytest.mark.parametrize(
