@@ -95,6 +95,7 @@ def test_a_trial_that_diverges_is_stopped_by_both_workers_alike(
     assert_equal(both[0][0][1], alone[0])
 
 
+@pytest.mark.slow
 def test_an_adapter_that_one_worker_cannot_save_holds_up_neither(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:

@@ -329,6 +329,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 def test_processes_that_write_one_entry_at_once_do_not_disturb_each_other(
     load: Load, source: Path, tmp_path: Path
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_trained(
     assert RunStore.open(folder).trials == []
 
 
+@pytest.mark.slow
 def test_a_point_whose_budget_no_map_fits_is_not_valid_and_the_others_train(
     config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
