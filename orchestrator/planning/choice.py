@@ -108,7 +108,8 @@ class Choice:
 
 
 def choose(premises: Premises, wish: PackWish, shape: BaseShape, budget_bytes: int) -> Choice:
-    """The option that trains soonest of those that fit, else the one that needs least."""
+    """The option that trains soonest of those that fit, a step in place only where no other does;
+    else the one that needs least."""
     costs = _costs(premises, replace(wish, share=1), shape)
     options = tuple(
         _keeping_most(option, costs, shape.num_layers, budget_bytes)
@@ -131,9 +132,10 @@ def _keeping_most(option: Option, costs: Costs, num_layers: int, budget_bytes: i
 
 
 def _taken(options: Sequence[Option], costs: Costs, share: int, budget_bytes: int) -> Option:
-    fitting = (o for o in options if costs.needed(o) <= budget_bytes)
-    if (first := next(fitting, None)) is not None:
-        return first if not costs.predicted else _soonest([first, *fitting], costs, share)
+    fitting = [option for option in options if costs.needed(option) <= budget_bytes]
+    if fitting:
+        recorded = [option for option in fitting if not option.in_place]
+        return _soonest(recorded or fitting, costs, share)
     return min(options, key=costs.needed)
 
 

@@ -212,8 +212,9 @@ class _Reasons:
         if chosen.dequantise_once:
             return [words]
         resident = self._but(dequantise_once=True)
-        if self.choice.fits(resident):
-            return [f"{words}: {self._in_words(resident)} would take {self._how_long(resident)}"]
+        how_long = self._how_long(resident)
+        if how_long and resident in self.choice.options and self.choice.fits(resident):
+            return [f"{words}: {self._in_words(resident)} would take {how_long}"]
         return [f"{words}: once needs {_gib(self.choice.costs.needed(resident))}"]
 
     def recomputation(self, shape: BaseShape) -> str:

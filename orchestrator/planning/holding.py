@@ -144,6 +144,9 @@ def pack_wish(
         return wish
     return replace(
         wish,
+        # As many as were asked for may not fit with what they had; then fewer train at once.
+        share=min(share, num_slots or share),
+        num_slots=1 if alone else None,
         micro_batch_size=had.micro_batch_size,
         gradient_checkpointing=had.gradient_checkpointing,
         kept_layers=had.kept_layers,

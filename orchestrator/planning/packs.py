@@ -225,7 +225,7 @@ def learn_from(
     given = premises_for(lost.kind, premises)
     wish = pack_wish(lost.key, lost.num_slots, lost.num_slots, lost.world_size, given)
     learned = after_out_of_memory(given, wish, lost.fit)
-    if learned is None:
+    if learned is None or learned[0] == given:
         return _on_larger(lost, premises, kinds)
     if not lost.kind.name:
         return learned

@@ -161,7 +161,8 @@ class PackWorker:
             f"world_size={spec.world_size}",
             f"max_rank={spec.max_rank}",
         ]
-        words += [f"recomputation, kept={spec.kept_layers}"] if spec.gradient_checkpointing else []
+        words += ["recomputation"] if spec.gradient_checkpointing else []
+        words += [f"kept_layers={spec.kept_layers}"] if spec.kept_layers else []
         if (lanes := self.engine.program.num_lanes) is not None:
             # Kernels share out a lane's tokens by how many lanes there are, and an MLP is joined
             # with its adapters where all of its layers have some.

@@ -105,6 +105,13 @@ def test_recomputation_is_taken_where_it_is_faster_than_what_fits_without_and_sa
     )
 
 
+def test_a_step_in_place_is_not_taken_where_a_recorded_one_fits_with_more_recomputation() -> None:
+    found = fit(*asked("8B", "A10G", 1024, 4, 2, search__space={"adapter.rank": [256]}))
+    assert found.step_program == "graph"
+    assert found.fits
+    assert found.gradient_checkpointing
+
+
 def test_with_memory_to_spare_nothing_is_given_up() -> None:
     assert taken(fit(*asked("8B", "H200", 1024, 2, 4))) == Option(4, 2, False, True)
 

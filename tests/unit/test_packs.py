@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import GIB
-from orchestrator.planning.packs import PackPlan, one_kind, plan_pack, preview_packs
+from orchestrator.planning.packs import PackPlan, learn_from, one_kind, plan_pack, preview_packs
 from orchestrator.planning.shape import BaseShape
 from orchestrator.planning.waiting import FRESH, Lines, PackKey, Waiting, pack_key
 from orchestrator.records import Arithmetic, TrialSpec
@@ -305,6 +305,25 @@ def test_a_half_trained_trial_is_no_refill_for_a_pack_of_another_arithmetic() ->
     other = {0: Arithmetic(1, 8, True)}
     assert on_gpus(waiting, running, num_workers=1, had=other) == [AssignTrial(0, 1)]
     assert on_gpus(waiting, running, num_workers=1, had={0: HAD}) == [AssignTrial(0, 0)]
+
+
+def test_what_was_had_and_runs_out_of_memory_is_given_up_in_the_end() -> None:
+    changes: dict[str, Any] = {
+        "data__block_length": 1024,
+        "trial__batch_size": 1,
+        "trial__gradient_checkpointing": "selective",
+        "resources__slots_per_pack": 4,
+    }
+    waiting = trials(*8 * [4], **changes)
+    given = premises(sweep_config(**changes), "cuda", LLAMA_8B, 24 * GIB)
+    ((alone, _),) = preview_packs(waiting[:1], 1, given)
+    had = {0: alone.arithmetic}
+    for _ in range(20):
+        ((plan, _),) = preview_packs(waiting, 1, given, had)
+        if (learned := learn_from(plan, given)) is None:
+            break
+        given, _ = learned
+    assert learned is None
 
 
 def test_a_half_trained_trial_waits_for_the_workers_that_it_had() -> None:
