@@ -113,6 +113,7 @@ def test_actors_that_are_lost_together_while_idle_count_once(
     cluster.kill(cluster.node_ids()[-1])
 
 
+@pytest.mark.slow
 def test_a_task_that_always_ends_its_actor_is_given_up_with_the_remedy(
     cluster: LocalCluster,
 ) -> None:

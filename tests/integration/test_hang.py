@@ -62,6 +62,7 @@ def test_the_trials_of_a_worker_that_hangs_go_on_from_their_checkpoints_in_anoth
     assert resumed == ["attempt 2 goes on from step 2"] * 2
 
 
+@pytest.mark.slow
 def test_a_trial_whose_workers_always_hang_fails_with_the_reason_and_no_other_does(
     tmp_path: Path,
 ) -> None:

@@ -93,6 +93,7 @@ def register_at_once(folder: str, uri: str, barrier: Any) -> None:
     Registry(uri).register_winner(store, view)
 
 
+@pytest.mark.slow
 def test_of_two_sweeps_that_end_at_once_the_better_one_is_champion(
     make_run: MakeRun, uri: str, client: MlflowClient
 ) -> None:

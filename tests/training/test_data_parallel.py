@@ -82,6 +82,7 @@ def test_two_workers_train_a_pack_as_one_does(make_spec: MakeSpec, tmp_path: Pat
     check_pair(spec, spec, tmp_path, tolerance=2e-6)
 
 
+@pytest.mark.slow
 def test_a_trial_that_diverges_is_stopped_by_both_workers_alike(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:

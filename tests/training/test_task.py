@@ -188,6 +188,7 @@ def passes_and_answers(spec: PackSpec, folder: Path) -> tuple[int, dict[str, int
     return len(passes), answers_of(done)
 
 
+@pytest.mark.slow
 def test_a_batch_takes_the_passes_of_one_answer(spec: PackSpec, tmp_path: Path) -> None:
     def asked(batch_size: int) -> PackSpec:
         task = TASK | {"batch_size": batch_size}
