@@ -36,6 +36,7 @@ from orchestrator.sweep.earlier import earlier_speeds
 from orchestrator.sweep.expectations import check_none_waits, refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.forecast import Forecast, forecast
+from orchestrator.wording import counted
 
 CHART_WIDTH = 64
 FILE_WIDTH = 120
@@ -212,6 +213,8 @@ class _Shown:
         for pack in found.packs:
             plan, trials = pack.plan, [s.trial for s in found.spans if s.pack == pack.number]
             recomputing = ", recomputing" if plan.fit.gradient_checkpointing else ""
+            if kept := plan.fit.kept_layers:
+                recomputing += f" all but {counted(kept, 'layer')}"
             table.add_row(
                 str(pack.number),
                 plan.base + recomputing,
