@@ -105,9 +105,10 @@ def _drawn(
     search: SearchConfig, known: Sequence[TrialSpec], searched: Searched
 ) -> frozenset[tuple[tuple[str, Scalar], ...]]:
     """Points that are not to be drawn again: their trials would end with the very same adapters.
-    None of a space with a continuous range, where two draws are not alike."""
+    None where a continuous range is drawn from at random: no two draws are alike. One that learns
+    may draw the same end of a range again."""
     ranges = [values for values in search.space.values() if isinstance(values, RangeConfig)]
-    if not all(values.integer for values in ranges):
+    if search.sampler == "random" and not all(values.integer for values in ranges):
         return frozenset()
     return frozenset(_point(searched(spec)) for spec in known)
 

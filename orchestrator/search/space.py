@@ -205,8 +205,9 @@ class GridWalk:
     def __init__(self, config: SweepConfig) -> None:
         self._config = config
         self._points = _points(config.search, ordered_fields(config.search), {})
-        self._point = next(self._points, None)
-        """The first that may be free."""
+        self._point: dict[str, Choice] | None = None
+        """The first that may be free. None until one is asked for, which other samplers never do:
+        their ranges have no points."""
         self._taken: set[frozenset[tuple[str, Scalar]]] = set()
         self._num_known = 0
 
@@ -216,16 +217,19 @@ class GridWalk:
             _as_set(point_of(self._config, trial)) for trial in known[self._num_known :]
         )
         self._num_known = len(known)
-        while self._point is not None and _as_set(self._point) in self._taken:
-            self._point = next(self._points, None)
+        while self._point is None or _as_set(self._point) in self._taken:
+            if (point := next(self._points, None)) is None:
+                return None
+            self._point = point
         return self._point
 
 
 def ordered_fields(search: SearchConfig) -> list[str]:
-    """Each after those that its condition names. In a grid the bit-width changes last of those that
-    are free to: a worker keeps its base model while it goes on."""
+    """Each after those that its condition names, else by name: a run folder's JSON does not keep
+    the order in which they were written. In a grid the bit-width changes last of those that are
+    free to: a worker keeps its base model while it goes on."""
     grid = search.sampler == "grid"
-    todo = sorted(search.space, key=lambda name: grid and name != "quant.bit_width")
+    todo = sorted(search.space, key=lambda name: (grid and name != "quant.bit_width", name))
     conditions = search.all_conditions
     ordered: list[str] = []
     while todo:

@@ -83,13 +83,14 @@ def test_no_point_is_drawn_twice_as_long_as_there_is_a_new_one(sampler: str) -> 
 
 
 def test_nsga2_draws_its_children_from_what_was_best(recwarn: pytest.WarningsRecorder) -> None:
-    search = {"space": RANGES, "sampler": "nsga2", "num_trials": 60}
-    trials = ask_all(sweep_config(search=search))
-    ranks = [trial.config.adapter.rank for trial in trials]
-    early = sum(abs(rank - 20) for rank in ranks[:12]) / 12
-    late = sum(abs(rank - 20) for rank in ranks[-12:]) / 12
-    assert late < 0.7 * early
-    assert {generation for trial in trials for generation in trial.notes.values()} >= {0, 1, 2}
+    early, late = 0, 0
+    for seed in range(8):
+        search = {"space": RANGES, "sampler": "nsga2", "num_trials": 60, "seed": seed}
+        trials = ask_all(sweep_config(search=search))
+        misses = [abs(trial.config.adapter.rank - 20) for trial in trials]
+        early, late = early + sum(misses[:12]), late + sum(misses[-12:])
+        assert {generation for trial in trials for generation in trial.notes.values()} >= {0, 1, 2}
+    assert late < 0.85 * early
 
 
 def test_a_sampler_that_goes_ahead_knows_just_the_trials_that_it_waits_for() -> None:
@@ -143,7 +144,7 @@ def test_a_field_is_searched_only_where_its_condition_holds() -> None:
         for t in ask_all(config)
     ]
     assert points == [
-        (4, "nf4", 4), (4, "nf4", 8), (4, "fp4", 4), (4, "fp4", 8), (16, "nf4", 4), (16, "nf4", 8),
+        (4, "nf4", 4), (4, "fp4", 4), (4, "nf4", 8), (4, "fp4", 8), (16, "nf4", 4), (16, "nf4", 8),
     ]  # fmt: skip
     check_space(config)  # fp4 at 16 bits would be refused
 
@@ -224,6 +225,17 @@ def test_a_grid_that_is_walked_asks_as_one_that_is_asked_afresh(wide: list[int])
         known.append(trial)
     assert len(known) == 2 * len(wide)
     assert next_trial(config, known, [], 1, walk) is None
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random", "tpe", "gp", "nsga2"])
+def test_the_order_in_which_fields_are_written_changes_no_trial(sampler: str) -> None:
+    space: dict[str, Any] = {"seed": [0, 1], "adapter.rank": [2, 4, 8], "quant.bit_width": [4, 16]}
+    number = {} if sampler == "grid" else {"num_trials": 6}
+    written, other = (
+        sweep_config(search={"space": dict(items), "sampler": sampler, **number})
+        for items in (space.items(), reversed(space.items()))
+    )
+    assert first_trials(written) == first_trials(other)
 
 
 def test_samplers_take_numbers_of_patterns_for_what_they_are() -> None:
