@@ -128,6 +128,7 @@ class Arithmetic:
     micro_batch_size: int
     gradient_checkpointing: bool
     kept_layers: int = 0
+    """The base's last ones, which gradient_checkpointing leaves out."""
 
     @property
     def pass_blocks(self) -> int:

@@ -199,7 +199,7 @@ def test_a_sweep_is_submitted_cancelled_resumed_attached_to_and_followed(
     code, output = in_a_terminal([*program(), *sent], tmp_path, environment)
     assert code == 0, output
     # The sweep's own table, made of lines that are not shown themselves.
-    assert re.search(r"│ +\d+/400 │", output)
+    assert re.search(r"│ *\d+/400 │", output)
     assert "training from step" not in output
     assert re.search(r"sums is already (starting|running)", output)
     assert "going on with" in output
