@@ -232,8 +232,8 @@ def test_the_last_table_has_a_column_for_each_searched_field() -> None:
     console.print(results_table(trials, results, SearchConfig()))
     table = [[cell.strip() for cell in line.split("│")] for line in shown(console).splitlines()]
     assert [row[4:6] for row in table if row[1:2] in (["0"], ["1"])] == [
-        ["0.0001", "q_proj,v_proj"],
-        ["1e+09", "-"],
+        ["q_proj,v_proj", "0.0001"],
+        ["-", "1e+09"],
     ]
 
 
