@@ -13,14 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import children
-from benchmarks.memory_cases import base_shape
+from benchmarks.memory_cases import Case, base_shape, load_of
 from benchmarks.models import SHAPES
 from benchmarks.own import RANK
 from benchmarks.recording import Bar, Row, add_record_action, append_row, read_rows, record
-from orchestrator.config import QuantConfig
 from orchestrator.planning.gpus import GPUS, MEASURED
-from orchestrator.planning.load import PackLoad
-from orchestrator.planning.memory import OPTIMIZER_BYTES
 from orchestrator.planning.speed import tokens_per_s
 
 # Of a step's time, on the GPU that the speed model was fitted to.
@@ -97,23 +94,24 @@ def _row(variant: Variant, options: argparse.Namespace, content: Row) -> Row:
 
 
 def predicted(variant: Variant, options: argparse.Namespace) -> float:
-    load = PackLoad(
-        quant=QuantConfig(bit_width=4),
-        dtype_bytes=2,
-        num_slots=options.slots,
-        max_rank=RANK,
-        target_modules="all-linear",
-        optimizer_bytes=OPTIMIZER_BYTES[variant.optimizer],
-        micro_batch_size=1,
-        evaluation_batch_size=1,
-        block_length=options.tokens,
-        gradient_checkpointing=variant.recomputation,
-        kept_layers=variant.kept_layers,
+    case = Case(
+        shape=options.shape,
+        bit_width=4,
         dequantise_once=variant.dequantise_once,
+        rank=RANK,
+        slots=options.slots,
+        micro_batch=1,
+        tokens=options.tokens,
+        recomputation=variant.recomputation,
         dropout=False,
-        step_program="graph",
-        cuda=True,
+        optimizer=variant.optimizer,
+        program="graph",
+        zero_stage=None,
+        offload_optimizer="none",
+        offload_params="none",
+        kept_layers=variant.kept_layers,
     )
+    load = load_of(case, "cuda")
     return tokens_per_s(base_shape(SHAPES[options.shape]), load, GPUS[MEASURED])
 
 

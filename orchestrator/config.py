@@ -20,6 +20,8 @@ from orchestrator.strict import Fraction, NonNegativeInt, PositiveInt, Strict, S
 
 FULL_COMMIT_HASH = r"^[0-9a-f]{40}$"
 
+Recomputation = Switch | Literal["selective"]
+
 
 class BaseModelConfig(Strict):
     source: str = Field(min_length=1)
@@ -254,7 +256,7 @@ class TrialConfig(Strict):
     micro_batch_size: PositiveInt | None = None
     """Blocks in one forward pass; must divide batch_size. null: as many as the memory holds."""
 
-    gradient_checkpointing: Switch | Literal["selective"] | None = None
+    gradient_checkpointing: Recomputation | None = None
     """Recompute activations in the backward pass, in all layers: less memory, about half more work.
     selective: in as few layers as the memory asks for, at least one. null: the same, and only where
     fewer slots or smaller passes would cost more or not do. On a GPU whose memory or base is not

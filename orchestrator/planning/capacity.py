@@ -74,19 +74,23 @@ def worker_memory_bytes(
 ) -> int:
     """Memory of the worker that has least, on whichever nodes the workers will run; 0 if a node's
     is unknown. On a CPU the workers of a node share its memory evenly."""
-    fitting = [(node, fitting_workers(node, resources.cpus_per_worker, device)) for node in nodes]
-    parts = [
-        node.gpu_memory_bytes if device == "cuda" else node.memory_bytes // min(count, num_workers)
-        for node, count in fitting
-        if count
-    ]
-    return min(parts, default=0)
+    if device != "cuda":
+        return _part_of_node_bytes(resources, device, nodes, num_workers)
+    per_worker = resources.cpus_per_worker
+    fitting = [node for node in nodes if fitting_workers(node, per_worker, device)]
+    return min((node.gpu_memory_bytes for node in fitting), default=0)
 
 
 def host_memory_bytes(resources: ResourcesConfig, nodes: Sequence[Node], num_workers: int) -> int:
     """A GPU worker's part of its node's own memory, which the node's workers share evenly: the
     least; 0 if a node's is unknown."""
-    fitting = [(node, fitting_workers(node, resources.cpus_per_worker, "cuda")) for node in nodes]
+    return _part_of_node_bytes(resources, "cuda", nodes, num_workers)
+
+
+def _part_of_node_bytes(
+    resources: ResourcesConfig, device: str, nodes: Sequence[Node], num_workers: int
+) -> int:
+    fitting = [(node, fitting_workers(node, resources.cpus_per_worker, device)) for node in nodes]
     parts = [node.memory_bytes // min(count, num_workers) for node, count in fitting if count]
     return min(parts, default=0)
 

@@ -59,13 +59,7 @@ def _takers(
     able = [kind for kind in there if not _ran_out(key, kind, premises)] or _largest(there)
     asked = premises.resources.slots_per_pack or 1
     wish = pack_wish(key, asked, 1, size, premises, had)
-    planned = {kind: (given := premises_for(kind, premises), fit(given, wish)) for kind in able}
-    holding = [
-        kind
-        for kind, (given, found) in planned.items()
-        if found.fits and _on_host(found.memory, given)
-    ]
-    return holding or _largest(able)
+    return [kind for kind in able if _holds(kind, wish, premises)] or _largest(able)
 
 
 def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Premises) -> str:
@@ -164,6 +158,12 @@ def _ran_out(key: PackKey, kind: WorkerKind, premises: Premises) -> bool:
         name == key.unlimited.digest and kind.memory_bytes <= num_bytes
         for name, num_bytes in premises.ran_out
     )
+
+
+def _holds(kind: WorkerKind, wish: PackWish, premises: Premises) -> bool:
+    given = premises_for(kind, premises)
+    found = fit(given, wish)
+    return found.fits and _on_host(found.memory, given)
 
 
 def _on_host(memory: PackMemory | None, given: Premises) -> bool:

@@ -15,9 +15,9 @@ that comes back.
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from orchestrator.config import QuantConfig, ResourcesConfig, StrategyConfig
+from orchestrator.config import QuantConfig, Recomputation, ResourcesConfig, StrategyConfig
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.shape import BaseShape, Targets, UnknownShape
@@ -101,7 +101,7 @@ class PackWish:
     """Blocks of a trial's step that fall to one worker."""
     micro_batch_size: int | None
     """As set; None to choose a divisor of `worker_blocks`."""
-    gradient_checkpointing: bool | Literal["selective"] | None
+    gradient_checkpointing: Recomputation | None
     """As set; None to choose."""
     dora: bool = False
     in_group: bool = False

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any
 
-from orchestrator.config import QuantConfig, StrategyConfig, TrialConfig
+from orchestrator.config import QuantConfig, Recomputation, StrategyConfig, TrialConfig
 from orchestrator.files import record_digest
 from orchestrator.planning.compatibility import problems
 from orchestrator.records import Arithmetic, TrialSpec
@@ -38,7 +38,7 @@ class PackKey:
     """As set; then batch sizes may differ, and a slot with more passes steps less often."""
     batch_size: int | None
     """Where no micro-batch is set: the planner then divides this one."""
-    gradient_checkpointing: bool | Literal["selective"] | None
+    gradient_checkpointing: Recomputation | None
     """As set."""
     dora: bool
     """Its members have magnitudes, all or none: others' programs stay as they are."""
@@ -93,7 +93,7 @@ def _pack_key(
     strategy: StrategyConfig,
     micro_batch_size: int | None,
     batch_size: int | None,
-    gradient_checkpointing: bool | Literal["selective"] | None,
+    gradient_checkpointing: Recomputation | None,
     dora: bool,
     max_slots: int | None,
 ) -> PackKey:
