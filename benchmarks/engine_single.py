@@ -32,7 +32,7 @@ from benchmarks.recording import (
 GOALS = {("8b", 8192): 2.0, ("8b", 1024): 5.0, ("0.5b", 1024): 12.0}
 BITS = 4
 LEARNING_RATE = 2e-4
-# Of nats: two ways of adding in bf16 differ by so much at a step (packs_equality.json: 0.007).
+# Of nats: two ways of adding in bf16 differ by so much at a step (packs_equality.json: 0.010).
 MAX_DIFFERENCE = 0.02
 
 
