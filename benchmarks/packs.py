@@ -14,6 +14,8 @@ use the same optimizer, adamw being torch's fused one. Parts, each in processes 
     shared      --processes processes on one card at once, each stock, and each a pack of one: what
                 fractional GPUs give. Rates are added up over processes that start together, so the
                 last one's time alone on the card counts for them.
+    frozen      the frozen products alone at each of --slots (see benchmarks.frozen): what a pack
+                would do if all else took no time
 
 Parts are measured one after another. With --together N, N of them first load and compile at the
 same time, as far as their memory allows; then all but the measured one wait.
@@ -28,7 +30,7 @@ from benchmarks import children
 from benchmarks.pack_bars import bars, with_ratios
 from benchmarks.recording import Row, add_record_action, append_row, read_rows, record
 
-PARTS = ("matmul", "stock", "stock-plain", "pack", "shared")
+PARTS = ("matmul", "stock", "stock-plain", "pack", "shared", "frozen")
 DEFAULT_PARTS = ("matmul", "stock", "pack", "shared")
 OPTIMIZERS = ("adamw", "paged_adamw_8bit")
 
@@ -53,6 +55,7 @@ def main() -> None:
             place = [f"--model={model}", f"--shards={shards}"]
             facts = {"shape": options.shape, "bit_width": bits, "tokens_per_adapter": tokens}
             place += [f"--tokens={tokens}", f"--bits={bits}", f"--optimizer={options.optimizer}"]
+            place += [f"--shape={options.shape}"]
             parts = list(_parts(options))
             for first in range(0, len(parts), options.together):
                 chunk = parts[first : first + options.together]
@@ -81,6 +84,10 @@ def _parts(options: argparse.Namespace) -> Iterator[tuple[Row, list[str], int]]:
         program = options.single_programs[0]
         row = {"who": "own singles, sharing the card", "adapters": count, "program": program}
         yield row, _pack(1, program, options.steps), count
+    if "frozen" in options.parts:
+        for slots in options.slots:
+            words = ["frozen", f"--slots={slots}", f"--steps={options.steps}"]
+            yield {"who": "frozen products alone", "adapters": slots}, words, 1
 
 
 def _pack(slots: int, program: str, steps: int) -> list[str]:

@@ -40,6 +40,11 @@ def main() -> None:
                 not options.no_checkpointing,
             )
         )
+    elif options.kind == "frozen":
+        from benchmarks import frozen
+
+        tokens = options.slots * options.tokens
+        content = asdict(frozen.measure(options.shape, tokens, options.steps, ready))
     else:
         from benchmarks import own
 
@@ -60,9 +65,10 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["matmul", "stock", "pack"])
+    parser.add_argument("kind", choices=["matmul", "stock", "pack", "frozen"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gate", type=Path)
+    parser.add_argument("--shape", help="of frozen products")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--shards", type=Path, help="folder of the manifests")
     parser.add_argument("--bits", type=int)

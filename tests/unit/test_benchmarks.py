@@ -11,6 +11,8 @@ from benchmarks import choices
 from benchmarks.children import Part, end, measure, start
 from benchmarks.flops import flops_per_token
 from benchmarks.forwarding import bars as forwarding_bars
+from benchmarks.frozen import layer_sizes
+from benchmarks.frozen import measure as measure_frozen
 from benchmarks.models import SHAPES
 from benchmarks.pack_bars import bars, with_ratios
 from benchmarks.packs_equality import bars as equality_bars
@@ -45,6 +47,13 @@ def test_llama_3_8b_takes_four_operations_per_linear_weight_and_token() -> None:
     attention = 6 * 32 * 4096 * 1024
     head = 4 * 4096 * 128_256
     assert flops_per_token(shape, 1024) == 4 * 6_979_321_856 + head + attention
+
+
+def test_frozen_products_are_those_of_every_linear_layer_and_of_the_head() -> None:
+    shape = SHAPES["8b"]
+    weights = sum(outputs * inputs for outputs, inputs in layer_sizes(shape))
+    assert weights == shape.num_linear_params + shape.vocab * shape.hidden
+    assert measure_frozen("tiny", 8, 1, lambda: None).tokens_per_s > 0
 
 
 def test_a_pack_is_held_against_stock_and_the_best_single_of_its_own_kind() -> None:
