@@ -66,6 +66,8 @@ class Premises:
     """Of the longest answer that a trial generates; 0: it generates none."""
     generation_batch_size: int = 1
     """Answers that it generates together."""
+    in_turn: bool = False
+    """Trials start in the order of their numbers, as a pruner's verdicts wait for those before."""
     ran_out: frozenset[tuple[str, int]] = frozenset()
     """(digest of a PackKey, bytes): workers of no more memory ran out with the least that it takes,
     and larger ones are there to try."""

@@ -150,7 +150,8 @@ def _group(
         found = takers(key, kinds, premises, kept)
         if all(other.name != kind.name for other in found):
             continue
-        if lines.shortest(key) > longest_for(kind, 1, found, lines.all_work_left):
+        longest = longest_for(kind, 1, found, lines.all_work_left)
+        if longest < math.inf and lines.shortest(key) > longest:
             continue
         if number := lines.count(key, kept):
             return _Group(kept, number, found)
@@ -261,7 +262,7 @@ def preview_packs(
 ) -> list[tuple[PackPlan, list[TrialSpec]]]:
     """The packs that start at once, and the trials in their slots."""
     kinds = kinds or one_kind(num_workers, premises)
-    waiting = indexed(trials, premises.resources.workers_per_pack)
+    waiting = indexed(trials, premises)
     kept = what_is_kept(waiting.among(had), had, kinds, premises)
     return list(plan_packs(Lines(waiting, kept), {}, kinds, premises, kinds))
 

@@ -17,6 +17,7 @@ from typing import Any
 from orchestrator.config import QuantConfig, Recomputation, StrategyConfig, TrialConfig
 from orchestrator.files import record_digest
 from orchestrator.planning.compatibility import problems
+from orchestrator.planning.options import Premises
 from orchestrator.records import Arithmetic, TrialSpec
 
 Kept = Mapping[int, Arithmetic]
@@ -24,8 +25,7 @@ Kept = Mapping[int, Arithmetic]
 FRESH: Kept = {}
 
 Place = tuple[int, int]
-"""(minus the work, number) of a trial: the longest come first, since one that is begun last would
-be waited for."""
+"""(minus the work, number) of a trial."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,12 @@ def work(trial: TrialConfig) -> int:
 
 
 class Waiting(Sequence[TrialSpec]):
-    """Trials without problems, each key's in the order in which they should start."""
+    """Trials without problems, each key's in the order in which they should start: the longest
+    first, since one that is begun last would be waited for, or all in the order of their numbers.
+    """
 
-    def __init__(self, trials: Iterable[TrialSpec] = ()) -> None:
+    def __init__(self, trials: Iterable[TrialSpec] = (), in_turn: bool = False) -> None:
+        self.in_turn = in_turn
         self._trials: dict[int, TrialSpec] = {}
         self._places: dict[PackKey, list[Place]] = {}
         self._batches: dict[PackKey, Counter[int]] = {}
@@ -150,7 +153,7 @@ class Waiting(Sequence[TrialSpec]):
     def add(self, trial: TrialSpec) -> None:
         key = self.key(trial)
         self._trials[trial.number] = trial
-        insort(self._places.setdefault(key, []), _place(trial))
+        insort(self._places.setdefault(key, []), _place(trial), key=self._order)
         self._batches.setdefault(key, Counter())[trial.config.batch_size] += 1
         self._work[key] += work(trial.config)
 
@@ -158,11 +161,14 @@ class Waiting(Sequence[TrialSpec]):
         trial = self._trials.pop(number)
         key = self.key(trial)
         places = self._places[key]
-        del places[bisect_left(places, _place(trial))]
+        del places[bisect_left(places, self._order(_place(trial)), key=self._order)]
         self._batches[key][trial.config.batch_size] -= 1
         self._work[key] -= work(trial.config)
         if not places:
             del self._places[key], self._batches[key], self._work[key]
+
+    def _order(self, place: Place) -> Place:
+        return (0, place[1]) if self.in_turn else place
 
     def keep_to(self, numbers: AbstractSet[int], trials: Mapping[int, TrialSpec]) -> None:
         """Make these the trials that wait, at the cost of what has changed."""
@@ -207,12 +213,14 @@ class Waiting(Sequence[TrialSpec]):
         return list(self._trials.values())[index]
 
 
-def indexed(trials: Sequence[TrialSpec], workers_per_pack: int | None) -> Waiting:
+def indexed(trials: Sequence[TrialSpec], premises: Premises) -> Waiting:
     """Without those that cannot be trained: a pack for them would be started and released for
     ever."""
     if isinstance(trials, Waiting):
         return trials
-    return Waiting(trial for trial in trials if not problems(trial.config, workers_per_pack))
+    workers = premises.resources.workers_per_pack
+    able = (trial for trial in trials if not problems(trial.config, workers))
+    return Waiting(able, premises.in_turn)
 
 
 class Lines:
@@ -248,7 +256,10 @@ class Lines:
 
     def shortest(self, key: PackKey) -> int:
         """Work of the shortest trial of a key; 0 where one is half-trained, as that goes first."""
-        return 0 if self._half.get(key) else -self._waiting.places(key)[-1][0]
+        if self._half.get(key):
+            return 0
+        places = self._waiting.places(key)
+        return -max(places)[0] if self._waiting.in_turn else -places[-1][0]
 
     @property
     def all_left(self) -> int:
@@ -314,10 +325,12 @@ class Lines:
         alike = key.batch_size is not None
         if most < 1 or (key.batch_size or 0) % arithmetic.pass_blocks:
             return []
+        if not self._waiting.in_turn:
+            first = max(first, bisect_left(places, (-longest,)))
         found = []
-        for index in range(max(first, bisect_left(places, (-longest,))), len(places)):
-            number = places[index][1]
-            if number in taken or number in kept:
+        for index in range(first, len(places)):
+            blocks, number = -places[index][0], places[index][1]
+            if number in taken or number in kept or blocks > longest:
                 continue
             if alike or can_train(arithmetic, self._waiting.trial(number), kept):
                 found.append(places[index])

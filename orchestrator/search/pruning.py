@@ -3,7 +3,8 @@
 In: the trials, and their held-out losses at rungs as they come. Out: Verdicts with reasons. No
 clock, no files. Optuna is imported only for judging.
 
-Trials on the same base compete. Trial n's verdict at a rung depends on the reports there of trials
+Trials that one pack could train compete: they have the same base and batch, and start one after
+another. Trial n's verdict at a rung depends on the reports there of trials
 with lower numbers alone, as if they had been trained one after another; so neither a crash nor the
 number of workers changes it. It is due once each of those has reported there or is out. Until then
 trial n goes on, for a slot that waits costs as much as one that trains.
@@ -22,6 +23,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.config import TrialConfig
+from orchestrator.planning.waiting import pack_key
 from orchestrator.records import TrialSpec
 from orchestrator.search_config import PrunerConfig
 
@@ -33,7 +35,7 @@ BEFORE, AT_RUNG = 0, 1
 """Units of the resource in the study of one rung."""
 
 Group = tuple[Any, ...]
-"""Trials that compete: their base, and for hyperband their bracket."""
+"""Trials that compete: the key of their packs, and for hyperband their bracket."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ def rung_steps(pruner: PrunerConfig, trial: TrialConfig) -> tuple[int, ...]:
     if pruner.rungs is not None:
         return tuple(step for step in pruner.rungs if step < trial.steps)
     factor = pruner.reduction_factor
-    step = pruner.min_steps or max(1, trial.steps // factor**DEFAULT_RUNGS)
+    if pruner.min_steps is None:
+        # From the end, as a rung shortly before it would save nothing and take its adapter.
+        found = {max(1, trial.steps // factor**back) for back in range(1, DEFAULT_RUNGS + 1)}
+        return tuple(sorted(found - {trial.steps}))
+    step = pruner.min_steps
     steps = []
     while step < trial.steps:
         steps.append(step)
@@ -68,7 +74,6 @@ class Pruning:
         self._pruner = pruner
         self._rungs: dict[int, tuple[int, ...]] = {}
         self._members: dict[Group, list[int]] = {}
-        self._group: dict[int, Group] = {}
         self._sizes: dict[Group, int] = {}
         self._reports: dict[tuple[int, int], float] = {}
         self._verdicts: dict[tuple[int, int], Verdict] = {}
@@ -77,15 +82,14 @@ class Pruning:
 
     def add(self, trial: TrialSpec) -> None:
         """Trials come in the order of their numbers."""
-        base: Group = (trial.config.quant,)
+        group: Group = (pack_key(trial.config),)
         steps = rung_steps(self._pruner, trial.config)
         if self._pruner.kind == "hyperband":
-            number = self._sizes[base] = self._sizes.get(base, -1) + 1
+            number = self._sizes[group] = self._sizes.get(group, -1) + 1
             bracket = _bracket(number, len(steps) + 1, self._pruner.reduction_factor)
-            base, steps = (*base, bracket), steps[bracket:]
+            group, steps = (*group, bracket), steps[bracket:]
         self._rungs[trial.number] = steps
-        self._group[trial.number] = base
-        self._members.setdefault(base, []).append(trial.number)
+        self._members.setdefault(group, []).append(trial.number)
 
     def rungs(self, trial: int) -> tuple[int, ...]:
         return self._rungs[trial]
@@ -167,7 +171,7 @@ class Pruning:
 
 
 def _bracket(number: int, num_brackets: int, factor: int) -> int:
-    """Of the trial that is the number-th on its base. Brackets get trials in Hyperband's proportion
+    """Of the number-th of trials that compete. Brackets get trials in Hyperband's proportion
     (arXiv:1603.06560), in turn: Optuna draws by a hash of a trial's number in its one study."""
     budgets: list[int] = [
         math.ceil(num_brackets * factor ** (num_brackets - 1 - bracket) / (num_brackets - bracket))

@@ -103,7 +103,7 @@ class Controller:
         self._pace.recall(store.pack_events)
         self._planned_kinds = kinds
         self._kinds = self._pace.speeds(kinds)
-        self._waiting = Waiting()
+        self._waiting = Waiting(in_turn=premises.in_turn)
         for trial, max_slots in slot_limits(store.decisions).items():
             self._waiting.limit(trial, max_slots)
         self._observe = observe

@@ -287,6 +287,7 @@ def sweep_premises(
         generation_batch_size=min(task.batch_size, task.max_examples) if task else 1,
         gpu=gpu if device == "cuda" else None,
         host_memory_bytes=host_memory_bytes,
+        in_turn=config.search.pruner.kind != "none",
     )
     return within(config.search.constraints, premises)
 

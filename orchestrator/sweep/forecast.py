@@ -130,7 +130,7 @@ class _Cluster:
         self._trials = {trial.number: trial for trial in trials}
         self._blocks = {t.number: float(t.config.steps * t.config.batch_size) for t in trials}
         """That all workers of its pack together still have to train."""
-        self._waiting = Waiting(trials)
+        self._waiting = Waiting(trials, premises.in_turn)
         self._kinds = {kind.name: kind for kind in kinds}
         self._premises = premises
         self._pass_seconds = pass_seconds

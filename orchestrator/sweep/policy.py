@@ -92,7 +92,7 @@ Action = StartPack | AssignTrial | ReleasePack | AbandonPack
 def decide(view: SweepView) -> list[Action]:
     if view.interrupted:
         return list(_interrupt(view))
-    waiting = indexed(view.waiting, view.premises.resources.workers_per_pack)
+    waiting = indexed(view.waiting, view.premises)
     half_trained = waiting.among(view.had)
     lines = Lines(waiting, what_is_kept(half_trained, view.had, view.all_kinds, view.premises))
     free = _free_workers(view)

@@ -45,7 +45,8 @@ def told_in(order: list[tuple[int, int]], pruning: Pruning, losses: Losses) -> s
 @pytest.mark.parametrize(
     ("pruner", "steps", "expected"),
     [
-        ({"kind": "asha"}, 100, (6, 24, 96)),
+        ({"kind": "asha"}, 100, (6, 25)),
+        ({"kind": "asha"}, 1000, (62, 250)),
         ({"kind": "asha"}, 64, (4, 16)),
         ({"kind": "asha"}, 3, (1,)),
         ({"kind": "asha", "min_steps": 10, "reduction_factor": 3}, 100, (10, 30, 90)),
@@ -100,6 +101,20 @@ def test_trials_of_another_base_do_not_compete() -> None:
     for number, loss in enumerate([2.0, 1.0, 1.9, 1.1]):
         pruning.report(number, 4, loss)
     assert {v.trial: v.keep for v in pruning.decide()} == {0: True, 1: True, 2: True, 3: False}
+
+
+def test_trials_of_another_batch_do_not_compete_unless_they_can_share_a_pack() -> None:
+    for micro_batch_size, expected in ((None, True), (4, False)):
+        content = {"steps": 64, "micro_batch_size": micro_batch_size}
+        configs = [
+            TrialConfig.model_validate(content | {"batch_size": batch_size})
+            for batch_size in (4, 8)
+        ]
+        trials = [TrialSpec(number, {}, config) for number, config in enumerate(configs)]
+        pruning = make(PrunerConfig(kind="asha"), trials)
+        pruning.report(1, 4, 2.0)
+        pruning.report(0, 4, 1.0)
+        assert {v.trial: v.keep for v in pruning.decide()} == {0: True, 1: expected}
 
 
 def test_a_verdict_waits_for_the_trials_before_it_and_for_no_other() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from orchestrator.planning.waiting import Lines, Waiting, can_train, indexed, pack_key, work
 from orchestrator.records import Arithmetic, TrialSpec
-from tests.sweeps import sweep_config
+from tests.sweeps import premises, sweep_config
 
 
 def trial(number: int, steps: int = 6, batch_size: int = 8, bits: int = 4) -> TrialSpec:
@@ -74,7 +74,22 @@ def test_the_index_follows_what_comes_and_goes() -> None:
 
 def test_a_trial_that_cannot_be_trained_does_not_wait() -> None:
     odd, even = trial(0, batch_size=3), trial(1, batch_size=4)
-    assert [t.number for t in indexed((odd, even), workers_per_pack=2)] == [1]
+    given = premises(sweep_config(resources__workers_per_pack=2))
+    assert [t.number for t in indexed((odd, even), given)] == [1]
+
+
+def test_where_a_pruner_judges_the_first_come_first_however_long_they_are() -> None:
+    trials = [trial(0, steps=6), trial(1, steps=9), trial(2, steps=3), trial(3, steps=8)]
+    for in_turn, expected in ((False, [1, 3, 0]), (True, [0, 1, 2])):
+        index = Waiting(reversed(trials), in_turn)
+        (key,) = index.keys
+        taken = Lines(index, {}).take(key, Arithmetic(1, 1, False), 3)
+        assert [one.number for one in taken] == expected
+        short = Lines(index, {}).take(key, Arithmetic(1, 1, False), 3, longest=6 * 8)
+        assert [one.number for one in short] == [0, 2]
+        assert Lines(index, {}).shortest(key) == 3 * 8
+        index.remove(1)
+        assert [number for _, number in index.places(key)] == ([0, 2, 3] if in_turn else [3, 0, 2])
 
 
 def test_workers_share_what_divides_the_batches_of_all_that_wait() -> None:
