@@ -87,8 +87,9 @@ def fit(premises: Premises, wish: PackWish) -> Fit:
 def after_out_of_memory(
     premises: Premises, wish: PackWish, lost: Fit
 ) -> tuple[Premises, str] | None:
-    """What the planner goes by once a pack ran out of memory, and why; None where the pack could
-    give up nothing more. The worker held less than was expected of it: plans need a fifth less."""
+    """What the planner goes by for such packs once one ran out of memory, and why; None where it
+    could give up nothing more. The worker held less than was expected of it: plans need a fifth
+    less."""
     if lost.memory is None:
         most = min(premises.max_slots_unknown, max(1, lost.num_slots // 2))
         known = replace(premises, max_slots_unknown=most)
@@ -98,7 +99,9 @@ def after_out_of_memory(
         held = int(OUT_OF_MEMORY_FACTOR * expected / BUDGET_FRACTION)
         known = replace(premises, worker_memory_bytes=min(premises.worker_memory_bytes, held))
         budget = _gib(int(BUDGET_FRACTION * known.worker_memory_bytes))
-        reason = f"{_gib(expected)} were expected and not there: plans take {budget} from now on"
+        reason = (
+            f"{_gib(expected)} were expected and not there: such packs take {budget} from now on"
+        )
     return (known, reason) if _choices(fit(known, wish)) != _choices(lost) else None
 
 

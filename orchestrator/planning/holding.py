@@ -24,18 +24,24 @@ AS_HAD = "as half-trained trials had"
 LARGE_PART = 0.1
 
 
-def premises_for(kind: WorkerKind, premises: Premises) -> Premises:
-    """What the planner goes by for workers of this kind."""
-    if not kind.name:
+def premises_for(kind: WorkerKind, premises: Premises, key: PackKey | None = None) -> Premises:
+    """What the planner goes by for workers of this kind; with a key, for such packs on them."""
+    if kind.name:
+        usable = int(kind.memory_bytes * premises.memory_fraction)
+        limit = premises.memory_limit_bytes
+        memory_bytes = usable if limit is None else min(usable, limit)
+        premises = replace(
+            premises,
+            worker_memory_bytes=memory_bytes,
+            gpu=find_gpu(kind.name),
+            host_memory_bytes=kind.host_memory_bytes,
+        )
+    if key is None or not premises.less:
         return premises
-    usable = int(kind.memory_bytes * premises.memory_fraction)
-    limit = premises.memory_limit_bytes
-    memory_bytes = usable if limit is None else min(usable, limit)
+    digest = key.unlimited.digest
+    parts = [part for *here, part in premises.less if here == [digest, kind.name]]
     return replace(
-        premises,
-        worker_memory_bytes=memory_bytes,
-        gpu=find_gpu(kind.name),
-        host_memory_bytes=kind.host_memory_bytes,
+        premises, worker_memory_bytes=int(premises.worker_memory_bytes * min(parts, default=1.0))
     )
 
 
@@ -59,7 +65,7 @@ def _takers(
     able = [kind for kind in there if not _ran_out(key, kind, premises)] or _largest(there)
     asked = premises.resources.slots_per_pack or 1
     wish = pack_wish(key, asked, 1, size, premises, had)
-    return [kind for kind in able if _holds(kind, wish, premises)] or _largest(able)
+    return [kind for kind in able if _holds(kind, key, wish, premises)] or _largest(able)
 
 
 def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Premises) -> str:
@@ -160,8 +166,8 @@ def _ran_out(key: PackKey, kind: WorkerKind, premises: Premises) -> bool:
     )
 
 
-def _holds(kind: WorkerKind, wish: PackWish, premises: Premises) -> bool:
-    given = premises_for(kind, premises)
+def _holds(kind: WorkerKind, key: PackKey, wish: PackWish, premises: Premises) -> bool:
+    given = premises_for(kind, premises, key)
     found = fit(given, wish)
     return found.fits and _on_host(found.memory, given)
 

@@ -71,6 +71,9 @@ class Premises:
     ran_out: frozenset[tuple[str, int]] = frozenset()
     """(digest of a PackKey, bytes): workers of no more memory ran out with the least that it takes,
     and larger ones are there to try."""
+    less: frozenset[tuple[str, str, float]] = frozenset()
+    """(digest of a PackKey, kind, part): such packs ran out of memory on such workers, and are
+    planned for this part of it."""
     gpu: Gpu | None = None
     """The workers', where its rates are known."""
     host_memory_bytes: int = 0

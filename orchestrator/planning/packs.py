@@ -88,8 +88,9 @@ def why_not_kept(
     large = [kind for kind in kinds if kind.count >= had.world_size]
     if not large:
         return f"the sweep has {counted(sum(kind.count for kind in kinds), 'worker')} now"
-    wish = pack_wish(pack_key(trial), 1, 1, had.world_size, premises, had)
-    if not any(fit(premises_for(kind, premises), wish).fits for kind in large):
+    key = pack_key(trial)
+    wish = pack_wish(key, 1, 1, had.world_size, premises, had)
+    if not any(fit(premises_for(kind, premises, key), wish).fits for kind in large):
         return "it does not fit the memory now"
     return ""
 
@@ -178,7 +179,7 @@ def _planned(
     share = math.ceil(
         number / max(1.0, _num_packs(key, lines, free, group.takers, world_size, num_groups))
     )
-    given = premises_for(kind, premises)
+    given = premises_for(kind, premises, key)
     chosen = fit(given, pack_wish(key, number, share, world_size, given, had))
     on = f" on {kind.name}" if kind.name else ""
     most = key.max_slots
@@ -223,19 +224,18 @@ def learn_from(
 ) -> tuple[Premises, str] | None:
     """What the planner goes by once this pack ran out of memory, and why; None where it could give
     up nothing more, and no kind with more memory is left to try."""
-    given = premises_for(lost.kind, premises)
+    given = premises_for(lost.kind, premises, lost.key)
     wish = pack_wish(lost.key, lost.num_slots, lost.num_slots, lost.world_size, given)
     learned = after_out_of_memory(given, wish, lost.fit)
     if learned is None or learned[0] == given:
         return _on_larger(lost, premises, kinds)
-    if not lost.kind.name:
-        return learned
     known, reason = learned
     if lost.fit.memory is None:  # of a base without an estimate: slots are what can be given up
         return replace(premises, max_slots_unknown=known.max_slots_unknown), reason
-    # It holds for the other kinds in proportion.
-    fraction = known.worker_memory_bytes / lost.kind.memory_bytes
-    return replace(premises, memory_fraction=min(premises.memory_fraction, fraction)), reason
+    # Of other packs, and on other kinds of workers, nothing is known yet.
+    part = known.worker_memory_bytes / premises_for(lost.kind, premises).worker_memory_bytes
+    less = (lost.key.unlimited.digest, lost.kind.name, part)
+    return replace(premises, less=premises.less | {less}), reason
 
 
 def _on_larger(

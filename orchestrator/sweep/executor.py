@@ -66,6 +66,15 @@ def pack_worker(spec: PackSpec, place: GroupPlace) -> Worker:
     return PackWorker(spec, place)
 
 
+def prepare_worker() -> None:
+    """Import what `pack_worker` and its load need."""
+    with without_collections():
+        from orchestrator.training.libraries import import_libraries
+        from orchestrator.training.pack import PackWorker  # noqa: F401
+
+        import_libraries()
+
+
 def answer(pack: int, step: Callable[[], list[Event]]) -> list[Event]:
     """Run one step of a worker; whatever it raises becomes a PackLost event."""
     try:

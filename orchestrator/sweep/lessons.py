@@ -2,6 +2,7 @@
 
 In: Premises before and after a pack ran out of memory. Out: facts for a line of decisions.jsonl,
 and Premises that heed such lines. A part of the memory, not bytes: a resume may have other workers.
+Of packs with one key on one kind of workers: another pack may be as estimated.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,12 +15,9 @@ LEARNT = "plan_less_memory"
 
 
 def lesson(before: Premises, after: Premises) -> dict[str, Any]:
-    """By how much less plans take from now on, and what runs on larger workers alone."""
-    part = after.memory_fraction / before.memory_fraction
-    if after.worker_memory_bytes != before.worker_memory_bytes:
-        part = after.worker_memory_bytes / before.worker_memory_bytes
+    """What takes less from now on, and what runs on larger workers alone."""
     return {
-        "part": part,
+        "less": sorted(after.less - before.less),
         "max_slots_unknown": after.max_slots_unknown,
         "ran_out": sorted(after.ran_out - before.ran_out),
     }
@@ -31,8 +29,7 @@ def heeding(premises: Premises, decisions: Iterable[Mapping[str, Any]]) -> Premi
         if decision["action"] == LEARNT and (facts := decision.get("facts")):
             premises = replace(
                 premises,
-                worker_memory_bytes=int(premises.worker_memory_bytes * facts["part"]),
-                memory_fraction=premises.memory_fraction * facts["part"],
+                less=premises.less | set(map(tuple, facts["less"])),
                 max_slots_unknown=min(premises.max_slots_unknown, facts["max_slots_unknown"]),
                 ran_out=premises.ran_out | {(key, size) for key, size in facts.get("ran_out", ())},
             )

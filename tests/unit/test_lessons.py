@@ -1,5 +1,7 @@
 """What packs that ran out of memory teach the planner, and what a resume makes of it."""
 
+from typing import Any
+
 import pytest
 
 from orchestrator.planning.kinds import WorkerKind
@@ -28,10 +30,30 @@ def test_less_memory_is_remembered_as_a_part_of_it(kind: str) -> None:
     ((as_then, _),) = preview_packs(trials, 1, learned[0], kinds=kinds)
     assert again.fit.budget_bytes == pytest.approx(as_then.fit.budget_bytes, rel=1e-6)
     assert again.fit.budget_bytes < lost.fit.budget_bytes
-    ((smaller, _),) = preview_packs(
-        trials, 1, heeding(premises(config, "cuda", LLAMA_8B, 70 * GIB), decisions)
-    )
+    fewer = premises(config, "cuda", LLAMA_8B, 70 * GIB)
+    kinds = (WorkerKind(kind, 1, 70 * GIB),) if kind else ()
+    ((smaller, _),) = preview_packs(trials, 1, heeding(fewer, decisions), kinds=kinds)
     assert smaller.fit.budget_bytes < 0.9 * 70 * GIB, "and of workers with other memory too"
+
+
+def test_other_packs_and_other_workers_are_planned_as_before() -> None:
+    small: dict[str, Any] = {"trial__batch_size": 1, "data__block_length": 512}
+    given = premises(sweep_config(**small), "cuda", LLAMA_8B, 80 * GIB)
+    four, sixteen = (
+        [TrialSpec(n, {}, sweep_config(**small, trial__quant__bit_width=b).trial) for n in range(8)]
+        for b in (4, 16)
+    )
+    kinds = (WorkerKind("H100", 1, 80 * GIB), WorkerKind("L4", 4, 22 * GIB, speed=0.5))
+    (lost, _), *others = preview_packs(four, 5, given, kinds=kinds)
+    learned = learn_from(lost, given, kinds)
+    assert learned is not None
+    (again, _), *others_again = preview_packs(four, 5, learned[0], kinds=kinds)
+    assert again.fit.budget_bytes < lost.fit.budget_bytes
+    assert [plan.fit for plan, _ in others_again] == [plan.fit for plan, _ in others]
+    assert {plan.kind.name for plan, _ in others_again} == {"L4"}
+    assert preview_packs(sixteen, 1, learned[0], kinds=kinds[:1]) == preview_packs(
+        sixteen, 1, given, kinds=kinds[:1]
+    )
 
 
 @pytest.mark.parametrize("kind", ["", "H200"])
