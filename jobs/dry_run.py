@@ -31,6 +31,7 @@ from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.pruning import rung_steps
 from orchestrator.search.space import check_space, first_trials, num_trials
+from orchestrator.search_config import PrunerConfig
 from orchestrator.sweep.bits import auto_settings, check_budgets, last_allocation
 from orchestrator.sweep.expectations import refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
@@ -87,8 +88,7 @@ def show_plan(
     _print_bits(console, config, placement, shape)
     _print_packs(console, config, trials, placement, shape)
     if config.search.pruner.kind != "none":
-        rungs = ", ".join(map(str, rung_steps(config.search.pruner, config.trial)))
-        console.print(f"pruner: {config.search.pruner.kind}, rungs at steps {rungs}", markup=False)
+        console.print(_rungs(config.search.pruner, trials), markup=False)
     for line in shards:
         console.print(line, markup=False)
     _print_settings(console, config, placement.device, run_dir)
@@ -136,6 +136,16 @@ def trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
             str(trial.number), *values, str(trial.config.steps), str(trial.config.batch_size)
         )
     return table
+
+
+def _rungs(pruner: PrunerConfig, trials: Sequence[TrialSpec]) -> str:
+    """Of each length that a trial has."""
+    found = {trial.config.steps: rung_steps(pruner, trial.config) for trial in trials}
+    words = [
+        (", ".join(map(str, steps)) or "none") + (f" of {length}" if len(found) > 1 else "")
+        for length, steps in sorted(found.items())
+    ]
+    return f"pruner: {pruner.kind}, rungs at steps {'; '.join(words)}"
 
 
 def _print_bits(

@@ -241,30 +241,27 @@ class _Shown:
 
     def _memory(self, plans: Sequence[PackPlan]) -> None:
         """Of each kind of pack once."""
-        columns: dict[str, PackMemory] = {}
-        budgets: dict[str, int] = {}
+        columns: dict[tuple[str, PackMemory], int] = {}
         for plan in plans:
             if plan.fit.memory is not None:
-                slots = plan.num_slots
-                name = f"{plan.key.title}, {slots} slot{'s' if slots > 1 else ''}\n{plan.kind.name}"
-                columns.setdefault(name, plan.fit.memory)
-                budgets.setdefault(name, plan.fit.budget_bytes)
+                columns.setdefault((_column(plan), plan.fit.memory), plan.fit.budget_bytes)
         if not columns:
             return
         where = "GPU" if self._device == "cuda" else "worker"
         table = Table(title=f"memory per {where}, GiB")
         table.add_column("part")
-        for name in columns:
+        for name, _ in columns:
             table.add_column(name, justify="right")
+        memories = [memory for _, memory in columns]
         for part, title in PARTS.items():
-            values = [getattr(memory, part) for memory in columns.values()]
+            values = [getattr(memory, part) for memory in memories]
             if any(values):
                 table.add_row(title, *(f"{value / GIB:.2f}" for value in values))
         table.add_section()
-        totals = (f"{memory.total_bytes / GIB:.2f}" for memory in columns.values())
+        totals = (f"{memory.total_bytes / GIB:.2f}" for memory in memories)
         table.add_row("at its peak", *totals)
-        table.add_row("may be used", *(f"{budget / GIB:.2f}" for budget in budgets.values()))
-        hosts = [memory.host_bytes for memory in columns.values()]
+        table.add_row("may be used", *(f"{budget / GIB:.2f}" for budget in columns.values()))
+        hosts = [memory.host_bytes for memory in memories]
         if any(hosts):
             table.add_row("on the host", *(f"{value / GIB:.2f}" for value in hosts))
         self._console.print(table)
@@ -302,12 +299,25 @@ class _Shown:
         if search.pruner.kind != "none":
             words += f"; less as far as {search.pruner.kind} stops trials"
         self._say(words)
+        if any(pack.plan.key.zero for pack in found.packs):
+            self._say(
+                "of packs under ZeRO these are the least: what their workers exchange and offload "
+                "is not in them"
+            )
         rate = self._config.resources.cost_per_hour
         if rate is not None:
             self._say(f"price: {gpu_hours * rate:.2f} at {rate:g} for a GPU and hour")
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)
+
+
+def _column(plan: PackPlan) -> str:
+    slots = counted(plan.num_slots, "slot")
+    passes = counted(plan.fit.micro_batch_size, "block") + " a pass"
+    words = [slots, passes, *(["recomputing"] if plan.fit.gradient_checkpointing else [])]
+    base = plan.key.title + (", ZeRO" if plan.key.zero else "")
+    return f"{base}\n{', '.join(words)}\n{plan.kind.name}"
 
 
 def _clock(seconds: float) -> str:

@@ -7,6 +7,7 @@ undisturbed one would have asked for at that point. A GridWalk only remembers ho
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,8 +19,8 @@ from orchestrator.planning.ranks import largest_rank
 from orchestrator.planning.sweep_rules import sweep_problems
 from orchestrator.planning.unread import unread
 from orchestrator.records import TrialResult, TrialSpec
-from orchestrator.search.samplers import STARTUP_TRIALS, Draw, draw
-from orchestrator.search_config import Choice, RangeConfig, Scalar, SearchConfig, Values, encoded
+from orchestrator.search.samplers import STARTUP_TRIALS, Draw, Point, draw, point_set
+from orchestrator.search_config import Choice, RangeConfig, SearchConfig, Values
 
 MAX_LISTED_PROBLEMS = 20
 
@@ -79,15 +80,19 @@ def check_space(config: SweepConfig) -> None:
 
 
 def _check_rungs(config: SweepConfig) -> None:
-    pruner, trial = config.search.pruner, config.trial
-    if pruner.kind == "none" or "steps" in config.search.space:
+    search, pruner = config.search, config.search.pruner
+    if pruner.kind == "none":
         return
-    late = [step for step in pruner.rungs or (pruner.min_steps or 1,) if step >= trial.steps]
-    if late:
+    rungs = pruner.rungs or (pruner.min_steps or 1,)
+    longest = int(_highest(search.space.get("steps", (config.trial.steps,))))
+    searched = "steps" in search.space
+    # Where lengths are searched, a rung may lie beyond the end of the shorter trials.
+    late = [step for step in rungs if step >= longest]
+    if len(late) == len(rungs) if searched else late:
+        name = "the longest of search.space.steps" if searched else "trial.steps"
         raise ConfigError(
             f"search.pruner needs rungs before the end of a trial, but got {late[0]} steps, "
-            f"trial.steps={trial.steps}: lower search.pruner.rungs or min_steps, or set "
-            "pruner: none"
+            f"{name}={longest}: lower search.pruner.rungs or min_steps, or set pruner: none"
         )
 
 
@@ -96,20 +101,20 @@ def next_trial(
     known: Sequence[TrialSpec],
     results: Sequence[TrialResult],
     most_under_way: int,
-    walk: "GridWalk | None" = None,
+    points: "KnownPoints | None" = None,
 ) -> TrialSpec | None:
     """The next trial; None when there is none, or a sampler that learns waits for results.
 
     `most_under_way`: trials that such a sampler has under way at most, where search.ahead does not
-    say which results it waits for. `walk`: kept from call to call, it saves going through the grid
-    anew.
+    say which results it waits for. `points`: kept from call to call, they save going through all
+    trials, and the grid, anew.
     """
     search = config.search
     number = len(known)
     if search.num_trials is not None and number >= search.num_trials:
         return None
     if search.sampler == "grid":
-        params = (walk or GridWalk(config)).next_point(known)
+        params = (points or KnownPoints(config)).next_of_grid(known)
         return None if params is None else _spec(config, number, Draw(params))
     if number >= first_batch(search):
         if search.ahead is not None:
@@ -120,15 +125,15 @@ def next_trial(
             return None
     elif search.sampler in STARTUP_TRIALS:
         results = ()  # as they were drawn had they all been asked for at once
-    return ask(config, known, results)
+    return ask(config, known, results, points)
 
 
 def first_trials(config: SweepConfig) -> list[TrialSpec]:
     """Those that are known before any result is in."""
     trials: list[TrialSpec] = []
-    walk = GridWalk(config)
+    points = KnownPoints(config)
     while len(trials) < first_batch(config.search):
-        trials.append(ask(config, trials, (), walk))
+        trials.append(ask(config, trials, (), points))
     return trials
 
 
@@ -139,15 +144,15 @@ def has_new_point(
     if config.search.sampler == "grid":
         return next_trial(config, known, results, most_under_way=1) is not None
     drawn = ask(config, known, results).params  # where there is no new one, it repeats one
-    taken = {_as_set(point_of(config, trial)) for trial in known}
-    return _as_set(drawn) not in taken and not _problems(config, drawn)
+    taken = {point_set(point_of(config, trial)) for trial in known}
+    return point_set(drawn) not in taken and not _problems(config, drawn)
 
 
 def ask(
     config: SweepConfig,
     known: Sequence[TrialSpec],
     results: Sequence[TrialResult],
-    walk: "GridWalk | None" = None,
+    points: "KnownPoints | None" = None,
 ) -> TrialSpec:
     """What the sampler draws next, given all trials asked so far and those that are over.
 
@@ -159,7 +164,7 @@ def ask(
     """
     search = config.search
     if search.sampler == "grid":
-        params = (walk or GridWalk(config)).next_point(known)
+        params = (points or KnownPoints(config)).next_of_grid(known)
         assert params is not None, "every point of the grid is known"
         return _spec(config, len(known), Draw(params))
 
@@ -172,7 +177,11 @@ def ask(
     def refused(params: dict[str, Choice]) -> bool:
         return bool(_problems(config, params))
 
-    return _spec(config, len(known), draw(search, known, results, suggest, searched, refused))
+    def taken() -> AbstractSet[Point]:
+        return (points or KnownPoints(config)).taken(known)
+
+    drawn = draw(search, known, results, suggest, searched, refused, taken)
+    return _spec(config, len(known), drawn)
 
 
 def chosen(search: SearchConfig, choose: Callable[[str, Values], Choice]) -> dict[str, Choice]:
@@ -198,9 +207,10 @@ def point_of(config: SweepConfig, trial: TrialSpec) -> dict[str, Choice]:
     return chosen(config.search, value)
 
 
-class GridWalk:
-    """Goes once through a grid's points. A widened grid holds those of the narrow one, too: the
-    next point is the first that no trial has."""
+class KnownPoints:
+    """The points that trials have, and a grid's next one. A widened grid holds those of the narrow
+    one, too: the next is the first that no trial has. `known` goes on from what it was in the call
+    before, so that each call costs what is new."""
 
     def __init__(self, config: SweepConfig) -> None:
         self._config = config
@@ -208,16 +218,19 @@ class GridWalk:
         self._point: dict[str, Choice] | None = None
         """The first that may be free. None until one is asked for, which other samplers never do:
         their ranges have no points."""
-        self._taken: set[frozenset[tuple[str, Scalar]]] = set()
+        self._taken: set[Point] = set()
         self._num_known = 0
 
-    def next_point(self, known: Sequence[TrialSpec]) -> dict[str, Choice] | None:
-        """`known` goes on from what it was in the call before; None where all points are taken."""
-        self._taken.update(
-            _as_set(point_of(self._config, trial)) for trial in known[self._num_known :]
-        )
+    def taken(self, known: Sequence[TrialSpec]) -> AbstractSet[Point]:
+        new = known[self._num_known :]
+        self._taken.update(point_set(point_of(self._config, trial)) for trial in new)
         self._num_known = len(known)
-        while self._point is None or _as_set(self._point) in self._taken:
+        return self._taken
+
+    def next_of_grid(self, known: Sequence[TrialSpec]) -> dict[str, Choice] | None:
+        """None where all points are taken."""
+        taken = self.taken(known)
+        while self._point is None or point_set(self._point) in taken:
             if (point := next(self._points, None)) is None:
                 return None
             self._point = point
@@ -367,11 +380,6 @@ def _points(
         assert isinstance(values, tuple)
         for value in values:
             yield from _points(search, fields[1:], point | {fields[0]: value})
-
-
-def _as_set(point: Mapping[str, Choice]) -> frozenset[tuple[str, Scalar]]:
-    """For which 16 and 16.0 are one: fields turn what is written into their type."""
-    return frozenset((name, encoded(value)) for name, value in point.items())
 
 
 def _spec(config: SweepConfig, number: int, draw: Draw) -> TrialSpec:

@@ -25,6 +25,7 @@ from orchestrator.planning.compatibility import problems
 from orchestrator.planning.options import DTYPE_BYTES
 from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import BaseModel, Device, TrialSpec
+from orchestrator.search.space import ordered_fields
 
 METHOD_VERSION = 1  # raise when the measurement changes
 # What 4 and 8 bits are made with; the measurement depends on these.
@@ -223,15 +224,26 @@ def check_budgets(config: SweepConfig, shape: BaseShape, compute_dtype: str) -> 
 
 def auto_settings(config: SweepConfig) -> Iterator[QuantConfig]:
     """All of bit_width auto that the sweep's trials may have; of a range, those at its ends."""
-    space = config.search.space
+    search = config.search
     if "auto" not in _widths(config):
         return
     lists: dict[str, Any] = {
         field: values if isinstance(values, tuple) else (values.low, values.high)
-        for field, values in space.items()
+        for field, values in search.space.items()
         if field.startswith("quant.")
     } | {"quant.bit_width": ("auto",)}
-    for point in itertools.product(*lists.values()):
-        trial = trial_with(config.trial, dict(zip(lists, point, strict=True)))
-        if not problems(trial):
+    ordered = [name for name in ordered_fields(search) if name in lists]
+    found: set[QuantConfig] = set()
+    for values in itertools.product(*lists.values()):
+        given = dict(zip(lists, values, strict=True))
+        point: dict[str, Any] = {"quant.bit_width": "auto"}
+        for field in ordered:
+            needs = search.all_conditions.get(field, {})
+            # Of fields that say nothing of the base, any value may be asked for.
+            here = {name: wanted for name, wanted in needs.items() if name in lists}
+            if all(point.get(name) in wanted for name, wanted in here.items()):
+                point[field] = given[field]
+        trial = trial_with(config.trial, point)
+        if trial.quant not in found and not problems(trial):
+            found.add(trial.quant)
             yield trial.quant

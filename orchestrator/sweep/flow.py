@@ -41,7 +41,7 @@ from orchestrator.records import (
     TrialSpec,
 )
 from orchestrator.search.objectives import violations
-from orchestrator.search.space import Bounds, GridWalk, bounds, next_trial
+from orchestrator.search.space import Bounds, KnownPoints, bounds, next_trial
 from orchestrator.sweep.bits import BitChooser, RunOnWorker, check_budgets, run_here
 from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.earlier import keep_speeds, speeds_to_begin_with
@@ -166,11 +166,11 @@ def _train(
 
     shape = read_shape(Path(local_folder(base)))
     chooser = _bit_chooser(store, base, data, shape, services)
-    walk = GridWalk(config)
+    points = KnownPoints(config)
 
     def ask(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
         per_worker = config.resources.slots_per_pack or LEARNING_TRIALS_PER_WORKER
-        trial = next_trial(config, known, results, services.num_workers * per_worker, walk)
+        trial = next_trial(config, known, results, services.num_workers * per_worker, points)
         settled = chooser.settle(trial) if trial is not None else None
         if settled is not trial:
             store.write("bits", chooser.chosen)

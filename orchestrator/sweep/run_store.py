@@ -64,6 +64,7 @@ EXTENDING_FIELDS = (
     "search.space.",
     "search.conditions.",
     "search.sampler:",
+    "search.ahead:",
     "search.num_trials:",
 )
 

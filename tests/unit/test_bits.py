@@ -16,6 +16,7 @@ from orchestrator.planning.bits import (
 )
 from orchestrator.planning.patterns import as_pattern, unmatched
 from orchestrator.search.space import ask, num_trials
+from orchestrator.sweep.bits import auto_settings
 from tests.sweeps import LLAMA_8B, sweep_config
 
 NAMES = [linear.name for linear in LLAMA_8B.linears]
@@ -70,6 +71,22 @@ def test_bytes_are_those_of_each_layer_at_its_own_bits() -> None:
     assert llm_int8 < linear_bytes(
         QuantConfig(bit_width=8, int8_type="blockwise"), LLAMA_8B.linears
     )
+
+
+def test_only_bases_that_a_trial_may_ask_for_are_measured() -> None:
+    search = {
+        "space": {
+            "quant.bit_width": [4, 16, "auto"],
+            "quant.average_bits": [5.0, 6.0],
+            "quant.quant_type": ["nf4", "fp4"],
+        },
+        "conditions": {"quant.quant_type": {"quant.bit_width": [4]}},
+    }
+    found = list(auto_settings(sweep_config(search=search)))
+    assert [(quant.average_bits, quant.quant_type) for quant in found] == [
+        (5.0, "nf4"),
+        (6.0, "nf4"),
+    ]
 
 
 def test_auto_is_taken_at_its_average_until_it_has_chosen() -> None:

@@ -106,7 +106,12 @@ def test_a_dry_run_shows_no_password_of_the_environment(
 def test_a_dry_run_shows_the_rungs(sweep_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["search.pruner=asha", "trial.steps=64"]
     assert show_plan(sweep_file, overrides, None, None, MACHINE) == 0
-    assert "pruner: asha, rungs at steps 4, 16" in capsys.readouterr().out
+    assert "pruner: asha, rungs at steps 4, 16\n" in capsys.readouterr().out
+    assert (
+        show_plan(sweep_file, [*overrides, "search.space={steps: [3, 64]}"], None, None, MACHINE)
+        == 0
+    )
+    assert "pruner: asha, rungs at steps 1 of 3; 4, 16 of 64\n" in capsys.readouterr().out
 
 
 def test_a_dry_run_names_the_drawn_trials_that_will_not_be_trained(

@@ -193,6 +193,7 @@ def test_a_sweep_that_runs_is_not_changed_by_a_resume(tmp_path: Path) -> None:
         ([], 3, {"num_trials": 7, "sampler": "tpe"}),
         (["search.num_trials=9"], None, {"num_trials": 9, "sampler": "tpe"}),
         (["search.sampler=random"], 1, {"num_trials": 5, "sampler": "random"}),
+        (["search.ahead=2"], 1, {"num_trials": 5, "ahead": 2}),
         (["search.space.adapter.alpha=[8, 16]"], None, {"num_trials": 4, "sampler": "tpe"}),
     ],
 )

@@ -46,6 +46,27 @@ def test_a_laptop_says_what_a_sweep_takes_on_gpus_that_it_does_not_have(
     assert re.fullmatch(r"\.+[0=]+ *", chart)
 
 
+def test_each_kind_of_pack_has_its_own_memory(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = "search.space={micro_batch_size: [1, 4]}"
+    out = shown(sweep_file, "1xH100-80GB", capsys, space, "trial.batch_size=4")
+    (line,) = re.findall(r"at its peak.*", out)
+    one, four = map(float, re.findall(r"[\d.]+", line))
+    assert one < four
+    assert "1 block a pass" in out
+    assert "4 blocks a pass" in out
+
+
+def test_times_under_zero_are_said_to_be_the_least(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "of packs under ZeRO these are the least"
+    settings = ("resources.workers_per_pack=2", "trial.strategy={kind: zero, stage: 3}")
+    assert words in shown(sweep_file, "2xH100-80GB", capsys, *settings)
+    assert words not in shown(sweep_file, "2xH100-80GB", capsys)
+
+
 def test_a_machine_whose_gpus_are_known_plans_for_them_as_if_they_were_named(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,14 @@ def test_a_point_without_its_budget_is_refused_with_its_title() -> None:
     assert "needs average_bits or budget_gib" in line
 
 
+def test_where_lengths_are_searched_a_rung_may_lie_beyond_the_end_of_some() -> None:
+    pruner = {"kind": "asha", "rungs": [2, 15]}
+    search = {"space": {"steps": [10, 20]}, "pruner": pruner}
+    check_space(sweep_config(search=search))
+    (line,) = refusal(sweep_config(search=search | {"pruner": pruner | {"rungs": [20, 40]}}))
+    assert "got 20 steps, the longest of search.space.steps=20" in line
+
+
 def test_a_pruner_needs_a_rung_before_the_end() -> None:
     pruner = {"kind": "asha", "rungs": [2, 6]}
     (line,) = refusal(sweep_config(search__pruner=pruner))

@@ -9,7 +9,7 @@ from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.samplers import SAMPLERS
 from orchestrator.search.space import (
-    GridWalk,
+    KnownPoints,
     ask,
     bounds,
     check_space,
@@ -91,6 +91,14 @@ def test_nsga2_draws_its_children_from_what_was_best(recwarn: pytest.WarningsRec
         early, late = early + sum(misses[:12]), late + sum(misses[-12:])
         assert {generation for trial in trials for generation in trial.notes.values()} >= {0, 1, 2}
     assert late < 0.85 * early
+
+
+def test_a_trial_whose_point_is_drawn_again_is_of_nsga2s_generation_all_the_same() -> None:
+    lists = {"quant.bit_width": [4, 8, 16], "adapter.rank": [4, 8, 16, 32, 64]}
+    search = {"space": lists, "sampler": "nsga2", "num_trials": 15}
+    trials = ask_all(sweep_config(search=search))
+    assert len({str(trial.params) for trial in trials}) == 15
+    assert [list(trial.notes.values())[0] for trial in trials] == [0] * 12 + [1] * 3
 
 
 def test_a_sampler_that_goes_ahead_knows_just_the_trials_that_it_waits_for() -> None:
@@ -219,12 +227,12 @@ def test_a_widened_grid_asks_for_no_point_twice_whatever_was_chosen_for_its_tria
 def test_a_grid_that_is_walked_asks_as_one_that_is_asked_afresh(wide: list[int]) -> None:
     narrow = ask_all(sweep_config(search={"space": {"adapter.rank": [4, 2]}}))
     config = sweep_config(search={"space": {"adapter.rank": wide, "seed": [0, 1]}})
-    walk, known = GridWalk(config), list(narrow)
-    while trial := next_trial(config, known, [], 1, walk):
+    points, known = KnownPoints(config), list(narrow)
+    while trial := next_trial(config, known, [], 1, points):
         assert trial == next_trial(config, known, [], most_under_way=1)
         known.append(trial)
     assert len(known) == 2 * len(wide)
-    assert next_trial(config, known, [], 1, walk) is None
+    assert next_trial(config, known, [], 1, points) is None
 
 
 @pytest.mark.parametrize("sampler", ["grid", "random", "tpe", "gp", "nsga2"])
