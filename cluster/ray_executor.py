@@ -31,7 +31,13 @@ from orchestrator.records import (
     PackQueued,
     PackSpec,
 )
-from orchestrator.sweep.executor import Worker, WorkerFactory, answer, pack_worker
+from orchestrator.sweep.executor import (
+    Worker,
+    WorkerFactory,
+    answer,
+    pack_worker,
+    prepare_worker,
+)
 
 # A node has 1 of its accelerator's type, whatever the number of GPUs: ray.util.accelerators.
 ACCELERATOR_PART = 0.001
@@ -42,16 +48,18 @@ QUEUED_AFTER_S = 10.0
 class _PackActor:
     """Runs in the worker process."""
 
-    def __init__(self, spec: PackSpec, world_rank: int, factory: WorkerFactory) -> None:
-        self._spec = spec
-        self._world_rank = world_rank
+    def __init__(self, name: str, factory: WorkerFactory) -> None:
+        self._name = name
         self._factory = factory
         self._worker: Worker
         self._reserved: socket.socket
 
     def __repr__(self) -> str:
-        """What Ray's dashboard calls it, and `jobs logs --worker` finds it by."""
-        return f"pack {self._spec.pack} worker {self._world_rank}"
+        """What Ray's dashboard calls it, and `jobs logs --worker` finds it by; Ray asks once."""
+        return self._name
+
+    def prepare(self, prepare: Callable[[], None]) -> None:
+        prepare()
 
     def meeting_point(self) -> str:
         """An init_method at this node, with a port that is kept free for this process."""
@@ -62,10 +70,12 @@ class _PackActor:
         self._reserved.bind(("", 0))
         return f"tcp://{ray.util.get_node_ip_address()}:{self._reserved.getsockname()[1]}"
 
-    def load(self, init_method: str) -> list[Event]:
+    def load(self, spec: PackSpec, world_rank: int, init_method: str) -> list[Event]:
+        self._spec, self._world_rank = spec, world_rank
+
         def load() -> list[Event]:
-            place = GroupPlace(self._world_rank, self._spec.world_size, init_method)
-            self._worker = self._factory(self._spec, place)
+            place = GroupPlace(world_rank, spec.world_size, init_method)
+            self._worker = self._factory(spec, place)
             return [self._worker.load()]
 
         return self._answer(load)
@@ -95,6 +105,16 @@ class _Pack:
     """When that was last looked at."""
 
 
+@dataclass(frozen=True)
+class _Spare:
+    """A worker's process with its place, before there is a pack for it."""
+
+    device: str
+    cpus: int
+    actor: Any
+    placement_group: Any
+
+
 class RayExecutor:
     def __init__(
         self, factory: WorkerFactory = pack_worker, queued_after_s: float = QUEUED_AFTER_S
@@ -102,35 +122,68 @@ class RayExecutor:
         self._factory = factory
         self._queued_after_s = queued_after_s
         self._packs: dict[int, _Pack] = {}
+        self._spares: list[_Spare] = []
+
+    def start_spares(
+        self, count: int, device: str, cpus: int, prepare: Callable[[], None] = prepare_worker
+    ) -> None:
+        """Begin with the processes of so many workers before it is known what they will train:
+        starting one and importing its libraries takes some 10 s. Each holds its share of the node
+        from now on, so nothing but packs may need any before the packs are planned."""
+        for number in range(count):
+            actors, group = self._actors([f"spare worker {number}"], _bundle(device, cpus), device)
+            actors[0].prepare.remote(prepare)  # if that fails, loading does, and says so
+            self._spares.append(_Spare(device, cpus, actors[0], group))
 
     def start_pack(self, spec: PackSpec) -> None:
-        bundle: dict[str, float] = {"CPU": spec.cpus}
-        if spec.device == "cuda":
-            bundle["GPU"] = 1
-        if spec.accelerator:
-            bundle[accelerator_resource(spec.accelerator)] = ACCELERATOR_PART
-        # PACK: as few nodes as possible; more than one only if no node has room for all.
-        group = placement_group([bundle] * spec.world_size, strategy="PACK")
-        actors = []
-        for world_rank in range(spec.world_size):
-            options = {
-                "num_cpus": spec.cpus,
-                "num_gpus": bundle.get("GPU", 0),
-                "accelerator_type": spec.accelerator or None,
-                "max_restarts": 0,
-                "runtime_env": {"env_vars": worker_environment(spec)},
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    placement_group=group, placement_group_bundle_index=world_rank
-                ),
-            }
-            actor = ray.remote(**options)(_PackActor).remote(spec, world_rank, self._factory)
-            actors.append(actor)
+        bundle = _bundle(spec.device, spec.cpus, spec.accelerator)
+        if (spare := self._spare_for(spec)) is not None:
+            actors, group = [spare.actor], spare.placement_group
+        else:
+            self._end_spares()  # they may hold what this pack needs
+            names = [f"pack {spec.pack} worker {rank}" for rank in range(spec.world_size)]
+            actors, group = self._actors(names, bundle, spec.device, spec.accelerator)
         # A reference: Ray hands each actor its value once there is one, and nothing waits here.
         init_method = actors[0].meeting_point.remote() if spec.world_size > 1 else ""
-        pending = [actor.load.remote(init_method) for actor in actors]
+        pending = [actor.load.remote(spec, rank, init_method) for rank, actor in enumerate(actors)]
         needs = f"{spec.world_size} x {_words(bundle)}"
         look_at = time.monotonic() + self._queued_after_s
         self._packs[spec.pack] = _Pack(actors, group, pending, [], needs, look_at)
+
+    def _actors(
+        self, names: Sequence[str], bundle: Mapping[str, float], device: str, accelerator: str = ""
+    ) -> tuple[list[Any], Any]:
+        """One for each name, and the placement group that they have to themselves."""
+        # PACK: as few nodes as possible; more than one only if no node has room for all.
+        group = placement_group([dict(bundle)] * len(names), strategy="PACK")
+        actors = []
+        for number, name in enumerate(names):
+            options = {
+                "num_cpus": bundle["CPU"],
+                "num_gpus": bundle.get("GPU", 0),
+                "accelerator_type": accelerator or None,
+                "max_restarts": 0,
+                "runtime_env": {"env_vars": device_environment(device, int(bundle["CPU"]))},
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    placement_group=group, placement_group_bundle_index=number
+                ),
+            }
+            actors.append(ray.remote(**options)(_PackActor).remote(name, self._factory))
+        return actors, group
+
+    def _spare_for(self, spec: PackSpec) -> _Spare | None:
+        if spec.world_size > 1 or spec.accelerator:
+            return None
+        for spare in self._spares:
+            if (spare.device, spare.cpus) == (spec.device, spec.cpus):
+                self._spares.remove(spare)
+                return spare
+        return None
+
+    def _end_spares(self) -> None:
+        for spare in self._spares:
+            _end([spare.actor], spare.placement_group)
+        self._spares = []
 
     def advance(self, pack: int, directives: Sequence[Directive]) -> None:
         advanced = self._packs[pack]
@@ -154,11 +207,10 @@ class RayExecutor:
     def stop_pack(self, pack: int) -> None:
         stopped = self._packs.pop(pack, None)
         if stopped is not None:
-            for actor in stopped.actors:
-                ray.kill(actor)
-            remove_placement_group(stopped.placement_group)
+            _end(stopped.actors, stopped.placement_group)
 
     def close(self) -> None:
+        self._end_spares()
         for pack in list(self._packs):
             self.stop_pack(pack)
 
@@ -200,6 +252,22 @@ class RayExecutor:
         return answers
 
 
+def _bundle(device: str, cpus: int, accelerator: str = "") -> dict[str, float]:
+    """One worker's share of a node."""
+    bundle: dict[str, float] = {"CPU": cpus}
+    if device == "cuda":
+        bundle["GPU"] = 1
+    if accelerator:
+        bundle[accelerator_resource(accelerator)] = ACCELERATOR_PART
+    return bundle
+
+
+def _end(actors: Sequence[Any], group: Any) -> None:
+    for actor in actors:
+        ray.kill(actor)
+    remove_placement_group(group)
+
+
 def _words(bundle: Mapping[str, float]) -> str:
     """Of one worker's share of a node: `1 GPU and 4 CPU cores`."""
     cores = f"{bundle['CPU']:g} CPU core" + ("" if bundle["CPU"] == 1 else "s")
@@ -221,11 +289,6 @@ def _read(reference: Any, pack: int) -> list[Event]:
 
 def accelerator_resource(kind: str) -> str:
     return f"accelerator_type:{kind}"
-
-
-def worker_environment(spec: PackSpec) -> dict[str, str]:
-    """Environment of a pack worker."""
-    return device_environment(spec.device, spec.cpus)
 
 
 def device_environment(device: str, cpus: int) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""What a sweep needs soon, begun in a thread while Ray starts: this process would only wait.
+"""What a sweep needs soon, begun before its turn: its tokenizer in a thread while Ray starts, for
+this process would only wait; its workers' processes while data is prepared here.
 
 In: a SweepConfig. Out: a task pool that is this process, for data that is not worth another one.
 """
@@ -17,7 +18,9 @@ from orchestrator.data.prepare import (
 )
 from orchestrator.data.sources import is_small
 from orchestrator.data.tokenizing import load_tokenizer
+from orchestrator.errors import DataError
 from orchestrator.files import cache_dir
+from orchestrator.sweep.bits import auto_settings
 from orchestrator.training.model_source import find_source
 
 
@@ -36,6 +39,15 @@ def tokenizer_ahead(
             yield run_in_process
 
         yield task_pool
+
+
+def packs_come_first(config: SweepConfig) -> bool:
+    """Whether nothing wants a worker's share of the node before the packs do: no sharding task, no
+    measurement of layers."""
+    try:
+        return is_small(config.data) and not any(auto_settings(config))
+    except DataError:  # a resume may not need these rows any more; else it is said in its turn
+        return False
 
 
 def _load(config: SweepConfig) -> None:

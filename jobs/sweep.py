@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from jobs.ahead import tokenizer_ahead
+from jobs.ahead import packs_come_first, tokenizer_ahead
 from jobs.display import SweepDisplay, command_name, results_table, shown_path
 from jobs.environment import describe_environment
 from jobs.inputs import check_inputs, check_tracking
@@ -235,6 +235,10 @@ def _ray_backend(
         num_workers = worker_count(config.resources, device, nodes)
         num_cpus = int(sum(node.num_cpus for node in nodes))
         memory_bytes = worker_memory_bytes(config.resources, device, nodes, num_workers)
+        executor = RayExecutor()
+        if address is None and packs_come_first(config):
+            spares = min(num_workers, num_trials(config.search))
+            executor.start_spares(spares, device, config.resources.cpus_per_worker)
 
         def task_pool() -> AbstractContextManager[RunTasks]:
             if prepared_here is not None and is_small(config.data):
@@ -243,7 +247,7 @@ def _ray_backend(
 
         yield Backend(
             "ray",
-            RayExecutor(),
+            executor,
             task_pool,
             num_workers,
             device,

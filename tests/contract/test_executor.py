@@ -1,10 +1,12 @@
 """What every executor must do; a new one adds a fixture."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -299,6 +301,49 @@ def test_a_pack_that_waits_for_room_says_so_once_and_again_when_it_has_it(
         holder.stop_pack(0)
         assert next_answer(executor) == (0, [PackPlaced(0)])
         assert isinstance(next_answer(executor)[1][0], PackReady)
+
+
+def note_process(path: Path) -> None:
+    path.write_text(str(os.getpid()))
+
+
+class NotingWorker(SimulatedWorker):
+    """Its base's bytes are the number of its process."""
+
+    def load(self) -> PackReady:
+        return replace(super().load(), base_bytes=os.getpid())
+
+
+def test_a_pack_takes_a_worker_that_was_started_before_there_was_a_pack(
+    local_ray: None, tmp_path: Path
+) -> None:
+    from cluster.ray_executor import RayExecutor
+
+    with closing(RayExecutor(NotingWorker)) as executor:
+        executor.start_spares(1, "cpu", 1, partial(note_process, tmp_path / "process"))
+        executor.start_pack(spec(0))
+        executor.start_pack(spec(1))
+        ready = dict(next_answer(executor) for _ in range(2))
+        spare, other = (events[0] for _, events in sorted(ready.items()))
+    assert isinstance(spare, PackReady)
+    assert isinstance(other, PackReady)
+    assert spare.base_bytes == int((tmp_path / "process").read_text())
+    assert other.base_bytes != spare.base_bytes
+
+
+def test_workers_without_a_pack_give_way_to_one_that_needs_another_place(
+    local_ray: None, tmp_path: Path
+) -> None:
+    import ray
+
+    from cluster.ray_executor import RayExecutor
+
+    cores = int(ray.cluster_resources()["CPU"])
+    with closing(RayExecutor(SimulatedWorker)) as executor:
+        executor.start_spares(cores, "cpu", 1, partial(note_process, tmp_path / "process"))
+        executor.start_pack(replace(spec(), cpus=cores))
+        _, (ready,) = next_answer(executor)
+        assert isinstance(ready, PackReady)
 
 
 class SummingWorker:
