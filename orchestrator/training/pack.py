@@ -61,9 +61,12 @@ REPORT_EVERY_S = 1.0
 
 
 class PackWorker:
-    def __init__(self, spec: PackSpec, place: GroupPlace = ALONE) -> None:
+    def __init__(
+        self, spec: PackSpec, place: GroupPlace = ALONE, report_every_s: float = REPORT_EVERY_S
+    ) -> None:
         self.spec = spec
         self.place = place
+        self._report_every_s = report_every_s
         # All workers of a pack train the same slots and come to the same events; one writes.
         self._writes = place.world_rank == 0
         self.slots: dict[int, Slot] = {}  # occupied ones, by slot number
@@ -289,7 +292,7 @@ class PackWorker:
             return self._answer(), True
         started = time.monotonic()
         members = list(self.slots.values())
-        outcome = self._runner.run(members, started - self._reported >= REPORT_EVERY_S)
+        outcome = self._runner.run(members, started - self._reported >= self._report_every_s)
         self._round_s = outcome.round_s
         failed: list[Event] = []
         stepped: list[Slot] = []

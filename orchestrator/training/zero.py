@@ -68,6 +68,7 @@ class ZeroEngine:
         self._replicas = replicas
         self._stage = cast(int, strategy.stage)
         self._optimizer = _TrialOptimizer(program.lanes.parameters)
+        self._within_step = False
         self._folder = None
         if "nvme" in (strategy.offload_optimizer, strategy.offload_params):
             load_op("async_io")
@@ -102,10 +103,13 @@ class ZeroEngine:
         # DeepSpeed starts from a scalar; this one's gradient by `hidden` is `gradient`, exactly. It
         # takes the workers' mean, where their sum is wanted.
         loss = (hidden * gradient).sum() * self._replicas.world_size
+        self._within_step = True
         with self._replicas.waiting():
             self._engine.backward(loss, scale_wrt_gas=False)
 
     def stepper(self, slot: int, config: OptimizerConfig) -> Stepper:
+        if self._within_step:
+            self._drop_gradients()
         self._partitions.forget_states()
         self._optimizer.begin([row.begin(config) for row in self._optimizers], config.max_grad_norm)
         stepper = ZeroStepper(
@@ -119,7 +123,17 @@ class ZeroEngine:
         self._optimizer.norm = math.nan  # stays so if DeepSpeed meets a gradient that is not finite
         with self._replicas.waiting():
             self._engine.step()
+        self._within_step = False
         return [self._optimizer.norm]
+
+    def _drop_gradients(self) -> None:
+        """Of a trial that was stopped within a step. DeepSpeed adds up gradients in other places at
+        each stage, and clears them in a step: so in one that changes nothing."""
+        self._optimizer.idle = True
+        with self._replicas.waiting():
+            self._engine.step()
+        self._optimizer.idle = False
+        self._within_step = False
 
     def close(self) -> None:
         self._engine.destroy()
@@ -242,6 +256,8 @@ class _TrialOptimizer(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": 0.0})
         self._trial: list[torch.optim.Optimizer] = []
         self._max_norm: float | None = None
+        self.idle = False
+        """Whether steps change nothing."""
 
     def begin(self, trial: list[torch.optim.Optimizer], max_norm: float | None) -> None:
         self._trial, self._max_norm = trial, max_norm
@@ -256,6 +272,8 @@ class _TrialOptimizer(torch.optim.Optimizer):
         return zip(self.partitions.tensors, self._trial, strict=True)
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self.idle:
+            return
         (present,) = self.param_groups[0]["params"]  # DeepSpeed put its flat partition here
         (optimizer,) = (own for partition, own in self.parts() if partition is present)
         self.norm = self.partitions.gradient_norm

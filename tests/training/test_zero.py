@@ -16,6 +16,7 @@ from orchestrator.records import (
     Leave,
     PackSpec,
     Progress,
+    Prune,
     TrialDone,
     TrialStopped,
 )
@@ -149,6 +150,24 @@ def test_micro_batches_under_zero_add_up_to_the_whole_batch(
     config = trial_config(batch_size=4, micro_batch_size=1)
     parts, _ = train(zero_spec(name, micro_batch_size=1), [config], tmp_path / "parts")
     assert_equal(whole[0], parts[0])
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 2, optimizer on the CPU", "stage 3"])
+def test_a_trial_that_is_pruned_within_a_step_leaves_no_gradient_to_the_next(
+    zero_spec: MakeSpec, tmp_path: Path, name: str
+) -> None:
+    spec = zero_spec(name, micro_batch_size=1, checkpoint_every_steps=100)
+    pruned, other = (trial_config(seed=seed, batch_size=4) for seed in (1, 2))
+    alone, _ = train(spec, [other], tmp_path / "alone")
+    worker = PackWorker(spec, report_every_s=0.0)
+    worker.load()
+    worker.advance([task(0, pruned, tmp_path / "after")])
+    for _ in range(5):  # micro-batches: a step and a half
+        worker.advance([])
+    assert worker.slots[0].step == 1
+    events = train_until(worker, TrialDone, [Prune(0), task(1, other, tmp_path / "after")])
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    assert_equal(load_file(Path(done.adapter_dir) / "adapter_model.safetensors"), alone[0])
 
 
 @pytest.mark.parametrize("name", ["stage 2", "stage 3"])
