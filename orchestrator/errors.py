@@ -28,6 +28,9 @@ from typing import Self
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 class OrchestratorError(Exception):
     """Base of all errors that end a command with one clear message instead of a traceback."""
 
@@ -38,6 +41,10 @@ class ConfigError(OrchestratorError):
 
 class DataError(OrchestratorError):
     """The dataset cannot be read or used as asked."""
+
+
+class DataUnreachable(DataError):
+    """Data that is elsewhere and cannot be read now, whatever is at fault; another time it may."""
 
 
 class BaseModelError(OrchestratorError):
@@ -109,3 +116,11 @@ class RegistryError(OrchestratorError):
 
 def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch's own error, which is not imported here, or another's that says so: the driver, cuBLAS
+    and the CPU's allocator have none of their own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -315,6 +315,8 @@ class PackLost:
     """worker_lost, also of one that hangs; or what it raised: out_of_memory | disk_full |
     data_error | raised."""
     message: str
+    may_pass: bool = False
+    """Whether it raised none of the project's errors: the machine may have been at fault."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from orchestrator.data.streams import is_remote, read_errors
 from orchestrator.digests import known_file_digest
-from orchestrator.errors import DataError, is_disk_full
+from orchestrator.errors import DataError, DataUnreachable, is_disk_full
 from orchestrator.files import (
     cache_dir,
     file_digest,
@@ -161,15 +161,15 @@ def _reaching(url: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{url}: a shard is missing ({error}): run again to make it") from error
     except (ValueError, ImportError) as error:
-        raise _unusable(url, error) from error
+        raise DataError(_unusable(url, error)) from error
     except read_errors(remote=True) as error:
         if is_disk_full(error):
             raise
-        raise _unusable(url, error) from error
+        raise DataUnreachable(_unusable(url, error)) from error
 
 
-def _unusable(url: str, error: BaseException) -> DataError:
-    return DataError(
+def _unusable(url: str, error: BaseException) -> str:
+    return (
         f"{url}: the shards' place cannot be used ({error}): check data.shards_dir, the "
         "credentials, and that the fsspec package for this protocol is installed"
     )

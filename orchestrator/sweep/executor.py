@@ -8,7 +8,14 @@ suite, tests/contract/test_executor.py, holds them to the same behaviour.
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from orchestrator.errors import DataError, TrialFailed, is_disk_full
+from orchestrator.errors import (
+    DataError,
+    DataUnreachable,
+    OrchestratorError,
+    TrialFailed,
+    is_disk_full,
+    is_out_of_memory,
+)
 from orchestrator.garbage import without_collections
 from orchestrator.records import ALONE, Directive, Event, GroupPlace, PackLost, PackReady, PackSpec
 
@@ -123,17 +130,19 @@ class InProcessExecutor:
 def _lost(pack: int, error: Exception) -> PackLost:
     if is_disk_full(error):
         return PackLost(pack, "disk_full", f"{error}: free space, then resume")
-    if isinstance(error, ConnectionError):  # from or to a partner in the same pack
+    # A partner in the same pack, or shards that are elsewhere.
+    if isinstance(error, ConnectionError | DataUnreachable):
         return PackLost(pack, "worker_lost", str(error))
     if isinstance(error, TrialFailed):
         return PackLost(pack, error.reason, error.message)
     if isinstance(error, DataError):
         return PackLost(pack, "data_error", str(error))
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+    if is_out_of_memory(error):
         return PackLost(
             pack,
             "out_of_memory",
             f"{error}: lower trial.micro_batch_size, data.block_length or "
             "resources.slots_per_pack, or set trial.gradient_checkpointing: true, in a new sweep",
         )
-    return PackLost(pack, "raised", f"{type(error).__name__}: {error}")
+    may_pass = not isinstance(error, OrchestratorError)
+    return PackLost(pack, "raised", f"{type(error).__name__}: {error}", may_pass)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from orchestrator.data.reader import BlockReader
+from orchestrator.errors import is_out_of_memory
 from orchestrator.planning.lanes import lanes_for
 from orchestrator.records import PackSpec
 from orchestrator.training.base_model import LoadedBase
@@ -59,9 +60,9 @@ class ProgramBuilder:
         if self.kind == "graph":
             try:
                 return RecordedProgram(*self._arguments(num_lanes))
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:  # a recording that fails has no type of its own
+                if is_out_of_memory(error):
+                    raise
                 self.kind = "compiled"
                 self.note = f"no CUDA graph: {str(error).splitlines()[0]}"
                 log.warning("pack %s: %s", self._spec.pack, self.note)

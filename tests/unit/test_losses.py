@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.records import Decision, Notice, PackLost
-from orchestrator.sweep.executor import InProcessExecutor
+from orchestrator.errors import BaseModelError, DataError, DataUnreachable
+from orchestrator.records import Decision, Event, GroupPlace, Notice, PackLost, PackSpec
+from orchestrator.sweep.executor import InProcessExecutor, Worker, answer
 from orchestrator.sweep.losses import remedy, slot_limits
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.simulated import SimulatedWorker
@@ -71,6 +72,71 @@ def test_a_resume_does_not_put_trials_together_again_that_were_parted(tmp_path: 
     assert [d["facts"]["max_slots"] for d in splits(again, before)] == [1]
     started = [e for e in again.pack_events[events_before:] if e["what"] == "start"]
     assert max(event["num_slots"] for event in started) == 2
+
+
+class Loading:
+    """Of workers in one process: the first loads raise."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        self._error = error
+        self._left = times
+        self.loads = 0
+
+    def worker(self, spec: PackSpec, place: GroupPlace) -> Worker:
+        self.loads += 1
+        if self.loads <= self._left:
+            raise self._error
+        return SimulatedWorker(spec, place)
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError("the hub does not answer"), DataUnreachable("s3://shards: 503")]
+)
+def test_a_load_that_failed_for_its_surroundings_is_tried_again(
+    tmp_path: Path, error: Exception
+) -> None:
+    store = eight_trials(tmp_path / "run")
+    loading = Loading(error, times=2)
+    assert make_controller(store, InProcessExecutor(loading.worker), num_workers=1).run()
+    assert states(store) == {"finished": list(range(8))}
+    assert loading.loads == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "loads", "reason"),
+    [
+        (BaseModelError("tiny: it has no linear layer"), 1, "raised"),
+        (DataError("shard 3: its digest is another"), 1, "data_error"),
+        (TimeoutError("the hub does not answer"), 4, "raised"),
+    ],
+)
+def test_one_that_cannot_work_fails_at_once_and_others_after_max_restarts(
+    tmp_path: Path, error: Exception, loads: int, reason: str
+) -> None:
+    store = eight_trials(tmp_path / "run")
+    loading = Loading(error, times=100)
+    assert make_controller(store, InProcessExecutor(loading.worker), num_workers=1).run()
+    assert states(store) == {reason: list(range(8))}
+    assert loading.loads == loads
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+    ids=str,
+)
+def test_whoever_runs_out_of_memory_it_is_out_of_memory(error: Exception) -> None:
+    def step() -> list[Event]:
+        raise error
+
+    (lost,) = answer(0, step)
+    assert isinstance(lost, PackLost)
+    assert lost.reason == "out_of_memory"
 
 
 @settings(deadline=None, max_examples=10)
