@@ -126,7 +126,10 @@ def _why_unknown(config: dict[str, Any]) -> str:
     if missing := [name for name in NEEDED_FIELDS if not isinstance(config.get(name), int)]:
         return f"{family}: its config.json has no {missing[0]}"
     if any(config.get(name) for name in EXPERT_FIELDS):
-        return f"{family}: a mixture of experts, for which no memory is estimated"
+        return (
+            f"{family}: a mixture of experts, which stay at 16 bits and take no adapter, and for "
+            "which no memory is estimated"
+        )
     if quantised_by(config):
         return f"{family}: its files are quantised already"
     return ""

@@ -4,6 +4,7 @@ In: the tensors of one slot. Out: a folder with adapter_config.json, adapter_mod
 orchestrator.json (base model, quantisation, template, digests of the other files).
 """
 
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ def save_adapter(
     trial: TrialConfig,
     base: BaseModel,
     facts: dict[str, Any],
+    names_elsewhere: AbstractSet[str] = frozenset(),
 ) -> str:
     """Write the folder whole or not at all; returns the digest of its weights.
 
-    `facts` go to orchestrator.json beside the base model's record and the quantisation.
+    `facts` go to orchestrator.json beside the base model's record and the quantisation. A layer is
+    named as a whole if its last name is one of `names_elsewhere`.
 
     Raises:
         TrialFailed: the adapter is as it began.
@@ -47,7 +50,7 @@ def save_adapter(
             "adapter.alpha",
         )
     layers = {name.split(".lora_")[0].removeprefix(PREFIX) for name in tensors}
-    modules = sorted({_target(name, adapter.target_modules) for name in layers})
+    modules = sorted({_target(name, adapter.target_modules, names_elsewhere) for name in layers})
     ranks = {name: rank_of(adapter, name) for name in sorted(layers)}
     alphas = {name: alpha_of(adapter, name) for name in sorted(layers)}
     with quiet_libraries():
@@ -92,11 +95,12 @@ def save_adapter(
     return file_digest(folder / WEIGHTS)
 
 
-def _target(layer: str, targets: Targets) -> str:
+def _target(layer: str, targets: Targets, names_elsewhere: AbstractSet[str]) -> str:
     """What PEFT is to find the layer by: its last name, where all layers of that name were trained,
     or else the whole."""
     last = layer.rpartition(".")[2]
-    return last if targets == "all-linear" or last in targets else layer
+    all_of_that_name = targets == "all-linear" or last in targets
+    return last if all_of_that_name and last not in names_elsewhere else layer
 
 
 def saved_config(folder: Path) -> AdapterConfig:

@@ -68,6 +68,8 @@ class LoadedBase:
     """Why its attention needs transformers' masks; empty where it goes by documents' extents."""
     own_attention: str = ""
     """The one that it came with, where it goes by documents' extents."""
+    note: str = ""
+    """What its user should know of it; mostly empty."""
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -201,7 +203,18 @@ def _prepare(model: nn.Module, device: Device, dtype: torch.dtype) -> LoadedBase
     model.train()
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     num_params, num_bytes = _num_values(model), _num_bytes(model)
-    return LoadedBase(model, num_params, num_bytes, place, dtype, "not tried yet")
+    note = _of_experts(model, num_params)
+    return LoadedBase(model, num_params, num_bytes, place, dtype, "not tried yet", note=note)
+
+
+def _of_experts(model: nn.Module, num_params: int) -> str:
+    """Transformers keeps all experts of a layer in one parameter of three dimensions, which is no
+    linear layer."""
+    experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
+    if not experts:
+        return ""
+    part = experts / num_params
+    return f"{part:.0%} of its weights, its experts, stay at 16 bits and take no adapter"
 
 
 def _let_go_of_input(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

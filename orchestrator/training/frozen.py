@@ -6,7 +6,7 @@ CPU an eval-mode forward of it rewrites the weights. The values are the same: a 
 are kept computes what one that makes them again computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.training.codes import Codes, values
+
+
+def decoder_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """By name in the whole model. What text does not pass through, such as a vision tower, is left
+    alone: neither in codes nor with adapters."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    inside = set(map(id, (decoder if decoder is not None else model).modules()))
+    return ((name, part) for name, part in model.named_modules() if id(part) in inside)
+
+
+def names_elsewhere(model: nn.Module) -> frozenset[str]:
+    """Last names of modules that are no part of the decoder."""
+    inside = {name for name, _ in decoder_modules(model)}
+    names = (name for name, _ in model.named_modules() if name not in inside)
+    return frozenset(name.rpartition(".")[2] for name in names)
 
 
 class PackedLinear(nn.Module):

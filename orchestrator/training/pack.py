@@ -132,7 +132,7 @@ class PackWorker:
             baseline.loss,
             time.monotonic() - started,
             self.programs.kind,
-            self.programs.note,
+            "; ".join(filter(None, (self.base.note, self.programs.note))),
             evaluation_s,
         )
 
@@ -446,7 +446,14 @@ class PackWorker:
         digest, adapter_bytes = "", 0
         if self._writes:
             try:
-                digest = save_adapter(folder, tensors, slot.trial, self.spec.base_model, facts)
+                digest = save_adapter(
+                    folder,
+                    tensors,
+                    slot.trial,
+                    self.spec.base_model,
+                    facts,
+                    self.rows.names_elsewhere,
+                )
             except OrchestratorError as error:
                 # Of this worker alone, but the others close the slot as well and keep no event.
                 return self._stop(slot, TrialFailed.by(error))

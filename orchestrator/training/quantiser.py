@@ -23,7 +23,7 @@ from orchestrator.planning.bits import bits_of, stored_bits
 from orchestrator.planning.compatibility import conv1d_refusal
 from orchestrator.planning.patterns import unmatched
 from orchestrator.training.codes import Codes, quantise
-from orchestrator.training.frozen import PackedLinear
+from orchestrator.training.frozen import PackedLinear, decoder_modules
 from orchestrator.training.quantised_cache import QuantisedCache
 
 METHOD = "orchestrator"
@@ -69,7 +69,7 @@ class LayerQuantiser(HfQuantizer):  # type: ignore[misc]
         kept = self.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         names = [
             name
-            for name, module in model.named_modules()
+            for name, module in decoder_modules(model)
             if type(module) is nn.Linear and should_convert_module(name, kept)
         ]
         if idle := unmatched(quant.bit_width_pattern, names):

@@ -25,7 +25,7 @@ from orchestrator.errors import BaseModelError, TrialFailed
 from orchestrator.planning.ranks import idle_patterns, rank_of, scaling_of
 from orchestrator.planning.shape import Targets, check_targets, matching
 from orchestrator.training.dora import lengths, squared_lengths
-from orchestrator.training.frozen import PackedLinear
+from orchestrator.training.frozen import PackedLinear, decoder_modules, names_elsewhere
 from orchestrator.training.loftq import Correction
 
 
@@ -70,6 +70,7 @@ class Slots:
         self.max_rank = max_rank
         self.dora = dora
         self.layers = tuple(_layout(model, target_names(model, targets), max_rank, dora))
+        self.names_elsewhere = names_elsewhere(model)
         self.rows = torch.zeros(num_slots, self.layers[-1].end, device=device, dtype=dtype)
         self.gradients = torch.zeros_like(self.rows)
         self.corrections: dict[str, Correction] = {}
@@ -250,7 +251,7 @@ def target_names(model: nn.Module, targets: Targets) -> list[str]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [
         name
-        for name, module in model.named_modules()
+        for name, module in decoder_modules(model)
         if isinstance(module, nn.Linear | PackedLinear) and module is not head
     ]
     if not linear:

@@ -1,5 +1,6 @@
 """Which families of base models can be trained, decided by a probe when they are loaded."""
 
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,48 @@ def test_a_family_that_keeps_documents_apart_loads_in_train_mode(
 ) -> None:
     base = load(make_family(name, tmp_path), bit_width, "bfloat16")
     assert all(module.training for module in base.model.modules())
+
+
+def make_gemma3(folder: Path) -> Path:
+    """Of text and images; plain transformers loads it as a causal language model, too."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = Gemma3Config(
+        text_config=SIZES, vision_config={**vision, "num_attention_heads": 2, "image_size": 28}
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bit_width", [4, 16])
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+def test_of_a_base_of_text_and_images_the_text_part_is_trained_and_peft_finds_it(
+    make_spec: MakeSpec, tmp_path: Path, bit_width: int, targets: Any
+) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    folder = make_gemma3(tmp_path / "base")
+    base = BaseModel("x", None, str(folder), "d")
+    spec = make_spec(bit_width, base_model=base, target_modules=targets)
+    trials = [trial_config(seed=seed, adapter__target_modules=targets) for seed in (1, 2)]
+    adapters, events = train(spec, trials, tmp_path / "trials")
+    for done in (event for event in events if isinstance(event, TrialDone)):
+        assert done.eval_loss < done.baseline_eval_loss
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        found = get_peft_model_state_dict(PeftModel.from_pretrained(model, done.adapter_dir))
+        assert found.keys() == adapters[done.trial].keys()
+        assert all(torch.equal(found[name], adapters[done.trial][name]) for name in found)
+
+
+def test_experts_that_stay_at_16_bits_are_told_of(tmp_path: Path) -> None:
+    note = load(make_family("mixtral", tmp_path / "mixtral"), 4).note
+    assert re.fullmatch(
+        r"\d\d% of its weights, its experts, stay at 16 bits and take no adapter", note
+    )
+    assert load(make_family("llama", tmp_path / "llama"), 4).note == ""
 
 
 def test_a_class_without_sdpa_computes_with_its_eager_attention(tmp_path: Path) -> None:
