@@ -192,6 +192,7 @@ class RayExecutor:
         advanced.pending = [actor.advance.remote(list(directives)) for actor in advanced.actors]
 
     def poll(self, timeout_s: float) -> list[tuple[int, list[Event]]]:
+        self._end_spares()  # the packs that they were for are started by now
         deadline = time.monotonic() + timeout_s
         while references := [ref for pack in self._packs.values() for ref in pack.pending]:
             left_s = max(0.0, deadline - time.monotonic())

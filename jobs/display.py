@@ -176,6 +176,8 @@ class SweepDisplay:
                     f"{event.baseline_eval_loss:.4f}; step program {event.step_program}"
                     + (f" ({event.note})" if event.note else "")
                 )
+                if event.base_note:
+                    self.say(f"pack {event.pack}: {event.base_note}")
             case Decision() if event.action in ("learn_speed", "give_up_pack", "split_pack"):
                 self.say(f"{event.subject}: {event.reason}")
             case Standing() if event.left_s is not None:

@@ -4,6 +4,7 @@ Imports no torch, transformers, ray or mlflow.
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import ALIKE, known_gpus
 from orchestrator.planning.packs import one_kind, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape, read_shape
+from orchestrator.planning.waiting import pack_key
 from orchestrator.records import Device, TrialSpec
 from orchestrator.search.pruning import rung_steps
 from orchestrator.search.space import check_space, first_trials, num_trials
@@ -42,6 +44,8 @@ from orchestrator.training.model_source import find_source, folder_here
 from orchestrator.wording import counted
 from orchestrator.yaml_core import dump_yaml
 
+# Of searched steps, in the line about rungs.
+MOST_LENGTHS = 4
 NO_BASE_YET = UnknownShape("the base is not here yet: a sweep fetches it, and chooses anew")
 
 
@@ -89,6 +93,8 @@ def show_plan(
     _print_packs(console, config, trials, placement, shape)
     if config.search.pruner.kind != "none":
         console.print(_rungs(config.search.pruner, trials), markup=False)
+        if words := _few_compete(config.search.pruner, trials):
+            console.print(words, markup=False)
     for line in shards:
         console.print(line, markup=False)
     _print_settings(console, config, placement.device, run_dir)
@@ -139,13 +145,28 @@ def trials_table(config: SweepConfig, trials: list[TrialSpec]) -> Table:
 
 
 def _rungs(pruner: PrunerConfig, trials: Sequence[TrialSpec]) -> str:
-    """Of each length that a trial has."""
+    """Of each length that a trial has, or of the shortest and the longest."""
     found = {trial.config.steps: rung_steps(pruner, trial.config) for trial in trials}
+    lengths = sorted(found)
     words = [
-        (", ".join(map(str, steps)) or "none") + (f" of {length}" if len(found) > 1 else "")
-        for length, steps in sorted(found.items())
+        (", ".join(map(str, found[length])) or "none") + (f" of {length}" if lengths[1:] else "")
+        for length in (lengths if len(lengths) <= MOST_LENGTHS else (lengths[0], lengths[-1]))
     ]
     return f"pruner: {pruner.kind}, rungs at steps {'; '.join(words)}"
+
+
+def _few_compete(pruner: PrunerConfig, trials: Sequence[TrialSpec]) -> str:
+    """Where most trials compete with too few for any to be stopped; else empty."""
+    sizes = Counter(pack_key(trial.config) for trial in trials)
+    few = sum(size for size in sizes.values() if size < pruner.reduction_factor)
+    if pruner.kind == "median" or 2 * few < len(trials):
+        return ""
+    return (
+        f"pruner: {few} of {len(trials)} trials compete with fewer than "
+        f"{pruner.reduction_factor - 1} others, too few for one to be stopped: only those that "
+        "could share a pack compete, and with trial.micro_batch_size set those of any batch_size "
+        "could"
+    )
 
 
 def _print_bits(

@@ -236,7 +236,8 @@ def _ray_backend(
         num_cpus = int(sum(node.num_cpus for node in nodes))
         memory_bytes = worker_memory_bytes(config.resources, device, nodes, num_workers)
         executor = RayExecutor()
-        if address is None and packs_come_first(config):
+        alone = config.resources.workers_per_pack in (None, 1)
+        if address is None and alone and packs_come_first(config):
             spares = min(num_workers, num_trials(config.search))
             executor.start_spares(spares, device, config.resources.cpus_per_worker)
 

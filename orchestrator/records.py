@@ -188,6 +188,7 @@ class PackReady:
     """Why that is not the one it was told to run."""
     evaluation_s: float = 0.0
     """Of `load_s`, what the evaluation of the base alone took."""
+    base_note: str = ""
 
 
 @dataclass(frozen=True)
@@ -312,8 +313,8 @@ class PackLost:
 
     pack: int
     reason: str
-    """worker_lost, also of one that hangs; or what it raised: out_of_memory | disk_full |
-    data_error | raised."""
+    """worker_lost, also of one that hangs or cannot reach its shards; or what it raised:
+    out_of_memory | disk_full | data_error | raised."""
     message: str
     may_pass: bool = False
     """Whether it raised none of the project's errors: the machine may have been at fault."""

@@ -40,9 +40,9 @@ def premises_for(kind: WorkerKind, premises: Premises, key: PackKey | None = Non
         return premises
     digest = key.unlimited.digest
     parts = [part for *here, part in premises.less if here == [digest, kind.name]]
-    return replace(
-        premises, worker_memory_bytes=int(premises.worker_memory_bytes * min(parts, default=1.0))
-    )
+    if not parts:
+        return premises
+    return replace(premises, worker_memory_bytes=int(premises.worker_memory_bytes * min(parts)))
 
 
 def takers(

@@ -6,8 +6,9 @@ Trials are spread over the workers first; only where there are fewer trials than
 pack get several, each with a part of every step's blocks. A pack serves the trials whose batch its
 workers can share evenly: see Arithmetic.pass_blocks. None is planned for trials that have problems.
 
-Where workers are of several kinds, a pack has workers of one and is planned for it. The longest
-trials wait in front and the fastest workers are served first, so that what is begun last is short.
+Where workers are of several kinds, a pack has workers of one and is planned for it. Without a
+pruner the longest trials wait in front; and the fastest workers are served first, so that what is
+begun last is short.
 
 A trial that goes on from a checkpoint keeps the Arithmetic that it had, as if it were set, and so
 ends with the same bits. A fresh one may join a pack of any.
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from orchestrator.config import TrialConfig
-from orchestrator.planning.fit import Fit, after_out_of_memory, fit
+from orchestrator.planning.fit import BUDGET_FRACTION, Fit, after_out_of_memory, fit
 from orchestrator.planning.holding import AS_HAD, pack_wish, premises_for, takers
 from orchestrator.planning.kinds import ALIKE, WorkerKind, longest_for
 from orchestrator.planning.options import Premises
@@ -225,6 +226,8 @@ def learn_from(
     """What the planner goes by once this pack ran out of memory, and why; None where it could give
     up nothing more, and no kind with more memory is left to try."""
     given = premises_for(lost.kind, premises, lost.key)
+    if _is_outdated(lost, given):
+        return premises, "it was planned before another such pack taught this"
     wish = pack_wish(lost.key, lost.num_slots, lost.num_slots, lost.world_size, given)
     learned = after_out_of_memory(given, wish, lost.fit)
     if learned is None or learned[0] == given:
@@ -236,6 +239,13 @@ def learn_from(
     part = known.worker_memory_bytes / premises_for(lost.kind, premises).worker_memory_bytes
     less = (lost.key.unlimited.digest, lost.kind.name, part)
     return replace(premises, less=premises.less | {less}), reason
+
+
+def _is_outdated(lost: PackPlan, given: Premises) -> bool:
+    """Whether such packs take less by now: equal ones run out at about the same time."""
+    if lost.fit.memory is None:
+        return lost.num_slots > given.max_slots_unknown
+    return lost.fit.budget_bytes > int(BUDGET_FRACTION * given.worker_memory_bytes)
 
 
 def _on_larger(

@@ -2,7 +2,7 @@
 
 In: a SweepConfig, and the trials so far. Out: TrialSpecs, or a ConfigError that lists what cannot
 work. `ask` is a function of its arguments, see samplers.py, so a resumed sweep asks what an
-undisturbed one would have asked for at that point. A GridWalk only remembers how far a grid is.
+undisturbed one would have asked for at that point. KnownPoints only saves doing it all again.
 """
 
 import itertools
@@ -88,7 +88,7 @@ def _check_rungs(config: SweepConfig) -> None:
     searched = "steps" in search.space
     # Where lengths are searched, a rung may lie beyond the end of the shorter trials.
     late = [step for step in rungs if step >= longest]
-    if len(late) == len(rungs) if searched else late:
+    if len(late) > (len(rungs) - 1 if searched else 0):
         name = "the longest of search.space.steps" if searched else "trial.steps"
         raise ConfigError(
             f"search.pruner needs rungs before the end of a trial, but got {late[0]} steps, "
@@ -143,9 +143,9 @@ def has_new_point(
     """Whether a trial can be added that is none of the known ones again."""
     if config.search.sampler == "grid":
         return next_trial(config, known, results, most_under_way=1) is not None
-    drawn = ask(config, known, results).params  # where there is no new one, it repeats one
-    taken = {point_set(point_of(config, trial)) for trial in known}
-    return point_set(drawn) not in taken and not _problems(config, drawn)
+    points = KnownPoints(config)
+    drawn = ask(config, known, results, points).params  # where there is no new one, it repeats one
+    return point_set(drawn) not in points.taken(known) and not _problems(config, drawn)
 
 
 def ask(

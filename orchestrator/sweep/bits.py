@@ -25,7 +25,7 @@ from orchestrator.planning.compatibility import problems
 from orchestrator.planning.options import DTYPE_BYTES
 from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import BaseModel, Device, TrialSpec
-from orchestrator.search.space import ordered_fields
+from orchestrator.search.space import grid_points
 
 METHOD_VERSION = 1  # raise when the measurement changes
 # What 4 and 8 bits are made with; the measurement depends on these.
@@ -227,23 +227,21 @@ def auto_settings(config: SweepConfig) -> Iterator[QuantConfig]:
     search = config.search
     if "auto" not in _widths(config):
         return
+    # With the fields that their conditions name, and those of these.
+    needed = {field for field in search.space if field.startswith("quant.")}
+    while more := {name for f in needed for name in search.all_conditions.get(f, {})} - needed:
+        needed |= more
     lists: dict[str, Any] = {
         field: values if isinstance(values, tuple) else (values.low, values.high)
         for field, values in search.space.items()
-        if field.startswith("quant.")
+        if field in needed
     } | {"quant.bit_width": ("auto",)}
-    ordered = [name for name in ordered_fields(search) if name in lists]
     found: set[QuantConfig] = set()
-    for values in itertools.product(*lists.values()):
-        given = dict(zip(lists, values, strict=True))
-        point: dict[str, Any] = {"quant.bit_width": "auto"}
-        for field in ordered:
-            needs = search.all_conditions.get(field, {})
-            # Of fields that say nothing of the base, any value may be asked for.
-            here = {name: wanted for name, wanted in needs.items() if name in lists}
-            if all(point.get(name) in wanted for name, wanted in here.items()):
-                point[field] = given[field]
-        trial = trial_with(config.trial, point)
+    for point in grid_points(search.model_copy(update={"space": lists, "num_trials": None})):
+        try:
+            trial = trial_with(config.trial, point | {"quant.bit_width": "auto"})
+        except ConfigError:  # such a trial is none
+            continue
         if trial.quant not in found and not problems(trial):
             found.add(trial.quant)
             yield trial.quant

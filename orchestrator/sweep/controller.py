@@ -47,7 +47,7 @@ from orchestrator.search.space import num_trials
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.expectations import check_none_waits, refusal
 from orchestrator.sweep.lessons import heeding
-from orchestrator.sweep.losses import remedy, slot_limits
+from orchestrator.sweep.losses import Loads, remedy, slot_limits
 from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.policy import (
     AbandonPack,
@@ -60,7 +60,7 @@ from orchestrator.sweep.policy import (
 )
 from orchestrator.sweep.results import failed_result, finished_result, pruned_result
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
-from orchestrator.sweep.running import RunningPack, standing, why_resumed
+from orchestrator.sweep.running import RunningPack, ready_notes, standing, why_resumed
 from orchestrator.sweep.silence import Silences
 from orchestrator.sweep.verdicts import recall_pruning, verdict_facts
 
@@ -130,6 +130,7 @@ class Controller:
             self._pruning.end(number)
         self._packs: dict[int, RunningPack] = {}
         self._next_pack = 0
+        self._loads = Loads()
         self._stop_at: float | None = None
         self._told: Standing | None = None
         self._left_s: float | None = None
@@ -369,10 +370,10 @@ class Controller:
                 self._decided("pack_queued", f"pack {number}", event.reason)
             case PackReady():
                 pack.ready = True
+                self._loads.ready(pack.plan.key.unlimited)
                 self._happened(number, "ready")
-                if event.note:
-                    runs = f"its step program is {event.step_program}: {event.note}"
-                    self._decided("pack_ready", f"pack {number}", runs)
+                for note in ready_notes(event):
+                    self._decided("pack_ready", f"pack {number}", note)
             case TrialOpened():
                 self._happened(
                     number,
@@ -428,8 +429,7 @@ class Controller:
             raise DiskFull(f"the disk is full: {event.message}")
         trials = dict(pack.attempts)
         key = pack.plan.key.unlimited
-        others = any(other.plan.key.unlimited == key for other in self._packs.values())
-        if not pack.ready and not others:
+        if not pack.ready and not self._loads.may_go_on(key, self._next_pack, self._packs):
             # The base could not be loaded anywhere: whatever waits for it shares the loss. With
             # another pack of its kind at work, the machine was at fault, and the trials wait on.
             key_waits = [t for t in self._view().waiting if pack_key(t.config) == key]

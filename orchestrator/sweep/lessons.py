@@ -2,7 +2,8 @@
 
 In: Premises before and after a pack ran out of memory. Out: facts for a line of decisions.jsonl,
 and Premises that heed such lines. A part of the memory, not bytes: a resume may have other workers.
-Of packs with one key on one kind of workers: another pack may be as estimated.
+Of packs with one key on one kind of workers: another pack may be as estimated. Where the base has
+no estimate, of all.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +30,7 @@ def heeding(premises: Premises, decisions: Iterable[Mapping[str, Any]]) -> Premi
         if decision["action"] == LEARNT and (facts := decision.get("facts")):
             premises = replace(
                 premises,
-                less=premises.less | set(map(tuple, facts["less"])),
+                less=premises.less | set(map(tuple, facts.get("less", ()))),
                 max_slots_unknown=min(premises.max_slots_unknown, facts["max_slots_unknown"]),
                 ran_out=premises.ran_out | {(key, size) for key, size in facts.get("ran_out", ())},
             )

@@ -6,7 +6,8 @@ A worker that is gone is no trial's fault: its trials are tried again, so many t
 ran out of memory is planned smaller. Where a worker of several trials raised, it is not known whose
 fault that was: they are tried again in packs of half as many slots, down to one trial alone, and
 only one that raises there fails. So one error among K trials costs log2(K) starts, and it ends: the
-slots become fewer each time.
+slots become fewer each time. A pack that raised while it loaded, with no error of the project's, is
+taken for one that is gone.
 """
 
 import math
@@ -17,8 +18,10 @@ from typing import Any
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan, learn_from
+from orchestrator.planning.waiting import PackKey
 from orchestrator.records import PackLost
 from orchestrator.sweep.lessons import LEARNT, lesson
+from orchestrator.sweep.running import RunningPack
 from orchestrator.wording import counted
 
 SPLIT = "split_pack"
@@ -72,6 +75,23 @@ def remedy(
         f"not known: tried again, {packs}, so that no other fails for it",
         facts={"trials": sorted(trials), "max_slots": most},
     )
+
+
+class Loads:
+    """Of each key, since when packs fail to load and none was ready: one that was begun after that
+    only tries again what failed, and says nothing for the others."""
+
+    def __init__(self) -> None:
+        self._since: dict[PackKey, int] = {}
+
+    def ready(self, key: PackKey) -> None:
+        self._since.pop(key, None)
+
+    def may_go_on(self, key: PackKey, next_pack: int, packs: Mapping[int, RunningPack]) -> bool:
+        """One failed to load: whether others of its kind, which are there, may train its trials."""
+        since = self._since.setdefault(key, next_pack)
+        alike = {n: pack for n, pack in packs.items() if pack.plan.key.unlimited == key}
+        return any(pack.ready or number < since for number, pack in alike.items())
 
 
 def slot_limits(decisions: Iterable[Mapping[str, Any]]) -> dict[int, int]:

@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.planning.packs import PackPlan
-from orchestrator.records import Directive, PackStanding, Standing, TrialOpened, TrialResult
+from orchestrator.records import (
+    Directive,
+    PackReady,
+    PackStanding,
+    Standing,
+    TrialOpened,
+    TrialResult,
+)
 from orchestrator.sweep.policy import PackView
 
 
@@ -73,6 +80,12 @@ def standing(
         states.count("failed"),
         stand,
     )
+
+
+def ready_notes(event: PackReady) -> list[str]:
+    """What the user should know of a pack that is loaded."""
+    program = f"its step program is {event.step_program}: {event.note}" if event.note else ""
+    return [words for words in (program, event.base_note) if words]
 
 
 def why_resumed(event: TrialOpened) -> str:

@@ -280,8 +280,12 @@ def _round_as_trained(model: Any, quant: dict[str, Any]) -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    # As in training, what text does not pass through is left alone.
+    inside = set(map(id, model.get_decoder().modules()))
     with torch.no_grad():
         for name, module in model.named_modules():
+            if id(module) not in inside:
+                continue
             if type(module) is torch.nn.Linear and should_convert_module(name, kept):
                 weight = module.weight
                 weight.copy_(_rounded(weight.data.contiguous(), _bits_of(quant, name), quant))

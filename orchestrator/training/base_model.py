@@ -210,11 +210,14 @@ def _prepare(model: nn.Module, device: Device, dtype: torch.dtype) -> LoadedBase
 def _of_experts(model: nn.Module, num_params: int) -> str:
     """Transformers keeps all experts of a layer in one parameter of three dimensions, which is no
     linear layer."""
-    experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
-    if not experts:
-        return ""
+    experts = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if ".experts." in name and parameter.dim() == 3
+    )
     part = experts / num_params
-    return f"{part:.0%} of its weights, its experts, stay at 16 bits and take no adapter"
+    words = f"{part:.0%} of its base's weights, the experts, stay at 16 bits and take no adapter"
+    return words if experts else ""
 
 
 def _let_go_of_input(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -132,8 +132,9 @@ class PackWorker:
             baseline.loss,
             time.monotonic() - started,
             self.programs.kind,
-            "; ".join(filter(None, (self.base.note, self.programs.note))),
+            self.programs.note,
             evaluation_s,
+            self.base.note,
         )
 
     def advance(self, directives: Sequence[Directive]) -> list[Event]:

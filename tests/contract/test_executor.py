@@ -331,6 +331,26 @@ def test_a_pack_takes_a_worker_that_was_started_before_there_was_a_pack(
     assert other.base_bytes != spare.base_bytes
 
 
+def test_workers_that_no_pack_took_do_not_keep_their_places(
+    local_ray: None, tmp_path: Path
+) -> None:
+    import ray
+
+    from cluster.ray_executor import RayExecutor
+
+    cores = int(ray.cluster_resources()["CPU"])
+    with (
+        closing(RayExecutor(SimulatedWorker)) as executor,
+        closing(RayExecutor(SimulatedWorker)) as other,
+    ):
+        executor.start_spares(cores, "cpu", 1, partial(note_process, tmp_path / "process"))
+        executor.start_pack(spec())
+        next_answer(executor)
+        other.start_pack(replace(spec(), cpus=cores - 1))
+        _, (ready,) = next_answer(other)
+        assert isinstance(ready, PackReady)
+
+
 def test_workers_without_a_pack_give_way_to_one_that_needs_another_place(
     local_ray: None, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.errors import BaseModelError
 from orchestrator.records import BaseModel, TrialDone
+from orchestrator.tracking.adapter_model import load_base
 from orchestrator.training.attention import why_not_by_document
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from tests.training.conftest import MakeSpec, trial_config
@@ -168,12 +169,35 @@ def test_of_a_base_of_text_and_images_the_text_part_is_trained_and_peft_finds_it
         assert all(torch.equal(found[name], adapters[done.trial][name]) for name in found)
 
 
+def test_a_map_of_bits_of_the_text_part_is_loaded_as_it_was_trained(tmp_path: Path) -> None:
+    folder = make_gemma3(tmp_path)
+    quant = QuantConfig.model_validate(
+        {
+            "bit_width": "auto",
+            "average_bits": 6,
+            "bit_width_pattern": {"[a-z]+_proj": 4, "language_model.*.down_proj": 8},
+            "compute_dtype": "float32",
+        }
+    )
+    place = BaseModel("x", None, str(folder), "d")
+    base = load_base_model(place, quant, "cpu", StrategyConfig(), dequantise_once=True)
+    record = {
+        "quant": quant.model_dump(mode="json"),
+        "compute_dtype": "float32",
+        "base_model": {"trust_remote_code": False},
+    }
+    plain = dict(load_base(record, str(folder)).named_parameters())
+    for name, parameter in base.model.named_parameters():
+        assert torch.equal(parameter, plain[name]), name
+
+
 def test_experts_that_stay_at_16_bits_are_told_of(tmp_path: Path) -> None:
     note = load(make_family("mixtral", tmp_path / "mixtral"), 4).note
     assert re.fullmatch(
-        r"\d\d% of its weights, its experts, stay at 16 bits and take no adapter", note
+        r"\d\d% of its base's weights, the experts, stay at 16 bits and take no adapter", note
     )
     assert load(make_family("llama", tmp_path / "llama"), 4).note == ""
+    assert load(make_gemma3(tmp_path / "gemma3"), 4).note == ""
 
 
 def test_a_class_without_sdpa_computes_with_its_eager_attention(tmp_path: Path) -> None:

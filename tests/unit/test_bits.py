@@ -89,6 +89,30 @@ def test_only_bases_that_a_trial_may_ask_for_are_measured() -> None:
     ]
 
 
+def test_bases_that_hang_on_another_field_are_measured_with_and_without_it() -> None:
+    search = {
+        "space": {"adapter.rank": [4, 8], "quant.quant_type": ["fp4"]},
+        "conditions": {"quant.quant_type": {"adapter.rank": [4]}},
+    }
+    quant = {"bit_width": "auto", "average_bits": 5}
+    found = list(auto_settings(sweep_config(search=search, trial__quant=quant)))
+    assert [quant.quant_type for quant in found] == ["fp4", "nf4"]
+    search = {
+        "space": {
+            "adapter.rank": [4, 8],
+            "quant.bit_width": ["auto"],
+            "quant.average_bits": [5.0],
+            "quant.budget_gib": [1.0],
+        },
+        "conditions": {
+            "quant.average_bits": {"adapter.rank": [4]},
+            "quant.budget_gib": {"adapter.rank": [8]},
+        },
+    }
+    found = list(auto_settings(sweep_config(search=search)))
+    assert [(quant.average_bits, quant.budget_gib) for quant in found] == [(5.0, None), (None, 1.0)]
+
+
 def test_auto_is_taken_at_its_average_until_it_has_chosen() -> None:
     quant = QuantConfig(bit_width="auto", average_bits=5)
     assert average_bits(quant, LLAMA_8B.linears) == pytest.approx(5)

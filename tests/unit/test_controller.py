@@ -285,6 +285,16 @@ def test_a_pack_that_runs_out_of_memory_is_planned_with_less_and_its_trials_are_
     ]
 
 
+def test_packs_that_run_out_of_memory_together_are_all_planned_with_less(tmp_path: Path) -> None:
+    """The second was planned before the first one's loss was learnt from."""
+    config = sweep_config(search__space={"adapter.rank": list(range(1, 9))}, max_restarts=0)
+    store = make_store(tmp_path / "run", config)
+    assert make_controller(store, InProcessExecutor(TightWorker), num_workers=2).run()
+    assert finished(store) == list(range(8))
+    learned = [d["reason"] for d in store.decisions if d["action"] == "plan_less_memory"]
+    assert "it was planned before another such pack taught this" in learned
+
+
 def test_a_resume_does_not_run_out_of_memory_again(tmp_path: Path) -> None:
     store = four_trials(tmp_path / "run")
 

@@ -114,6 +114,17 @@ def test_a_dry_run_shows_the_rungs(sweep_file: Path, capsys: pytest.CaptureFixtu
     assert "pruner: asha, rungs at steps 1 of 3; 4, 16 of 64\n" in capsys.readouterr().out
 
 
+def test_a_dry_run_says_where_a_pruner_has_too_few_trials_to_compare(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = "search.space={batch_size: [4, 8, 16, 32]}"
+    few = "4 of 4 trials compete with fewer than 3 others"
+    for settings, expected in (([], True), (["trial.micro_batch_size=4"], False)):
+        overrides = ["search.pruner=asha", space, *settings]
+        assert show_plan(sweep_file, overrides, None, None, MACHINE) == 0
+        assert (few in capsys.readouterr().out) == expected
+
+
 def test_a_dry_run_names_the_drawn_trials_that_will_not_be_trained(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

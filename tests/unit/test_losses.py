@@ -89,35 +89,38 @@ class Loading:
         return SimulatedWorker(spec, place)
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize(
     "error", [TimeoutError("the hub does not answer"), DataUnreachable("s3://shards: 503")]
 )
 def test_a_load_that_failed_for_its_surroundings_is_tried_again(
-    tmp_path: Path, error: Exception
+    tmp_path: Path, error: Exception, num_workers: int
 ) -> None:
-    store = eight_trials(tmp_path / "run")
+    store = eight_trials(tmp_path / "run", resources__slots_per_pack=4)
     loading = Loading(error, times=2)
-    assert make_controller(store, InProcessExecutor(loading.worker), num_workers=1).run()
+    assert make_controller(store, InProcessExecutor(loading.worker), num_workers).run()
     assert states(store) == {"finished": list(range(8))}
-    assert loading.loads == 3
+    assert loading.loads == 2 + num_workers
 
 
 @pytest.mark.parametrize(
-    ("error", "loads", "reason"),
+    ("error", "tries", "reason"),
     [
         (BaseModelError("tiny: it has no linear layer"), 1, "raised"),
         (DataError("shard 3: its digest is another"), 1, "data_error"),
         (TimeoutError("the hub does not answer"), 4, "raised"),
     ],
 )
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_one_that_cannot_work_fails_at_once_and_others_after_max_restarts(
-    tmp_path: Path, error: Exception, loads: int, reason: str
+    tmp_path: Path, error: Exception, tries: int, reason: str, num_workers: int
 ) -> None:
-    store = eight_trials(tmp_path / "run")
+    """Of several workers all try first."""
+    store = eight_trials(tmp_path / "run", resources__slots_per_pack=1)
     loading = Loading(error, times=100)
-    assert make_controller(store, InProcessExecutor(loading.worker), num_workers=1).run()
+    assert make_controller(store, InProcessExecutor(loading.worker), num_workers).run()
     assert states(store) == {reason: list(range(8))}
-    assert loading.loads == loads
+    assert loading.loads == tries - 1 + num_workers
 
 
 @pytest.mark.parametrize(
