@@ -368,29 +368,6 @@ def test_a_pruned_trial_gives_up_its_slot_at_once(tmp_path: Path) -> None:
     assert list(store.folder.rglob("checkpoint-*")) == []
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"steps": [16, 32, 64]},
-        {"batch_size": [4, 8]},
-        {"adapter.use_dora": [False, True]},
-    ],
-    ids=str,
-)
-def test_no_trial_is_trained_to_its_end_and_pruned_for_it_whatever_is_searched(
-    tmp_path: Path, field: dict[str, Any], num_workers: int
-) -> None:
-    search = {"space": {**field, "adapter.rank": [16, 12, 8, 6, 4, 2]}, "pruner": "asha"}
-    config = sweep_config(search=search, trial__steps=16, resources__slots_per_pack=4)
-    store = make_store(tmp_path / "run", config)
-    assert make_controller(store, InProcessExecutor(SimulatedWorker), num_workers=num_workers).run()
-    trained = {t.number: max(p["step"] for p in store.points(t.number)) for t in store.trials}
-    ended = [t.number for t in store.trials if trained[t.number] == t.config.steps]
-    assert sorted(ended) == finished(store)
-    assert len(ended) < len(trained) / 2
-
-
 class AnswersAfterAVerdict(InProcessExecutor):
     """Pack 1 runs ahead until its answer has an event of this kind. That answer is under way while
     pack 0 comes to its first rung, where trials of pack 1 are stopped."""

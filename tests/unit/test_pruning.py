@@ -1,5 +1,6 @@
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ from orchestrator.config import TrialConfig
 from orchestrator.records import TrialSpec
 from orchestrator.search.pruning import Pruning, Verdict, rung_steps
 from orchestrator.search_config import PrunerConfig
-from tests.sweeps import sweep_config
+from orchestrator.sweep.executor import InProcessExecutor
+from orchestrator.sweep.simulated import SimulatedWorker
+from tests.sweeps import make_controller, make_store, sweep_config
 
 Losses = dict[int, dict[int, float]]
 """By trial, by step."""
@@ -233,3 +236,26 @@ def test_nothing_is_stopped_without_a_pruner() -> None:
         pruning.report(number, step, 5.0 * number)
     assert pruning.decide() == []
     assert pruning.is_settled(1)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"steps": [16, 32, 64]},
+        {"batch_size": [4, 8]},
+        {"adapter.use_dora": [False, True]},
+    ],
+    ids=str,
+)
+def test_no_trial_is_trained_to_its_end_and_pruned_for_it_whatever_is_searched(
+    tmp_path: Path, field: dict[str, Any], num_workers: int
+) -> None:
+    search = {"space": {**field, "adapter.rank": [16, 12, 8, 6, 4, 2]}, "pruner": "asha"}
+    config = sweep_config(search=search, trial__steps=16, resources__slots_per_pack=4)
+    store = make_store(tmp_path / "run", config)
+    assert make_controller(store, InProcessExecutor(SimulatedWorker), num_workers=num_workers).run()
+    trained = {t.number: max(p["step"] for p in store.points(t.number)) for t in store.trials}
+    ended = [t.number for t in store.trials if trained[t.number] == t.config.steps]
+    assert ended == [r.number for r in store.results if r.state == "finished"]
+    assert len(ended) < len(trained) / 2
