@@ -284,9 +284,8 @@ def _round_as_trained(model: Any, quant: dict[str, Any]) -> None:
     inside = set(map(id, model.get_decoder().modules()))
     with torch.no_grad():
         for name, module in model.named_modules():
-            if id(module) not in inside:
-                continue
-            if type(module) is torch.nn.Linear and should_convert_module(name, kept):
+            linear = type(module) is torch.nn.Linear and id(module) in inside
+            if linear and should_convert_module(name, kept):
                 weight = module.weight
                 weight.copy_(_rounded(weight.data.contiguous(), _bits_of(quant, name), quant))
 

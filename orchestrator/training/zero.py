@@ -121,18 +121,19 @@ class ZeroEngine:
     def step(self, rates: dict[int, float]) -> list[float]:
         (self._optimizer.rate,) = rates.values()
         self._optimizer.norm = math.nan  # stays so if DeepSpeed meets a gradient that is not finite
-        with self._replicas.waiting():
-            self._engine.step()
-        self._within_step = False
+        self._end_step()
         return [self._optimizer.norm]
 
     def _drop_gradients(self) -> None:
         """Of a trial that was stopped within a step. DeepSpeed adds up gradients in other places at
         each stage, and clears them in a step: so in one that changes nothing."""
         self._optimizer.idle = True
+        self._end_step()
+        self._optimizer.idle = False
+
+    def _end_step(self) -> None:
         with self._replicas.waiting():
             self._engine.step()
-        self._optimizer.idle = False
         self._within_step = False
 
     def close(self) -> None:

@@ -203,15 +203,20 @@ def test_each_layer_of_a_map_has_its_own_bits_and_the_base_the_bytes_that_were_p
 def test_whoever_loads_an_adapter_has_the_values_that_it_was_trained_on(
     base_folder: Path, fields: dict[str, object]
 ) -> None:
+    assert_loaded_as_trained(
+        base_folder, QuantConfig.model_validate({"compute_dtype": "float32", **fields})
+    )
+
+
+def assert_loaded_as_trained(folder: Path, quant: QuantConfig) -> None:
     """`load_base` runs where this package is not installed."""
-    quant = QuantConfig.model_validate({"compute_dtype": "float32", **fields})
-    base = load(base_folder, quant, dequantise_once=True)
+    base = load(folder, quant, dequantise_once=True)
     record = {
         "quant": quant.model_dump(mode="json"),
         "compute_dtype": "float32",
         "base_model": {"trust_remote_code": False},
     }
-    plain = dict(load_base(record, str(base_folder)).named_parameters())
+    plain = dict(load_base(record, str(folder)).named_parameters())
     for name, parameter in base.model.named_parameters():
         assert torch.equal(parameter, plain[name]), name
 

@@ -11,10 +11,10 @@ import torch
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.errors import BaseModelError
 from orchestrator.records import BaseModel, TrialDone
-from orchestrator.tracking.adapter_model import load_base
 from orchestrator.training.attention import why_not_by_document
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from tests.training.conftest import MakeSpec, trial_config
+from tests.training.test_codes import assert_loaded_as_trained
 from tests.training.test_pack import PackWorker, assert_equal, train
 
 SIZES: dict[str, Any] = {
@@ -179,16 +179,7 @@ def test_a_map_of_bits_of_the_text_part_is_loaded_as_it_was_trained(tmp_path: Pa
             "compute_dtype": "float32",
         }
     )
-    place = BaseModel("x", None, str(folder), "d")
-    base = load_base_model(place, quant, "cpu", StrategyConfig(), dequantise_once=True)
-    record = {
-        "quant": quant.model_dump(mode="json"),
-        "compute_dtype": "float32",
-        "base_model": {"trust_remote_code": False},
-    }
-    plain = dict(load_base(record, str(folder)).named_parameters())
-    for name, parameter in base.model.named_parameters():
-        assert torch.equal(parameter, plain[name]), name
+    assert_loaded_as_trained(folder, quant)
 
 
 def test_experts_that_stay_at_16_bits_are_told_of(tmp_path: Path) -> None:
