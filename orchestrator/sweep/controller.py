@@ -49,6 +49,7 @@ from orchestrator.sweep.expectations import check_none_waits, refusal
 from orchestrator.sweep.lessons import heeding
 from orchestrator.sweep.losses import Loads, remedy, slot_limits
 from orchestrator.sweep.pace import Pace
+from orchestrator.sweep.pack_views import Packs
 from orchestrator.sweep.policy import (
     AbandonPack,
     Action,
@@ -129,6 +130,7 @@ class Controller:
         for number in self._done:
             self._pruning.end(number)
         self._packs: dict[int, RunningPack] = {}
+        self._views = Packs()
         self._next_pack = 0
         self._loads = Loads()
         self._stop_at: float | None = None
@@ -216,8 +218,7 @@ class Controller:
         """Give the verdicts that are due at rungs, and end what they settle."""
         for verdict in self._pruning.decide():
             action = "keep_trial" if verdict.keep else "stop_trial"
-            subject = f"trial {verdict.trial}"
-            self._decided(action, subject, verdict.reason, verdict_facts(verdict))
+            self._decided(action, f"trial {verdict.trial}", verdict.reason, verdict_facts(verdict))
         for verdict in self._pruning.stopped():
             if verdict.trial not in self._results:
                 self._stop_trial(verdict)
@@ -263,9 +264,10 @@ class Controller:
         taken = {number for pack in self._packs.values() for number in pack.attempts}
         over = self._results.keys() | self._done.keys()
         self._waiting.keep_to(self._trials.keys() - taken - over, self._trials)
+        self._views.keep_to({number: pack.view(number) for number, pack in self._packs.items()})
         return SweepView(
             self._waiting,
-            tuple(pack.view(number) for number, pack in self._packs.items()),
+            self._views,
             self._num_workers,
             self._premises,
             self._stop_at is not None,
@@ -328,13 +330,9 @@ class Controller:
         """Seconds; looked up now and then, as there may be thousands of trials in slots."""
         if time.monotonic() >= self._left_due:
             self._left_due = time.monotonic() + LEFT_EVERY_S
-            view = self._view()
+            view, unasked = self._view(), max(0, self._num_trials - len(self._trials))
             self._left_s = self._pace.left_s(
-                self._waiting,
-                self._packs.values(),
-                self._trials,
-                max(0, self._num_trials - len(self._trials)),
-                view.all_kinds,
+                self._waiting, self._packs.values(), self._trials, unasked, view.all_kinds
             )
         return self._left_s
 
@@ -439,8 +437,7 @@ class Controller:
         if found.action:
             self._decided(found.action, f"pack {event.pack}", found.reason, found.facts)
         for trial, attempt in trials.items():
-            losses = self._losses.get(trial, 0) + found.counted
-            self._losses[trial] = losses
+            losses = self._losses[trial] = self._losses.get(trial, 0) + found.counted
             if not found.retried:
                 self._end(failed_result(trial, attempt, event.reason, event.message))
             elif losses > self._max_restarts:

@@ -18,10 +18,10 @@ from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.waiting import Waiting
 from orchestrator.records import Arithmetic, TrialSpec
+from orchestrator.sweep.pack_views import Packs, PackView
 from orchestrator.sweep.policy import (
     AbandonPack,
     AssignTrial,
-    PackView,
     ReleasePack,
     StartPack,
     SweepView,
@@ -137,11 +137,11 @@ class _Cluster:
         self._start_seconds = start_seconds
         self._checkpoint_every_s = checkpoint_every_s
         self._learn = learn
-        self._learn_s = 0.0
-        """What learning took since the last decision."""
+        self._before_s = 0.0
+        """What learning and the index of packs took since the last decision."""
         self._had: dict[int, Arithmetic] = {}
         self._packs: dict[int, _Pack] = {}
-        self._views: dict[int, PackView] = {}
+        self._views = Packs()
         first = 0
         self._free: dict[str, list[int]] = {}
         for kind in kinds:
@@ -175,7 +175,7 @@ class _Cluster:
         """Ask the policy, carry out what it says, and let the packs that were told go on."""
         view = SweepView(
             self._waiting,
-            tuple(self._views.values()),
+            self._views,
             sum(kind.count for kind in self._kinds.values()),
             self._premises,
             had=self._had,
@@ -183,8 +183,8 @@ class _Cluster:
         )
         started = time.thread_time()
         actions = decide(view)
-        self._found.decisions_s.append(self._learn_s + time.thread_time() - started)
-        self._learn_s = 0.0
+        self._found.decisions_s.append(self._before_s + time.thread_time() - started)
+        self._before_s = 0.0
         for action in actions:
             match action:
                 case StartPack(plan):
@@ -193,7 +193,7 @@ class _Cluster:
                     self._assign(self._packs[number], trial)
                 case ReleasePack(number) | AbandonPack(number):
                     self._end(number)
-        for number in [number for number, view in self._views.items() if view.idle]:
+        for number in [view.number for view in self._views.idle]:
             pack = self._packs[number]
             pack.idle = False
             self._plan_next(pack)
@@ -252,7 +252,7 @@ class _Cluster:
         for kind in learn(span.number, span.plan, occupied, blocks, passed):
             if kind.speed != self._kinds[kind.name].speed:
                 self._kinds[kind.name] = replace(self._kinds[kind.name], speed=kind.speed)
-        self._learn_s += time.thread_time() - started
+        self._before_s += time.thread_time() - started
 
     def _plan_next(self, pack: _Pack) -> None:
         if not pack.left:
@@ -269,7 +269,9 @@ class _Cluster:
 
     def _end(self, number: int, lost: bool = False) -> None:
         pack = self._packs.pop(number)
-        del self._views[number]
+        started = time.thread_time()
+        self._views.drop(number)
+        self._before_s += time.thread_time() - started
         pack.span.end_s = self._now
         if not lost:
             self._free[pack.span.plan.kind.name] += pack.span.workers
@@ -320,7 +322,7 @@ class _Cluster:
         """Make anew what the policy sees of this pack."""
         pack = self._packs[number]
         plan = pack.span.plan
-        self._views[number] = PackView(
+        view = PackView(
             number,
             plan.key,
             plan.num_slots,
@@ -330,3 +332,6 @@ class _Cluster:
             plan.arithmetic,
             plan.kind.name,
         )
+        started = time.thread_time()
+        self._views.put(view)
+        self._before_s += time.thread_time() - started

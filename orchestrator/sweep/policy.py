@@ -5,7 +5,7 @@ In: SweepView. Out: actions, each with its reason. No clock, no Ray, no files.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.planning.kinds import WorkerKind
@@ -19,29 +19,16 @@ from orchestrator.planning.packs import (
     why_not_kept,
 )
 from orchestrator.planning.waiting import Kept, Lines, PackKey, indexed
-from orchestrator.records import Arithmetic, TrialSpec
-
-
-@dataclass(frozen=True)
-class PackView:
-    number: int
-    key: PackKey
-    num_slots: int
-    occupied: int
-    ready: bool
-    """The base is loaded."""
-    idle: bool
-    """It has answered and waits to be told to go on."""
-    arithmetic: Arithmetic = Arithmetic(1, 1, False)
-    kind: str = ""
-    """Of its workers."""
+from orchestrator.records import TrialSpec
+from orchestrator.sweep.pack_views import OpenPacks, Packs, PackView, indexed_packs
 
 
 @dataclass(frozen=True)
 class SweepView:
     waiting: Sequence[TrialSpec]
     """Trials that are neither over nor in a slot; a `Waiting` saves sorting them each time."""
-    packs: tuple[PackView, ...]
+    packs: Sequence[PackView]
+    """A `Packs` saves going over all of them each time."""
     num_workers: int
     premises: Premises
     interrupted: bool = False
@@ -83,9 +70,6 @@ class AbandonPack:
     reason: str = field(default="", compare=False)
 
 
-Alike = tuple[PackKey, Arithmetic, str, int]
-"""Packs of one key, arithmetic, kind and number of slots."""
-
 Action = StartPack | AssignTrial | ReleasePack | AbandonPack
 
 
@@ -95,18 +79,15 @@ def decide(view: SweepView) -> list[Action]:
     waiting = indexed(view.waiting, view.premises)
     half_trained = waiting.among(view.had)
     lines = Lines(waiting, what_is_kept(half_trained, view.had, view.all_kinds, view.premises))
-    free = _free_workers(view)
+    packs = indexed_packs(view.packs)
+    free = _free_workers(view, packs)
     actions: list[Action] = []
-    others: dict[Alike, list[PackView]] = {}
-    for pack in view.packs:
-        if pack.idle:
-            actions += _fill(view, pack, lines)
-        elif pack.occupied < pack.num_slots:
-            others.setdefault(_alike(pack), []).append(pack)
-    if free or not _enough(others, lines):
-        for packs in others.values():
-            actions += _reserve(view, packs, lines)
-    return actions + _start(view, lines, free)
+    for pack in packs.idle:
+        actions += _fill(view, pack, lines)
+    if free or not _enough(packs.open, lines):
+        for alike in packs.open:
+            actions += _reserve(view, alike, lines)
+    return actions + _start(view, packs, lines, free)
 
 
 def _interrupt(view: SweepView) -> Sequence[Action]:
@@ -122,7 +103,7 @@ def _interrupt(view: SweepView) -> Sequence[Action]:
 
 def _fill(view: SweepView, pack: PackView, lines: Lines) -> list[Action]:
     """Give the free slots of a pack that waits to trials; takes them out of `lines`."""
-    taken = _take(view, pack, pack.num_slots - pack.occupied, lines)
+    taken = _take(view, pack, pack.free, lines)
     if not taken and not pack.occupied:
         return [ReleasePack(pack.number, save=False, reason=_why_none(pack, lines))]
     return [
@@ -145,32 +126,28 @@ def _take(view: SweepView, pack: PackView, most: int, lines: Lines) -> list[Tria
     return lines.take(pack.key, pack.arithmetic, most, longest)
 
 
-def _alike(pack: PackView) -> Alike:
-    return pack.key, pack.arithmetic, pack.kind, pack.num_slots
-
-
-def _enough(others: Mapping[Alike, Sequence[PackView]], lines: Lines) -> bool:
+def _enough(open_packs: Sequence[OpenPacks], lines: Lines) -> bool:
     """Whether there are trials for all slots that these will have free."""
     wanted: Counter[PackKey] = Counter()
-    for (key, *_), packs in others.items():
-        wanted[key] += _num_free(packs)
-    return all(lines.count(key, arithmetic) >= wanted[key] for key, arithmetic, _, _ in others)
+    for alike in open_packs:
+        wanted[alike.first.key] += alike.free
+    return all(
+        lines.count(pack.key, pack.arithmetic) >= wanted[pack.key]
+        for pack in (alike.first for alike in open_packs)
+    )
 
 
-def _reserve(view: SweepView, packs: Sequence[PackView], lines: Lines) -> list[Action]:
-    """The trials that packs, all alike, will take once they have loaded, or answer, are spoken
-    for."""
-    left = len(_take(view, packs[0], _num_free(packs), lines))
+def _reserve(view: SweepView, alike: OpenPacks, lines: Lines) -> list[Action]:
+    """The trials that these packs will take once they have loaded, or answer, are spoken for."""
+    left = len(_take(view, alike.first, alike.free, lines))
+    if left == alike.free or not alike.loading:
+        return []
     actions: list[Action] = []
-    for pack in packs:
+    for pack in alike:
         if not left and not pack.ready:
             actions.append(AbandonPack(pack.number, _why_none(pack, lines)))
-        left -= min(left, pack.num_slots - pack.occupied)
+        left -= min(left, pack.free)
     return actions
-
-
-def _num_free(packs: Sequence[PackView]) -> int:
-    return sum(pack.num_slots - pack.occupied for pack in packs)
 
 
 def _why_assigned(view: SweepView, pack: PackView, trial: TrialSpec) -> str:
@@ -182,20 +159,16 @@ def _why_assigned(view: SweepView, pack: PackView, trial: TrialSpec) -> str:
     return f"{reason}; planned anew, as it was trained with {had} so far and {why}"
 
 
-def _free_workers(view: SweepView) -> list[WorkerKind]:
+def _free_workers(view: SweepView, packs: Packs) -> list[WorkerKind]:
     """Of each kind; empty where none is free."""
-    used: dict[str, int] = {}
-    for pack in view.packs:
-        used[pack.kind] = used.get(pack.kind, 0) + pack.arithmetic.world_size
-    free = [replace(kind, count=kind.count - used.get(kind.name, 0)) for kind in view.all_kinds]
+    free = [replace(kind, count=kind.count - packs.workers[kind.name]) for kind in view.all_kinds]
     return free if any(kind.count > 0 for kind in free) else []
 
 
-def _start(view: SweepView, lines: Lines, free: Sequence[WorkerKind]) -> list[Action]:
+def _start(view: SweepView, packs: Packs, lines: Lines, free: Sequence[WorkerKind]) -> list[Action]:
     if not free or not lines.all_left:
         return []
-    active = Counter(pack.key for pack in view.packs)
     return [
         StartPack(plan, plan.reason)
-        for plan, _ in plan_packs(lines, active, free, view.premises, view.all_kinds)
+        for plan, _ in plan_packs(lines, packs.active, free, view.premises, view.all_kinds)
     ]

@@ -13,7 +13,7 @@ from orchestrator.records import (
     TrialOpened,
     TrialResult,
 )
-from orchestrator.sweep.policy import PackView
+from orchestrator.sweep.pack_views import PackView
 
 
 @dataclass

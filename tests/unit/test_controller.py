@@ -30,7 +30,8 @@ from orchestrator.records import (
     TrialSpec,
 )
 from orchestrator.sweep.executor import InProcessExecutor
-from orchestrator.sweep.policy import AbandonPack, PackView, SweepView, decide
+from orchestrator.sweep.pack_views import PackView
+from orchestrator.sweep.policy import AbandonPack, SweepView, decide
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
 from orchestrator.sweep.simulated import SimulatedWorker

@@ -12,11 +12,11 @@ from orchestrator.planning.packs import PackPlan, learn_from, one_kind, plan_pac
 from orchestrator.planning.shape import BaseShape
 from orchestrator.planning.waiting import FRESH, Lines, PackKey, Waiting, pack_key
 from orchestrator.records import Arithmetic, TrialSpec
+from orchestrator.sweep.pack_views import PackView
 from orchestrator.sweep.policy import (
     AbandonPack,
     Action,
     AssignTrial,
-    PackView,
     ReleasePack,
     StartPack,
     SweepView,
