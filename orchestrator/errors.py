@@ -4,6 +4,7 @@ OrchestratorError
 ├── ConfigError        the user's file is wrong: `file:line: field: rule (got value)`, all at once
 ├── DataError          a dataset is missing, empty, or has a row that cannot be used
 ├── BaseModelError     the base model cannot be loaded
+│   └── BaseModelUnreachable  the hub or the disk that has it does not answer, but may later
 ├── StrategyError      the machine lacks what trial.strategy or the optimizer needs there
 ├── RunFolderError     the run folder belongs to another sweep, is in use, or is damaged
 ├── DiskFull           a disk, a quota or a file-size limit is reached; carries the path
@@ -26,7 +27,9 @@ from typing import Self
 
 # What the operating system says when a disk, a quota or a file-size limit is reached.
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
+UNREACHABLE_ERRNOS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+)
 
 OUT_OF_MEMORY = (
     "out of memory",
@@ -54,6 +57,10 @@ class DataUnreachable(DataError):
 
 class BaseModelError(OrchestratorError):
     """The base model or its tokenizer cannot be loaded."""
+
+
+class BaseModelUnreachable(BaseModelError):
+    """What has it does not give it now; another time it may."""
 
 
 class StrategyError(OrchestratorError):
@@ -121,6 +128,13 @@ class RegistryError(OrchestratorError):
 
 def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Of a network, or of a disk that machines share."""
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    return isinstance(error, OSError) and error.errno in UNREACHABLE_ERRNOS
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -76,7 +76,7 @@ READ_BY: dict[PrunerKind, tuple[str, ...]] = {
 
 class PrunerConfig(Strict):
     """When a trial is stopped early, by its held-out loss at rungs. Trials compete with those of
-    the same base (bit-width and code) and of a lower number, see docs/design.md."""
+    a lower number that could share a pack with them, see docs/design.md."""
 
     kind: PrunerKind = "none"
     """asha: at each rung only the best 1/reduction_factor so far go on (asynchronous successive

@@ -243,8 +243,9 @@ def learn_from(
 
 def _is_outdated(lost: PackPlan, given: Premises) -> bool:
     """Whether such packs take less by now: equal ones run out at about the same time."""
-    if lost.fit.memory is None:
-        return lost.num_slots > given.max_slots_unknown
+    if lost.fit.memory is None:  # slots that are set are never given up
+        unset = given.resources.slots_per_pack is None
+        return unset and lost.num_slots > given.max_slots_unknown
     return lost.fit.budget_bytes > int(BUDGET_FRACTION * given.worker_memory_bytes)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from orchestrator.errors import (
+    BaseModelUnreachable,
     DataError,
     DataUnreachable,
     OrchestratorError,
@@ -130,8 +131,8 @@ class InProcessExecutor:
 def _lost(pack: int, error: Exception) -> PackLost:
     if is_disk_full(error):
         return PackLost(pack, "disk_full", f"{error}: free space, then resume")
-    # A partner in the same pack, or shards that are elsewhere.
-    if isinstance(error, ConnectionError | DataUnreachable):
+    # A partner in the same pack; or shards, or a base, that are elsewhere.
+    if isinstance(error, ConnectionError | DataUnreachable | BaseModelUnreachable):
         return PackLost(pack, "worker_lost", str(error))
     if isinstance(error, TrialFailed):
         return PackLost(pack, error.reason, error.message)

@@ -78,8 +78,9 @@ def remedy(
 
 
 class Loads:
-    """Of each key, since when packs fail to load and none was ready: one that was begun after that
-    only tries again what failed, and says nothing for the others."""
+    """Of each key none of whose packs is ready: before which number packs began that have to fail,
+    too, until a failed load says something of the base. One that was begun after that only tries
+    again; so workers that are lost together, or one machine at fault, count once, if at all."""
 
     def __init__(self) -> None:
         self._since: dict[PackKey, int] = {}
@@ -89,9 +90,14 @@ class Loads:
 
     def may_go_on(self, key: PackKey, next_pack: int, packs: Mapping[int, RunningPack]) -> bool:
         """One failed to load: whether others of its kind, which are there, may train its trials."""
-        since = self._since.setdefault(key, next_pack)
         alike = {n: pack for n, pack in packs.items() if pack.plan.key.unlimited == key}
-        return any(pack.ready or number < since for number, pack in alike.items())
+        if any(pack.ready for pack in alike.values()):
+            return True
+        since = self._since.setdefault(key, next_pack)
+        if any(number < since for number in alike):
+            return True
+        del self._since[key]  # all have failed; it takes as many again to count once more
+        return False
 
 
 def slot_limits(decisions: Iterable[Mapping[str, Any]]) -> dict[int, int]:

@@ -19,7 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from orchestrator.config import QuantConfig, StrategyConfig
-from orchestrator.errors import BaseModelError
+from orchestrator.errors import (
+    BaseModelError,
+    BaseModelUnreachable,
+    is_disk_full,
+    is_unreachable,
+)
 from orchestrator.records import BaseModel, Device
 from orchestrator.training.attention import (
     BY_DOCUMENT,
@@ -134,10 +139,12 @@ def load_base_model(
         ConfigError: a key of `bit_width_pattern` matches no layer.
         BaseModelError: the folder holds no causal language model that transformers can load, or one
             that is quantised already or of a family that cannot be trained on packed documents.
+        BaseModelUnreachable: the hub, or the disk that machines share, does not give it now.
     """
     folder = local_folder(base)
     check_unquantised(Path(folder), base.source)
     cache = _cache(base, folder, quant, device, strategy, cache_bytes)
+    quantization = _quantization_config(quant, strategy, on_layer, cache)
     try:
         with quiet_libraries(), loading_alone():
             from transformers import AutoModelForCausalLM
@@ -146,14 +153,21 @@ def load_base_model(
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[quant.compute_dtype],
-                quantization_config=_quantization_config(quant, strategy, on_layer, cache),
+                quantization_config=quantization,
                 device_map={"": _first_place(quant, device, strategy)},
                 trust_remote_code=base.trust_remote_code,
                 local_files_only=True,
             )
+    except RuntimeError as error:
+        if (failed := getattr(quantization, "failed", None)) is None:
+            raise
+        raise failed from error
     except (AttributeError, KeyError, OSError, ValueError) as error:
         # AttributeError: a family that draws first values for weights that are codes by now.
-        raise BaseModelError(f"{base.source}: transformers cannot load it: {error}") from error
+        if is_disk_full(error):
+            raise
+        kind = BaseModelUnreachable if is_unreachable(error) else BaseModelError
+        raise kind(f"{base.source}: transformers cannot load it: {error}") from error
     if cache is not None:
         log.info("%s in codes: %s", base.source, cache.note)
     return made_ready(model, quant, device, strategy, dequantise_once)

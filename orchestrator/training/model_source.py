@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import BaseModelConfig
-from orchestrator.errors import BaseModelError
+from orchestrator.errors import (
+    BaseModelError,
+    BaseModelUnreachable,
+    is_disk_full,
+    is_unreachable,
+)
 from orchestrator.files import (
     cache_dir,
     file_digest,
@@ -49,6 +54,8 @@ GGUF_ERRORS = (
 )
 # A conversion takes minutes; one on another machine that shares the cache has no process here.
 STALE_AFTER_S = 3600
+# HTTP: the hub is asked too much, or is out of order.
+BUSY = (408, 429, 500, 502, 503, 504)
 TOKENIZER_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 HUB_FILES = (*TOKENIZER_PATTERNS, "*.safetensors", "*.py", "README.md", "LICENSE*")
 
@@ -169,11 +176,26 @@ def _download(repo_id: str, revision: str | None, patterns: Sequence[str] = HUB_
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BaseModelError(
+        if is_disk_full(error):
+            raise
+        kind = BaseModelUnreachable if may_answer_later(error) else BaseModelError
+        raise kind(
             f"base_model.source: {repo_id} is no local folder, and the model hub did not give it: "
             f"{_first_line(error)}: correct the id, set HF_TOKEN if it asks for a login, or give "
             "the path of a folder if this machine does not reach the hub"
         ) from error
+
+
+def may_answer_later(error: Exception) -> bool:
+    """What snapshot_download raised: it wraps what the hub said, or that it said nothing."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    unanswered = isinstance(error, LocalEntryNotFoundError)
+    told = error.__cause__ if unanswered and error.__cause__ else error
+    response = getattr(told, "response", None)
+    if response is not None:
+        return response.status_code in BUSY
+    return unanswered or is_unreachable(told)
 
 
 def _downloaded(config: BaseModelConfig) -> Path | None:

@@ -18,7 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from orchestrator.config import QuantConfig
-from orchestrator.errors import BaseModelError, ConfigError
+from orchestrator.errors import BaseModelError, ConfigError, OrchestratorError
 from orchestrator.planning.bits import bits_of, stored_bits
 from orchestrator.planning.compatibility import conv1d_refusal
 from orchestrator.planning.patterns import unmatched
@@ -45,6 +45,9 @@ class LayerByLayer(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant = quant
         self.on_layer = on_layer
         self.cache = cache
+        self.failed: Exception | None = None
+        """By what the first layer failed that did: transformers goes on with the others, and says
+        at the end no more than that there was something."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "quant": self.quant.model_dump(mode="json")}
@@ -179,6 +182,18 @@ class _Quantise(ConversionOps):  # type: ignore[misc]
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         assert model is not None
+        config = self._quantiser.quantization_config
+        if config.failed is not None:
+            raise config.failed
+        try:
+            return self._converted(input_dict, model, missing_keys)
+        except (MemoryError, OrchestratorError, OSError, RuntimeError, ValueError) as error:
+            config.failed = error
+            raise
+
+    def _converted(
+        self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str] | None
+    ) -> dict[str, Tensor]:
         plain = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value

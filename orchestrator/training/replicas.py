@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from orchestrator.errors import is_out_of_memory
 from orchestrator.records import Device, GroupPlace
 from orchestrator.training.process_group import PARTNER_TIMEOUT_S, join_group, leave_group
 from orchestrator.training.watch import Watch
@@ -142,8 +143,10 @@ class ProcessGroupReplicas:
 
 def _is_partners(error: RuntimeError) -> bool:
     """gloo's errors have no type of their own, but name its source files. On a GPU any earlier
-    kernel's error may come out of a collective, also as a RuntimeError."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    kernel's error may come out of a collective, also as a RuntimeError; and NCCL may have no memory
+    for its buffers."""
+    lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+    return lost and not is_out_of_memory(error)
 
 
 def _end(missing: str) -> None:

@@ -1,10 +1,13 @@
+import errno
 import os
 import subprocess
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, Response
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from orchestrator.config import BaseModelConfig, QuantConfig, StrategyConfig
@@ -16,7 +19,12 @@ from orchestrator.tracking.adapter_model import base_digest
 from orchestrator.tracking.entry import find_license
 from orchestrator.training.base_model import LoadedBase, enable_recomputation, load_base_model
 from orchestrator.training.loss import token_losses
-from orchestrator.training.model_source import find_source, folder_here, resolve_base_model
+from orchestrator.training.model_source import (
+    find_source,
+    folder_here,
+    may_answer_later,
+    resolve_base_model,
+)
 from tests.training.conftest import MakeSpec
 
 
@@ -79,6 +87,55 @@ def test_a_folder_without_a_tokenizer_is_refused_with_the_remedy(
     (tmp_path / "config.json").write_text((base_folder / "config.json").read_text())
     with pytest.raises(BaseModelError, match="no tokenizer.*save the tokenizer"):
         resolve_base_model(BaseModelConfig(source=str(tmp_path)))
+
+
+def test_the_first_layer_that_cannot_be_quantised_says_why_and_is_the_last(
+    base_folder: Path,
+) -> None:
+    seen = []
+
+    def full_at_the_second(name: str, weight: torch.Tensor, layer: object) -> None:
+        seen.append(name)
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    base = BaseModel("tiny", None, str(base_folder), "d")
+    quant = QuantConfig(bit_width=4, compute_dtype="float32")
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        load_base_model(base, quant, "cpu", StrategyConfig(), on_layer=full_at_the_second)
+    assert len(seen) == 2
+
+
+def answered(status: int) -> Exception:
+    response = Response(status)
+    response.request = cast(Any, "GET")  # which the error reads
+    return HfHubHTTPError(f"{status}", response=response)
+
+
+def wrapped(cause: Exception) -> Exception:
+    error = LocalEntryNotFoundError("it was not found here either")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "later"),
+    [
+        (answered(404), False),
+        (answered(503), True),
+        (wrapped(answered(403)), False),
+        (wrapped(answered(429)), True),
+        (wrapped(HTTPError("connection refused")), True),
+        (TimeoutError("read timed out"), True),
+        (OSError(errno.ESTALE, "stale file handle"), True),
+        (FileNotFoundError("nothing of that name"), False),
+    ],
+    ids=repr,
+)
+def test_a_hub_that_may_answer_later_is_told_from_one_that_has_answered(
+    error: Exception, later: bool
+) -> None:
+    assert may_answer_later(error) is later
 
 
 def test_a_folder_that_is_not_there_is_refused_with_a_near_name(base_folder: Path) -> None:

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.errors import BaseModelError, DataError, DataUnreachable
+from orchestrator.errors import BaseModelError, BaseModelUnreachable, DataError, DataUnreachable
 from orchestrator.records import Decision, Event, GroupPlace, Notice, PackLost, PackSpec
 from orchestrator.sweep.executor import InProcessExecutor, Worker, answer
-from orchestrator.sweep.losses import remedy, slot_limits
+from orchestrator.sweep.losses import Loads, remedy, slot_limits
 from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.running import RunningPack
 from orchestrator.sweep.simulated import SimulatedWorker
 from tests.sweeps import make_controller, make_store, pack_plan, premises, sweep_config
 
@@ -89,18 +90,46 @@ class Loading:
         return SimulatedWorker(spec, place)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
 @pytest.mark.parametrize(
-    "error", [TimeoutError("the hub does not answer"), DataUnreachable("s3://shards: 503")]
+    "error",
+    [
+        BaseModelUnreachable("base_model.source: the hub did not give it: 503"),
+        DataUnreachable("s3://shards: 503"),
+        RuntimeError("CUDA error: unspecified launch failure"),
+    ],
+    ids=repr,
 )
-def test_a_load_that_failed_for_its_surroundings_is_tried_again(
+def test_loads_that_fail_for_their_surroundings_on_all_workers_count_once(
     tmp_path: Path, error: Exception, num_workers: int
 ) -> None:
-    store = eight_trials(tmp_path / "run", resources__slots_per_pack=4)
-    loading = Loading(error, times=2)
+    store = eight_trials(tmp_path / "run", resources__slots_per_pack=2, max_restarts=3)
+    loading = Loading(error, times=3 * num_workers)
     assert make_controller(store, InProcessExecutor(loading.worker), num_workers).run()
     assert states(store) == {"finished": list(range(8))}
-    assert loading.loads == 2 + num_workers
+    assert loading.loads == 3 * num_workers + num_workers
+
+
+def test_one_machine_at_fault_does_not_count_while_another_one_loads() -> None:
+    plan = pack_plan(sweep_config().trial, 2)
+    key, loads = plan.key.unlimited, Loads()
+    assert loads.may_go_on(key, 2, {0: RunningPack(plan, ready=True)})
+    slow = {3: RunningPack(plan)}  # in place of the one that was ready, on the same worker
+    for next_pack in (5, 6, 7):
+        again = {next_pack - 1: RunningPack(plan)} if next_pack > 5 else {}
+        assert loads.may_go_on(key, next_pack, slow | again)
+    assert not loads.may_go_on(key, 8, {7: RunningPack(plan)})
+
+
+@pytest.mark.parametrize("slots", [4, 5, 8, None])
+def test_out_of_memory_ends_a_sweep_whose_base_has_no_estimate(
+    tmp_path: Path, slots: int | None
+) -> None:
+    store = eight_trials(tmp_path / "run", resources__slots_per_pack=slots)
+    loading = Loading(RuntimeError("CUDA out of memory"), times=100)
+    assert make_controller(store, InProcessExecutor(loading.worker), 1).run()
+    assert states(store) == {"out_of_memory": list(range(8))}
+    assert loading.loads < 20
 
 
 @pytest.mark.parametrize(
@@ -108,19 +137,20 @@ def test_a_load_that_failed_for_its_surroundings_is_tried_again(
     [
         (BaseModelError("tiny: it has no linear layer"), 1, "raised"),
         (DataError("shard 3: its digest is another"), 1, "data_error"),
-        (TimeoutError("the hub does not answer"), 4, "raised"),
+        (BaseModelUnreachable("the hub did not give it: 503"), 4, "worker_lost"),
+        (RuntimeError("CUDA error: unspecified launch failure"), 4, "raised"),
     ],
 )
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_one_that_cannot_work_fails_at_once_and_others_after_max_restarts(
     tmp_path: Path, error: Exception, tries: int, reason: str, num_workers: int
 ) -> None:
-    """Of several workers all try first."""
+    """Of several workers all try."""
     store = eight_trials(tmp_path / "run", resources__slots_per_pack=1)
     loading = Loading(error, times=100)
     assert make_controller(store, InProcessExecutor(loading.worker), num_workers).run()
     assert states(store) == {reason: list(range(8))}
-    assert loading.loads == tries - 1 + num_workers
+    assert loading.loads == tries * num_workers
 
 
 @pytest.mark.parametrize(
