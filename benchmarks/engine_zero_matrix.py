@@ -31,6 +31,7 @@ from benchmarks.recording import (
     Row,
     add_record_action,
     append_row,
+    command,
     environment,
     read_rows,
     record,
@@ -85,6 +86,7 @@ def main() -> None:
     ]
     with ThreadPoolExecutor(options.pairs) as pool:
         list(pool.map(lambda share: _train(options, place, share), shares))
+    shutil.rmtree(options.nvme, ignore_errors=True)  # which the pairs share
 
 
 def cells(
@@ -153,12 +155,12 @@ def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Ro
     logs = [folder / f"log-{rank}" for rank in range(2)]
     try:
         for rank, log in enumerate(logs):
-            command = [sys.executable, "-m", "benchmarks.zero_cells", f"--world-rank={rank}"]
-            command += [f"--init-method={method}", f"--work={folder / 'work.json'}"]
+            words = [sys.executable, "-m", "benchmarks.zero_cells", f"--world-rank={rank}"]
+            words += [f"--init-method={method}", f"--work={folder / 'work.json'}"]
             place: Row = {"env": os.environ | children.rank_environment(rank, options.gpus)}
             with log.open("wb") as file:
                 place |= {"stdout": file, "stderr": file}
-                pair.append(children.start([*command, f"--rows={rows}"], **place))
+                pair.append(children.start([*words, f"--rows={rows}"], **place))
         ends = time.monotonic() + options.timeout
         codes: list[int | None] = [None]
         while time.monotonic() < ends and None in codes and not any(codes):
@@ -168,8 +170,6 @@ def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Ro
     finally:
         for child in pair:
             children.end(child)
-        if work["nvme_path"]:
-            shutil.rmtree(work["nvme_path"], ignore_errors=True)
     _tell(options.rows[0], rows, told)
     how = f"exit codes {codes}: {'; '.join(map(_last_line, logs))}" if any(codes) else ""
     return (read_rows([rows]) if rows.exists() else []), how
@@ -179,7 +179,7 @@ def _tell(to: Path, rows: Path, told: int) -> int:
     """Append what is new: a run that is cut off leaves what it measured."""
     found = read_rows([rows]) if rows.exists() else []
     for row in found[told:]:
-        append_row(to, row)
+        append_row(to, row | {"command": command()})
     return len(found)
 
 

@@ -7,7 +7,6 @@ of a trial to choices or ranges; each candidate is made by putting values into t
 validating the whole again, so no field is ever "a number or a distribution".
 """
 
-import json
 import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -104,7 +103,9 @@ class QuantConfig(Strict):
         return self
 
     def __hash__(self) -> int:
-        return hash(json.dumps(self.model_dump(), sort_keys=True))
+        # Of a few fields: a decision looks up hundreds of trials by it.
+        pattern = frozenset(self.bit_width_pattern.items())
+        return hash((self.bit_width, self.quant_type, self.average_bits, self.budget_gib, pattern))
 
     @property
     def mixed(self) -> bool:

@@ -134,6 +134,8 @@ class Waiting(Sequence[TrialSpec]):
         self._places: dict[PackKey, list[Place]] = {}
         self._batches: dict[PackKey, Counter[int]] = {}
         self._work: Counter[PackKey] = Counter()
+        self.all_work = 0
+        """Blocks that all of them train."""
         self._max_slots: dict[int, int] = {}
         for trial in trials:
             self.add(trial)
@@ -156,6 +158,7 @@ class Waiting(Sequence[TrialSpec]):
         insort(self._places.setdefault(key, []), _place(trial), key=self._order)
         self._batches.setdefault(key, Counter())[trial.config.batch_size] += 1
         self._work[key] += work(trial.config)
+        self.all_work += work(trial.config)
 
     def remove(self, number: int) -> None:
         trial = self._trials.pop(number)
@@ -164,6 +167,7 @@ class Waiting(Sequence[TrialSpec]):
         del places[bisect_left(places, self._order(_place(trial)), key=self._order)]
         self._batches[key][trial.config.batch_size] -= 1
         self._work[key] -= work(trial.config)
+        self.all_work -= work(trial.config)
         if not places:
             del self._places[key], self._batches[key], self._work[key]
 
@@ -252,7 +256,7 @@ class Lines:
 
     @property
     def all_work_left(self) -> int:
-        return sum(self.work_left(key) for key in self._waiting.keys)
+        return self._waiting.all_work - self._work_taken.total()
 
     def shortest(self, key: PackKey) -> int:
         """Work of the shortest trial of a key; 0 where one is half-trained, as that goes first."""
