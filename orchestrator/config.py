@@ -65,7 +65,8 @@ class QuantConfig(Strict):
     """The 4-bit code. Only where layers have 4 bits."""
 
     int8_type: Literal["llm_int8", "blockwise"] | None = None
-    """The 8-bit code. llm_int8: activations are rounded too, a trial is alone in its pack.
+    """The 8-bit code. llm_int8: activations are rounded too, and products are made in 16 bits on
+    GPUs, whatever compute_dtype is; a trial is alone in its pack.
     blockwise: weights only, in packs, compiled and in graphs as 4 bits are. null: llm_int8 for a
     base whose layers all have 8 bits, blockwise where widths differ."""
 
@@ -74,7 +75,8 @@ class QuantConfig(Strict):
     bits and blockwise 8."""
 
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """Weights that share a quantisation constant. Not for llm_int8; 32 for 4 bits only."""
+    """Weights that share a quantisation constant. Not for llm_int8; 32 not where
+    layers have 8 bits."""
 
     storage_dtype: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = "auto"
     """The type that 4-bit codes are packed into under strategy.kind zero. auto: compute_dtype for

@@ -47,20 +47,18 @@ def save_checkpoint(
     states = {f"optimizer.{name}": _savable(tensor) for name, tensor in tensors.items()}
     content = {"row": _savable(checkpoint.row), **states}
     write_file(folder / "state.safetensors", lambda path: save_file(content, path))
-    write_json(
-        folder / "checkpoint.json",
-        {
-            "step": checkpoint.step,
-            "tokens": checkpoint.tokens,
-            "train_s": checkpoint.train_s,
-            "optimizer": numbers,
-            "program": checkpoint.program,
-            "versions": dict(checkpoint.versions),
-            "trial_config": config_digest,
-            "layout": record_digest(layout),
-            "state_digest": file_digest(folder / "state.safetensors"),
-        },
-    )
+    record = {
+        "step": checkpoint.step,
+        "tokens": checkpoint.tokens,
+        "train_s": checkpoint.train_s,
+        "optimizer": numbers,
+        "program": checkpoint.program,
+        "versions": dict(checkpoint.versions),
+        "trial_config": config_digest,
+        "layout": record_digest(layout),
+        "state_digest": file_digest(folder / "state.safetensors"),
+    }
+    write_json(folder / "checkpoint.json", record | {"digest": record_digest(record)})
     for old in sorted(attempt_dir.glob("checkpoint-*"))[:-KEEP]:
         (old / "checkpoint.json").unlink(missing_ok=True)
         shutil.rmtree(old)
@@ -79,6 +77,8 @@ def _load(folder: Path, config_digest: str, layout: str) -> Checkpoint:
     from safetensors.torch import load_file
 
     record: dict[str, Any] = read_json(folder / "checkpoint.json")
+    if record.pop("digest") != record_digest(record):
+        raise RunFolderError(f"{folder} is damaged: checkpoint.json does not have its digest")
     expected = {"trial_config": config_digest, "layout": record_digest(layout)}
     for name, value in expected.items():
         if record[name] != value:
@@ -97,7 +97,7 @@ def _load(folder: Path, config_digest: str, layout: str) -> Checkpoint:
         row=row,
         optimizer=(states, record["optimizer"]),
         program=record["program"],
-        versions=dict(record.get("versions", {})),
+        versions=dict(record["versions"]),
     )
 
 

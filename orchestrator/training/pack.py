@@ -9,6 +9,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ from orchestrator.training.meter import Meter
 from orchestrator.training.model_source import local_folder
 from orchestrator.training.program import EagerProgram, check_lanes
 from orchestrator.training.program_builder import ProgramBuilder
-from orchestrator.training.replicas import Replicas, join
+from orchestrator.training.replicas import Replicas, agree, join
 from orchestrator.training.slot import Slot
 from orchestrator.training.slots import Slots
 from orchestrator.training.step import StepRunner
@@ -90,6 +91,7 @@ class PackWorker:
         self.replicas = self._join()
         corrections = Corrections(spec.max_rank)
         self.base = self._load_base(strategy, corrections)
+        self.replicas.loaded()
         if spec.gradient_checkpointing:
             enable_recomputation(self.base.model, spec.kept_layers)
         if spec.step_program in ("compiled", "graph"):
@@ -111,8 +113,9 @@ class PackWorker:
         )
         if spec.num_slots > 1:
             check_lanes(self.base, self.rows)
-        readers = (train_reader, self.held_out_reader)
-        self.programs = ProgramBuilder(spec, self.base, self.rows, readers)
+        self.programs = ProgramBuilder(
+            spec, self.base, self.rows, (train_reader, self.held_out_reader)
+        )
         self.engine = self._build_engine(strategy)
         self._runner = StepRunner(self.base, self.engine, self.replicas)
         self.task = self._load_task()
@@ -223,12 +226,13 @@ class PackWorker:
         number = next(n for n in range(self.spec.num_slots) if n not in self.slots)
         task = directive.task
         try:
-            slot = Slot(number, task, self.rows, self.engine, self.feed, self._program)
+            check = partial(self._check_resumed, task.trial)
+            slot = Slot(number, task, self.rows, self.engine, self.feed, self._program, check)
         except OrchestratorError as error:
             if self.place.world_size > 1 and not isinstance(error, TrialFailed):
                 raise  # it may be this worker's alone, and the others would wait for it
             failed = TrialFailed.by(error)
-            if failed.reason == "out_of_memory":  # the pack's own: it is planned anew with less
+            if failed.reason in ("out_of_memory", "worker_lost"):  # the pack's own
                 raise
             self.rows.clear(number)
             words = failed.reason, failed.message
@@ -236,7 +240,6 @@ class PackWorker:
         self.slots[number] = slot
         self._meters[number] = Meter(slot.tokens)
         self.memory.join(number)
-        self._check_resumed(slot)
         trial, attempt = slot.task.trial, slot.task.attempt
         refused = tuple(slot.refused_checkpoints)
         opened = TrialOpened(trial, attempt, slot.step, refused, slot.note, number, platform.node())
@@ -250,15 +253,11 @@ class PackWorker:
             loss = self._evaluate([slot.evaluated])[0].loss
         return [opened, Evaluated(trial, attempt, time.time(), 0, 0, loss)]
 
-    def _check_resumed(self, slot: Slot) -> None:
+    def _check_resumed(self, trial: int, step: int) -> None:
         """A shared disk may show one worker a checkpoint that another does not see yet."""
-        steps = torch.tensor([float(slot.step)], device=self.base.device)
-        self.replicas.sum(steps)
-        if float(steps) != slot.step * self.replicas.world_size:
-            raise TrialFailed(
-                "worker_lost",
-                f"trial {slot.task.trial}: the pack's workers found different checkpoints",
-            )
+        if not agree(self.replicas, step, self.base.device):
+            words = f"trial {trial}: the pack's workers found different checkpoints"
+            raise TrialFailed("worker_lost", words)
 
     def _fit_lanes(self) -> None:
         """Where most lanes would idle for long, or some are missing: a program with others."""

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -20,11 +21,22 @@ from orchestrator.training.watch import Watch
 
 # At once: what is gathered may be more than the GPU has left.
 GATHERED_ELEMENTS = 2**24
+# Loads of a machine's workers stand in line, each of which may take minutes. One that hangs is
+# noticed by its pack's silence, one that dies by Ray.
+LOADING_PATIENCE = timedelta(days=1)
 
 
 class Replicas(Protocol):
     world_rank: int
     world_size: int
+
+    def loaded(self) -> None:
+        """This worker has its base: wait for those that load theirs, however long it takes.
+
+        Raises:
+            ConnectionError: world_rank 0 is gone.
+        """
+        ...
 
     def sum(self, tensor: Tensor) -> None:
         """Replace the tensor by the sum over all workers, which gets the same bits everywhere.
@@ -72,9 +84,19 @@ def join(place: GroupPlace, device: Device, timeout_s: float = PARTNER_TIMEOUT_S
     return ProcessGroupReplicas(place, device, timeout_s)
 
 
+def agree(replicas: Replicas, number: int, device: torch.device) -> bool:
+    """Whether all workers, which must all call this, have the same number."""
+    total = torch.tensor([float(number)], dtype=torch.float64, device=device)
+    replicas.sum(total)
+    return float(total) == number * replicas.world_size
+
+
 class Alone:
     world_rank = 0
     world_size = 1
+
+    def loaded(self) -> None:
+        pass
 
     def sum(self, tensor: Tensor) -> None:
         pass
@@ -97,8 +119,15 @@ class ProcessGroupReplicas:
         self._watch: Watch | None = None
         with self.waiting():
             store = join_group(place, device, timeout_s)
+            self._store, watched = store.clone(), store.clone()
         stuck = _end if device == "cuda" else None  # gloo raises
-        self._watch = Watch(store.clone(), place.world_rank, place.world_size, timeout_s, stuck)
+        self._watch = Watch(watched, place.world_rank, place.world_size, timeout_s, stuck)
+
+    def loaded(self) -> None:
+        names = [f"loaded/{rank}" for rank in range(self.world_size)]
+        with self._named():  # not a place where somebody may be missing
+            self._store.set(names[self.world_rank], "")
+            self._store.wait(names, LOADING_PATIENCE)
 
     def sum(self, tensor: Tensor) -> None:
         with self.waiting():
@@ -128,6 +157,11 @@ class ProcessGroupReplicas:
         trials."""
         if self._watch is not None:
             self._watch.came()
+        with self._named():
+            yield
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:

@@ -36,8 +36,10 @@ class Slot:
         engine: Engine,
         feed: Feed,
         program: Callable[[], str],
+        check: Callable[[int], None],
     ) -> None:
-        """`program` says what the numbers depend on at the time: a pack's lanes come and go."""
+        """`program` says what the numbers depend on at the time: a pack's lanes come and go.
+        `check` is given the step of the checkpoint before it is put in place, 0 without one."""
         self.number = number
         self.task = task
         self.trial: TrialConfig = task.config
@@ -57,7 +59,7 @@ class Slot:
         self._ahead = ReadAhead(feed, task.config)
         slots.open(number, task.config.adapter, task.config.seed)
         self._stepper = engine.stepper(number, task.config.optimizer)
-        self.refused_checkpoints = self._restore()
+        self.refused_checkpoints = self._restore(check)
 
     @property
     def done(self) -> bool:
@@ -162,9 +164,10 @@ class Slot:
             Path(self.task.attempt_dir), checkpoint, self._config_digest(), self._layout()
         )
 
-    def _restore(self) -> list[str]:
+    def _restore(self, check: Callable[[int], None]) -> list[str]:
         folders = [Path(folder) for folder in self.task.checkpoint_dirs]
         checkpoint, refused = latest_checkpoint(folders, self._config_digest(), self._layout())
+        check(checkpoint.step if checkpoint is not None else 0)
         if checkpoint is not None:
             saved, numbers = checkpoint.optimizer
             row, tensors = self._converted(self._slots.laid_out, checkpoint.row, saved)

@@ -36,9 +36,11 @@ BASES: dict[str, dict[str, Any]] = {
     "FP4": {"quant_type": "fp4"},
     "NF4, blocks of 128": {"block_size": 128},
     "blockwise int8": {"bit_width": 8, "int8_type": "blockwise"},
+    "2 bits": {"bit_width": 2},
     "3 bits": {"bit_width": 3},
     "a map": {"bit_width_pattern": {"down_proj": 8, "q_proj": 16}},
 }
+HQQ = ("2 bits", "3 bits")
 
 
 def quant(name: str, **changes: Any) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def test_training_lowers_the_held_out_loss_on_every_kind_of_base(
 ) -> None:
     """Two trials in one pack, with the values kept and with them made at every use; the adapter is
     then evaluated on the base that its record describes."""
-    if name == "3 bits":
+    if name in HQQ:
         pytest.importorskip("hqq.core.quantize", reason="the extra hqq is not installed")
     spec = make_spec(quant=quant(name))
     trials = [trial_config(steps=12, quant=quant(name), seed=seed) for seed in (1, 2)]
@@ -90,7 +92,7 @@ def test_an_export_from_a_map_says_what_the_adapter_says(
 def test_loftq_begins_with_what_every_kind_of_codes_left_out(
     make_spec: MakeSpec, tmp_path: Path, name: str
 ) -> None:
-    if name == "3 bits":
+    if name in HQQ:
         pytest.importorskip("hqq.core.quantize", reason="the extra hqq is not installed")
     spec = replace(make_spec(quant=quant(name), num_slots=1), loftq=True)
     trial = trial_config(steps=12, quant=quant(name), adapter__init="loftq")
@@ -114,13 +116,19 @@ UNDER_ZERO: dict[str, dict[str, Any]] = {
         *(({"bit_width": 8}, name) for name in UNDER_ZERO if name.endswith("optimizer on the CPU")),
         *(({"bit_width": bits}, "stage 3, parameters on the CPU") for bits in (4, 16)),
         ({"storage_dtype": "bfloat16"}, "stage 2"),
+        *(({"storage_dtype": dtype}, "stage 3") for dtype in ("uint8", "bfloat16", "float16")),
+        ({"storage_dtype": "bfloat16"}, "stage 3, parameters on the CPU"),
+        *(
+            ({"bit_width": 16, "compute_dtype": "float64"}, name)
+            for name in ("stage 1", "stage 2", "stage 3", "stage 2, optimizer on the CPU")
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.distributed")
 def test_every_kind_of_base_trains_under_zero_as_it_does_without(
     make_spec: MakeSpec, tmp_path: Path, fields: dict[str, Any], strategy: str
 ) -> None:
-    content = QuantConfig.model_validate({**fields, "compute_dtype": "float32"}).model_dump()
+    content = QuantConfig.model_validate({"compute_dtype": "float32", **fields}).model_dump()
     plain, _ = train(make_spec(num_slots=1, quant=content), [trial_config()], tmp_path / "one")
     zero_strategy = {"kind": "zero", **UNDER_ZERO[strategy]}
     spec = make_spec(num_slots=1, quant=content, strategy=zero_strategy)

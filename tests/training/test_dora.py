@@ -40,6 +40,7 @@ QUANTS: dict[str, dict[str, Any]] = {
     "FP4": {"bit_width": 4, "quant_type": "fp4"},
     "NF4, blocks of 128": {"bit_width": 4, "block_size": 128},
     "blockwise int8": {"bit_width": 8, "int8_type": "blockwise"},
+    "2 bits": {"bit_width": 2},
     "3 bits": {"bit_width": 3},
     "a map": {"bit_width": 4, "bit_width_pattern": {"down_proj": 8, "q_proj": 16}},
 }
@@ -52,7 +53,7 @@ def dora(**changes: object) -> TrialConfig:
 @pytest.mark.parametrize("quant", QUANTS)
 def test_it_trains_as_plain_peft_does(make_spec: MakeSpec, tmp_path: Path, quant: str) -> None:
     """Weight decay pulls on magnitudes too, as it does there."""
-    if quant == "3 bits":
+    if quant in ("2 bits", "3 bits"):
         pytest.importorskip("hqq.core.quantize", reason="the extra hqq is not installed")
     # With a smaller one AdamW's first steps make a step's length of a gradient's rounding.
     large = {"optimizer__eps": 1e-3}

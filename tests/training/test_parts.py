@@ -305,6 +305,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
     assert "damaged" in refused[0]
 
 
+def test_a_checkpoint_whose_numbers_were_changed_is_passed_over_as_damaged(tmp_path: Path) -> None:
+    folders = [save_checkpoint(tmp_path, checkpoint(step), "c", "l") for step in (1, 2)]
+    record = folders[1] / "checkpoint.json"
+    record.write_text(record.read_text().replace('"tokens": 20', '"tokens": 28'))
+    found, (reason,) = latest_checkpoint(folders[::-1], "c", "l")
+    assert found is not None
+    assert found.step == 1
+    assert reason == f"{folders[1]} is damaged: checkpoint.json does not have its digest"
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -82,6 +82,27 @@ def wait_for_one_that_is_stuck(place: GroupPlace, file: Path) -> None:
     file.write_text("told")
 
 
+def load_longer_than_partners_wait(place: GroupPlace, file: Path) -> None:
+    replicas = join(place, "cpu", SHORT_TIMEOUT_S)
+    if place.world_rank == 1:  # it waits for its turn to load
+        time.sleep(2 * SHORT_TIMEOUT_S)
+    replicas.loaded()
+    tensor = torch.ones(3)
+    replicas.sum(tensor)
+    file.write_text(str(tensor.tolist()))
+    replicas.close()
+
+
+def lose_the_first_while_it_loads(place: GroupPlace, file: Path) -> None:
+    replicas = join(place, "cpu", TIMEOUT_S)
+    replicas.sum(torch.ones(3))  # both are there
+    if place.world_rank == 0:
+        os._exit(1)
+    with pytest.raises(ConnectionError, match="worker 1 of 2 has lost a partner"):
+        replicas.loaded()
+    file.write_text("told")
+
+
 def wait_in_a_librarys_collective(place: GroupPlace, file: Path) -> None:
     """As DeepSpeed's are; what else goes wrong there is no fault of a partner's."""
     replicas = join(place, "cpu", SHORT_TIMEOUT_S)
@@ -112,6 +133,16 @@ def test_one_that_is_alone_keeps_its_values() -> None:
 def test_two_workers_get_the_same_sum(tmp_path: Path) -> None:
     one, other = run_pair(add_up, tmp_path)
     assert one == other == (values(0) + values(1)).numpy().tobytes().hex()
+
+
+def test_workers_that_load_in_turn_wait_for_each_other_beyond_a_steps_patience(
+    tmp_path: Path,
+) -> None:
+    assert run_pair(load_longer_than_partners_wait, tmp_path) == ["[2.0, 2.0, 2.0]"] * 2
+
+
+def test_a_partner_that_ends_while_it_loads_is_an_error_of_the_other(tmp_path: Path) -> None:
+    assert run_pair(lose_the_first_while_it_loads, tmp_path) == ["", "told"]
 
 
 def test_a_partner_that_ends_is_an_error_of_the_other(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""A trial whose states two workers share under DeepSpeed's ZeRO is the replicated one."""
+"""A trial whose states two workers share under ZeRO is the replicated one; and trials of two
+workers that are killed end as those of workers left alone."""
 
 import os
 from collections.abc import Sequence
@@ -49,25 +50,30 @@ def test_two_workers_train_a_trial_under_zero_as_one_does_replicated(
     assert outcomes(other_events) == outcomes(events)
 
 
-@slow
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
-        ("stage 2", "adamw"),
-        ("stage 2", "paged_adamw_8bit"),
-        ("stage 2, optimizer on the CPU", "deepspeed_cpu_adam"),
-        ("stage 3", "adamw"),
-        ("stage 3", "paged_adamw_8bit"),
-        ("stage 3, all on the CPU", "deepspeed_cpu_adam"),
+        ("replicated", "adamw_8bit"),
+        *(
+            pytest.param(name, optimizer, marks=slow)
+            for name, optimizer in [
+                ("stage 1", "adamw"),
+                ("stage 2", "adamw"),
+                ("stage 2", "paged_adamw_8bit"),
+                ("stage 2, optimizer on the CPU", "deepspeed_cpu_adam"),
+                ("stage 3", "adamw"),
+                ("stage 3", "paged_adamw_8bit"),
+                ("stage 3, all on the CPU", "deepspeed_cpu_adam"),
+            ]
+        ),
     ],
 )
 def test_two_workers_killed_and_resumed_end_with_the_same_adapter_bytes(
     make_spec: MakeSpec, tmp_path: Path, name: str, optimizer: str
 ) -> None:
     trials = [trial_config(batch_size=2, optimizer__name=optimizer, adapter__dropout=0.1)]
-    spec = make_spec(
-        num_slots=1, max_rank=4, dropout=True, micro_batch_size=1, strategy=zero_strategy(name)
-    )
+    strategy = {} if name == "replicated" else {"strategy": zero_strategy(name)}
+    spec = make_spec(num_slots=1, max_rank=4, dropout=True, micro_batch_size=1, **strategy)
     (_, events), _ = train_together(spec, trials, tmp_path / "whole")
     run_together(end_at_step_4, spec, trials, tmp_path / "cut")
     run_together(resume, spec, trials, tmp_path / "cut")

@@ -37,6 +37,7 @@ QUANTS: dict[str, dict[str, Any]] = {
     "NF4, blocks of 128": {"bit_width": 4, "block_size": 128},
     "LLM.int8": {"bit_width": 8},
     "blockwise int8": {"bit_width": 8, "int8_type": "blockwise"},
+    "2 bits": {"bit_width": 2},
     "3 bits": {"bit_width": 3},
     "a map": {"bit_width": 4, "bit_width_pattern": {"down_proj": 8, "q_proj": 16}},
     "auto": {"bit_width": "auto", "average_bits": 5},
@@ -77,6 +78,7 @@ REPLICATED = {
     "NF4, blocks of 128": BITS,
     "LLM.int8": PACK,
     "blockwise int8": BITS,
+    "2 bits": BITS,
     "3 bits": BITS,
     "a map": BITS,
     "auto": AUTO,
@@ -117,7 +119,7 @@ LOFTQ_COVERED = {
     if quant not in ("16 bits", "LLM.int8")
 }
 # Whose tests are skipped where this extra is not installed.
-NEEDS_EXTRA = {"3 bits": "hqq"}
+NEEDS_EXTRA = {"2 bits": "hqq", "3 bits": "hqq"}
 
 
 ADAPTERS: dict[str, tuple[dict[str, Any], dict[tuple[str, str], str]]] = {
@@ -388,7 +390,7 @@ def test_what_the_rules_refuse_together_is_found_in_a_grid() -> None:
             sweep_config(trial__quant=QUANTS[quant], trial__strategy=STRATEGIES[strategy]).trial
         )
     ]
-    assert len(allowed) == 10 + 9 * 4 + 7
+    assert len(allowed) == 11 + 9 * 4 + 7
 
 
 TASK: dict[str, Any] = {"evaluation__task": {}}
