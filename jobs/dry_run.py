@@ -83,7 +83,7 @@ def show_plan(
     placement = _placement(config, ray_address or os.environ.get("RAY_ADDRESS"), machine)
     if not isinstance(shape, UnknownShape):
         check_budgets(config, shape, auto_compute_dtype(_device(placement)))
-    trials = first_trials(config)
+    trials = first_trials(config, shape)
     console = Console(soft_wrap=True)
     console.print(trials_table(config, trials))
     for trial in trials:

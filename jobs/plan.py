@@ -63,7 +63,7 @@ def show(path: Path, overrides: list[str], gpus: str | None, machine: Node) -> i
     check_space(config)
     kinds, known = _workers(config, gpus, machine)
     shape = base_shape(config)
-    trials = first_trials(config)
+    trials = first_trials(config, shape)
     # Where nobody's window sets a width: enough for the tables.
     width = None if sys.stdout.isatty() else FILE_WIDTH
     console = Console(soft_wrap=True, highlight=False, width=width)

@@ -67,11 +67,14 @@ def make_controller(
     given: Premises | None = None,
     pace: Pace | None = None,
     leave_timeout_s: float = LEAVE_TIMEOUT_S,
+    asked: Callable[[], None] = lambda: None,
 ) -> Controller:
-    """Of workers of one process, which cannot train a pack together."""
+    """Of workers of one process, which cannot train a pack together. `asked` is called whenever the
+    sampler is."""
     config = store.sweep.config
 
     def ask(known: Sequence[TrialSpec], results: Sequence[TrialResult]) -> TrialSpec | None:
+        asked()
         return next_trial(config, known, results, most_under_way=2 * num_workers)
 
     def build_pack(number: int, plan: PackPlan) -> PackSpec:

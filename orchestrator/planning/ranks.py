@@ -8,6 +8,9 @@ from collections.abc import Iterable
 
 from orchestrator.config import AdapterConfig
 from orchestrator.planning.patterns import matched, unmatched
+from orchestrator.planning.shape import BaseShape
+
+BYTES_PER_SAVED_PARAM = 4  # adapters are saved in fp32
 
 
 def rank_of(adapter: AdapterConfig, layer: str) -> int:
@@ -35,6 +38,16 @@ def idle_patterns(adapter: AdapterConfig, targets: Iterable[str]) -> list[str]:
         for field in ("rank_pattern", "alpha_pattern")
         for key in unmatched(getattr(adapter, field), names)
     ]
+
+
+def saved_bytes(adapter: AdapterConfig, shape: BaseShape) -> int:
+    """Of the adapter's weights, without the file's header."""
+    layers = shape.targets(adapter.target_modules)
+    params = sum(
+        rank_of(adapter, layer.name) * (layer.in_features + layer.out_features) for layer in layers
+    )
+    params += sum(layer.out_features for layer in layers) if adapter.use_dora else 0
+    return BYTES_PER_SAVED_PARAM * params
 
 
 def largest_rank(adapter: AdapterConfig) -> int:

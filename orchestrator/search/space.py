@@ -15,12 +15,16 @@ from orchestrator.config import SweepConfig, TrialConfig
 from orchestrator.errors import ConfigError
 from orchestrator.loading import trial_with
 from orchestrator.planning.compatibility import RULED_FIELDS, problems
-from orchestrator.planning.ranks import largest_rank
+from orchestrator.planning.ranks import largest_rank, saved_bytes
+from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.planning.sweep_rules import sweep_problems
 from orchestrator.planning.unread import unread
 from orchestrator.records import TrialResult, TrialSpec
+from orchestrator.search.objectives import MB
 from orchestrator.search.samplers import STARTUP_TRIALS, Draw, Point, draw, point_set
 from orchestrator.search_config import Choice, RangeConfig, SearchConfig, Values
+
+NOT_READ = UnknownShape("its config is not read")
 
 MAX_LISTED_PROBLEMS = 20
 
@@ -128,10 +132,12 @@ def next_trial(
     return ask(config, known, results, points)
 
 
-def first_trials(config: SweepConfig) -> list[TrialSpec]:
+def first_trials(
+    config: SweepConfig, shape: BaseShape | UnknownShape = NOT_READ
+) -> list[TrialSpec]:
     """Those that are known before any result is in."""
     trials: list[TrialSpec] = []
-    points = KnownPoints(config)
+    points = KnownPoints(config, shape)
     while len(trials) < first_batch(config.search):
         trials.append(ask(config, trials, (), points))
     return trials
@@ -156,15 +162,15 @@ def ask(
 ) -> TrialSpec:
     """What the sampler draws next, given all trials asked so far and those that are over.
 
-    A sampler that finds none but combinations that cannot work draws such a one: see `problems` of
-    its config.
+    A sampler that finds none but combinations that cannot work, or whose adapters are larger than
+    allowed, draws such a one: see `problems` of its config, and the constraints.
 
     Raises:
         ConfigError: a value of the space is not allowed.
     """
-    search = config.search
+    search, points = config.search, points or KnownPoints(config)
     if search.sampler == "grid":
-        params = (points or KnownPoints(config)).next_of_grid(known)
+        params = points.next_of_grid(known)
         assert params is not None, "every point of the grid is known"
         return _spec(config, len(known), Draw(params))
 
@@ -175,10 +181,10 @@ def ask(
         return point_of(config, trial)
 
     def refused(params: dict[str, Choice]) -> bool:
-        return bool(_problems(config, params))
+        return bool(_problems(config, params)) or points.is_too_large(params)
 
     def taken() -> AbstractSet[Point]:
-        return (points or KnownPoints(config)).taken(known)
+        return points.taken(known)
 
     drawn = draw(search, known, results, suggest, searched, refused, taken)
     return _spec(config, len(known), drawn)
@@ -212,8 +218,9 @@ class KnownPoints:
     one, too: the next is the first that no trial has. `known` goes on from what it was in the call
     before, so that each call costs what is new."""
 
-    def __init__(self, config: SweepConfig) -> None:
+    def __init__(self, config: SweepConfig, shape: BaseShape | UnknownShape = NOT_READ) -> None:
         self._config = config
+        self._shape = shape
         self._points = _points(config.search, ordered_fields(config.search), {})
         self._point: dict[str, Choice] | None = None
         """The first that may be free. None until one is asked for, which other samplers never do:
@@ -226,6 +233,14 @@ class KnownPoints:
         self._taken.update(point_set(point_of(self._config, trial)) for trial in new)
         self._num_known = len(known)
         return self._taken
+
+    def is_too_large(self, params: dict[str, Choice]) -> bool:
+        """Whether the adapter would be larger than allowed, of a point that can work."""
+        most_mb, shape = self._config.search.constraints.adapter_mb, self._shape
+        if most_mb is None or isinstance(shape, UnknownShape):
+            return False
+        trial = trial_with(self._config.trial, params)
+        return saved_bytes(trial.adapter, shape) > most_mb * MB
 
     def next_of_grid(self, known: Sequence[TrialSpec]) -> dict[str, Choice] | None:
         """None where all points are taken."""

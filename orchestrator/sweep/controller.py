@@ -159,6 +159,8 @@ class Controller:
         while True:
             self._judge()
             if self._stop_at is None:
+                # Full packs wait for no decision, and to ask a sampler that learns takes a while.
+                self._let_packs_go_on(full=True)
                 self._ask_for_trials()
             for action in decide(self._view()):
                 self._carry_out(action)
@@ -314,9 +316,9 @@ class Controller:
             if rung is None or checkpoint_step(path) < rung
         )
 
-    def _let_packs_go_on(self) -> None:
+    def _let_packs_go_on(self, full: bool = False) -> None:
         for number, pack in self._packs.items():
-            if pack.idle:
+            if pack.idle and (not full or len(pack.attempts) == pack.plan.num_slots):
                 directives, pack.directives, pack.idle = pack.directives, [], False
                 self._executor.advance(number, directives)
 

@@ -9,20 +9,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestrator.errors import ConfigError
-from orchestrator.planning.fit import BUDGET_FRACTION
 from orchestrator.planning.holding import why_too_large
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import preview_packs
-from orchestrator.planning.ranks import largest_rank, rank_of
+from orchestrator.planning.ranks import largest_rank, saved_bytes
 from orchestrator.planning.shape import UnknownShape
 from orchestrator.planning.waiting import pack_key
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import GIB, violations
 from orchestrator.search_config import ConstraintsConfig
 from orchestrator.wording import counted
-
-BYTES_PER_SAVED_PARAM = 4  # adapters are saved in fp32
 
 
 def within(constraints: ConstraintsConfig, premises: Premises) -> Premises:
@@ -78,22 +75,16 @@ def check_none_waits(waiting: Sequence[TrialSpec], kinds: Sequence[WorkerKind]) 
 
 
 def _adapter_bytes(trial: TrialSpec, premises: Premises) -> int:
-    """Of the weights alone; 0 where the base's shape is not known."""
-    if isinstance(premises.shape, UnknownShape):
-        return 0
-    adapter = trial.config.adapter
-    layers = premises.shape.targets(adapter.target_modules)
-    params = sum(
-        rank_of(adapter, layer.name) * (layer.in_features + layer.out_features) for layer in layers
-    )
-    params += sum(layer.out_features for layer in layers) if adapter.use_dora else 0
-    return BYTES_PER_SAVED_PARAM * params
+    """0 where the base's shape is not known."""
+    shape = premises.shape
+    return 0 if isinstance(shape, UnknownShape) else saved_bytes(trial.config.adapter, shape)
 
 
 def _peak_memory_bytes(trial: TrialSpec, constraints: ConstraintsConfig, premises: Premises) -> int:
-    """Of the trial alone in a pack that gives up what it can; 0 where it is not estimated. With the
-    share of the memory that the planner leaves free."""
-    if constraints.peak_memory_gib is None:
+    """Of the trial alone in a pack that gives up what it can; 0 where it is not estimated. What
+    several workers of ZeRO share is not in the estimate, so theirs is none."""
+    shared = pack_key(trial.config).zero and premises.resources.workers_per_pack != 1
+    if constraints.peak_memory_gib is None or shared:
         return 0
     alone = replace(
         within(constraints, premises),
@@ -106,4 +97,4 @@ def _peak_memory_bytes(trial: TrialSpec, constraints: ConstraintsConfig, premise
     )
     packs = preview_packs([trial], 1, alone)
     memory = packs[0][0].fit.memory if packs else None
-    return round(memory.total_bytes / BUDGET_FRACTION) if memory is not None else 0
+    return memory.total_bytes if memory is not None else 0

@@ -166,7 +166,7 @@ def _train(
 
     shape = read_shape(Path(local_folder(base)))
     chooser = _bit_chooser(store, base, data, shape, services)
-    points = KnownPoints(config)
+    points = KnownPoints(config, shape)
 
     def ask(known: list[TrialSpec], results: list[TrialResult]) -> TrialSpec | None:
         per_worker = config.resources.slots_per_pack or LEARNING_TRIALS_PER_WORKER

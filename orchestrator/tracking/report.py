@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.files import write_text
 from orchestrator.sweep.run_store import RunStore
+from orchestrator.tracking.bit_map import bit_maps
 from orchestrator.tracking.figures import report_figures
 from orchestrator.tracking.front import front_table
 from orchestrator.tracking.page import card, facts, page, section, table
@@ -41,6 +42,7 @@ def render_report(store: RunStore, cost_per_hour: float | None = None) -> str:
         section("Trials", _trials(rows)),
         section("Pareto front", front) if (front := front_table(store)) else "",
         section("Plots", _plots(store, rows, packs)) if rows else "",
+        section("Bits", maps) if (maps := bit_maps(store.read("bits") or {})) else "",
         section("Gate", _gate(store)),
         section("Cost", _cost(rows, packs, price)),
         section("Decisions", _decisions(store.decisions)),

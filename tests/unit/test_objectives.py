@@ -187,6 +187,27 @@ def test_a_trial_that_needs_more_memory_than_allowed_even_alone_is_refused() -> 
     assert refusal(narrow, limits, given, now=1.0) is None
 
 
+def test_a_limit_is_held_against_the_estimate_itself() -> None:
+    wide, given = on_a_card(trial__quant__bit_width=16)
+    low = refusal(wide, search(constraints={"peak_memory_gib": 10}).constraints, given, now=1.0)
+    assert low is not None
+    least_gib = low.peak_memory_bytes / GIB
+    for limit, refused in ((least_gib - 0.01, True), (least_gib + 0.01, False)):
+        limits = search(constraints={"peak_memory_gib": limit}).constraints
+        assert (refusal(wide, limits, given, now=1.0) is not None) == refused
+
+
+@pytest.mark.parametrize(("workers", "refused"), [(1, True), (2, False), (None, False)])
+def test_what_workers_of_zero_share_is_not_estimated_so_no_limit_refuses_it(
+    workers: int | None, refused: bool
+) -> None:
+    wide, given = on_a_card(
+        trial__strategy={"kind": "zero", "stage": 3}, resources__workers_per_pack=workers
+    )
+    limits = search(constraints={"peak_memory_gib": 2}).constraints
+    assert (refusal(wide, limits, given, now=1.0) is not None) == refused
+
+
 def test_where_the_base_is_not_known_nothing_is_refused_beforehand() -> None:
     config = sweep_config()
     limits = search(constraints={"peak_memory_gib": 0.001, "adapter_mb": 0.001}).constraints

@@ -8,15 +8,17 @@ import pytest
 from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
 from orchestrator.planning.compatibility import problems
+from orchestrator.planning.ranks import saved_bytes
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.space import (
+    KnownPoints,
     ask,
     check_space,
     has_new_point,
     next_trial,
     num_trials,
 )
-from tests.sweeps import sweep_config
+from tests.sweeps import LLAMA_HALF_B, sweep_config
 from tests.unit.test_search import CONDITIONAL, RANGES, ask_all
 
 
@@ -81,6 +83,30 @@ def test_what_the_rules_refuse_is_drawn_again(sampler: str) -> None:
         loss = 1.0 if trial.config.quant.bit_width == 16 else 2.0
         results.append(TrialResult(trial.number, "finished", 1, 0.0, eval_loss=loss))
     assert {trial.config.quant.bit_width for trial in known} == {4, 16}
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp", "nsga2"])
+def test_adapters_larger_than_allowed_are_drawn_again_where_the_base_is_known(
+    sampler: str,
+) -> None:
+    """Of ranks up to 64, 40 MB allow up to 18 on this base."""
+    search = {
+        "space": {"adapter.rank": {"low": 1, "high": 64, "integer": True}},
+        "sampler": sampler,
+        "num_trials": 16,
+        "constraints": {"adapter_mb": 40},
+    }
+    config = sweep_config(search=search)
+    points, blind = KnownPoints(config, LLAMA_HALF_B), KnownPoints(config)
+    known: list[TrialSpec] = []
+    results: list[TrialResult] = []
+    while trial := next_trial(config, known, results, 1, points):
+        assert saved_bytes(trial.config.adapter, LLAMA_HALF_B) <= 40e6
+        known.append(trial)
+        results.append(TrialResult(trial.number, "finished", 1, 0.0, eval_loss=1.0))
+    assert len(known) == 16
+    drawn = [next_trial(config, known[:n], results[:n], 1, blind) for n in range(9)]
+    assert any(trial and trial.config.adapter.rank > 18 for trial in drawn)
 
 
 def test_where_only_refused_points_are_left_none_is_new() -> None:

@@ -12,6 +12,7 @@ import pytest
 from orchestrator.records import PackEvent, Progress, TrialResult
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking import adapter_model
+from orchestrator.tracking.bit_map import bit_maps
 from orchestrator.tracking.description import describe_sweep
 from orchestrator.tracking.figures import report_figures, write_pngs
 from orchestrator.tracking.pack_plots import memory_by_pack, pack_gantt
@@ -296,3 +297,13 @@ def test_right_answers_are_shown_where_trials_gave_some(tmp_path: Path) -> None:
     for text in (write_report(store).read_text(), describe_sweep(store, "run-id")):
         assert "right answers" in text
         assert "81.2%" in text
+
+
+def test_the_map_of_bits_that_was_chosen_is_in_the_report() -> None:
+    layers = {f"model.layers.{n}.mlp.down_proj": 8 if n in (0, 1, 2, 5) else 4 for n in range(7)}
+    pattern = layers | {"model.layers.0.self_attn.q_proj": 16, "lm_head": 16}
+    shown = bit_maps({"one": {"reason": "5 bits <on average>", "bit_width_pattern": pattern}})
+    assert "5 bits &lt;on average&gt;" in shown
+    assert "<td>mlp.down_proj</td><td>3–4, 6</td><td>0–2, 5</td><td></td>" in shown
+    assert "<td>self_attn.q_proj</td><td></td><td></td><td>0</td>" in shown
+    assert bit_maps({}) == ""
