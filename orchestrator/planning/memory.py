@@ -9,7 +9,7 @@ token and head; SDPA holds none).
 """
 
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.planning.activations import PassMemory, pass_memory
@@ -106,7 +106,7 @@ class PackMemory:
     """Of the node, for a worker on a GPU: the process, what ZeRO offloads to it, or swaps to NVMe
     through it, and the input embedding of a step in place."""
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         parts = sum(getattr(self, field.name) for field in fields(self))
         both: int = min(self.training_bytes, self.evaluation_bytes) + self.host_bytes

@@ -79,6 +79,10 @@ class Pruning:
         self._verdicts: dict[tuple[int, int], Verdict] = {}
         self._over: set[int] = set()
         self._judges: dict[tuple[Group, int], _Judge] = {}
+        self._group: dict[int, Group] = {}
+        self._group_rungs: dict[Group, set[int]] = {}
+        self._changed: set[Group] = set()
+        """In which something was heard since it was last decided."""
 
     def add(self, trial: TrialSpec) -> None:
         """Trials come in the order of their numbers."""
@@ -90,6 +94,9 @@ class Pruning:
             group, steps = (*group, bracket), steps[bracket:]
         self._rungs[trial.number] = steps
         self._members.setdefault(group, []).append(trial.number)
+        self._group[trial.number] = group
+        self._group_rungs.setdefault(group, set()).update(steps)
+        self._changed.add(group)
 
     def rungs(self, trial: int) -> tuple[int, ...]:
         return self._rungs[trial]
@@ -102,15 +109,18 @@ class Pruning:
         """Only the first report at a rung counts: a retried trial comes by again."""
         if step in self._rungs[trial]:
             self._reports.setdefault((trial, step), eval_loss)
+            self._changed.add(self._group[trial])
 
     def recall(self, verdict: Verdict) -> None:
         """A verdict that was given before: it stands, whatever would be decided now."""
         self._reports[verdict.trial, verdict.rung] = verdict.eval_loss
+        self._changed.add(self._group[verdict.trial])
         self._verdicts[verdict.trial, verdict.rung] = verdict
 
     def end(self, trial: int) -> None:
         """It will report no more."""
         self._over.add(trial)
+        self._changed.add(self._group[trial])
 
     def stopped(self) -> list[Verdict]:
         return [verdict for verdict in self._verdicts.values() if not verdict.keep]
@@ -126,11 +136,13 @@ class Pruning:
         """Those that are due now, and were not given before."""
         if self._pruner.kind == "none":
             return []
-        return [verdict for group in self._members for verdict in self._decide_in(group)]
+        changed = [group for group in self._members if group in self._changed]
+        self._changed.clear()
+        return [verdict for group in changed for verdict in self._decide_in(group)]
 
     def _decide_in(self, group: Group) -> Iterator[Verdict]:
         members = self._members[group]
-        for rung in sorted({rung for number in members for rung in self._rungs[number]}):
+        for rung in sorted(self._group_rungs[group]):
             judge = self._judges.setdefault((group, rung), _Judge(self._pruner))
             while judge.place < len(members) and self._is_known(members[judge.place], rung):
                 number = members[judge.place]

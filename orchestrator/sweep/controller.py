@@ -6,6 +6,7 @@ result for every trial, in the run folder. Everything it decides goes to decisio
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -131,6 +132,8 @@ class Controller:
             self._pruning.end(number)
         self._packs: dict[int, RunningPack] = {}
         self._views = Packs()
+        self._moved = True  # some trial has begun or ceased to wait
+        self._states: Counter[str] = Counter(result.state for result in self._results.values())
         self._next_pack = 0
         self._loads = Loads()
         self._stop_at: float | None = None
@@ -200,6 +203,7 @@ class Controller:
         while trial := self._ask(list(self._trials.values()), list(self._results.values())):
             self._store.add_trial(trial)
             self._trials[trial.number] = trial
+            self._moved = True
             self._pruning.add(trial)
             given = self._premises
             if found := problems(trial.config, given.resources.workers_per_pack, given.shape):
@@ -263,9 +267,11 @@ class Controller:
         )
 
     def _view(self) -> SweepView:
-        taken = {number for pack in self._packs.values() for number in pack.attempts}
-        over = self._results.keys() | self._done.keys()
-        self._waiting.keep_to(self._trials.keys() - taken - over, self._trials)
+        if self._moved:  # reports are many, and most move none
+            taken = {number for pack in self._packs.values() for number in pack.attempts}
+            over = self._results.keys() | self._done.keys()
+            self._waiting.keep_to(self._trials.keys() - taken - over, self._trials)
+            self._moved = False
         self._views.keep_to({number: pack.view(number) for number, pack in self._packs.items()})
         return SweepView(
             self._waiting,
@@ -302,6 +308,7 @@ class Controller:
         checkpoints = self._usable_checkpoints(trial.number)
         attempt, folder = self._store.start_attempt(trial.number, pack.plan.arithmetic)
         pack.attempts[trial.number] = attempt
+        self._moved = True
         rungs = self._pruning.rungs(trial.number)
         pack.directives.append(
             Assign(SlotTask(trial.number, attempt, trial.config, str(folder), checkpoints, rungs))
@@ -323,7 +330,7 @@ class Controller:
                 self._executor.advance(number, directives)
 
     def _tell_standing(self) -> None:
-        now = standing(len(self._trials), self._results.values(), self._packs)
+        now = standing(len(self._trials), self._states, self._packs)
         if now != self._told:
             self._told = now
             self._observe(replace(now, left_s=self._left()))
@@ -375,15 +382,12 @@ class Controller:
                 for note in ready_notes(event):
                     self._decided("pack_ready", f"pack {number}", note)
             case TrialOpened():
-                self._happened(
-                    number,
-                    "opened",
-                    trial=event.trial,
-                    attempt=event.attempt,
-                    slot=event.slot,
-                    node=event.node,
-                )
-                self._note_resume(event)
+                facts = {
+                    name: getattr(event, name) for name in ("trial", "attempt", "slot", "node")
+                }
+                self._happened(number, "opened", **facts)
+                if reason := why_resumed(event):
+                    self._decided("resume_trial", f"trial {event.trial}", reason)
             case Progress():
                 self._store.add_point(event)
             case Evaluated():
@@ -403,13 +407,12 @@ class Controller:
             case PackLost():
                 self._lost(event)
 
-    def _close(
-        self, number: int, pack: RunningPack, trial: int, peak_bytes: int | None = None
-    ) -> None:
+    def _close(self, number: int, pack: RunningPack, trial: int, peak: int | None = None) -> None:
         attempt = pack.attempts.pop(trial)
-        self._happened(number, "closed", trial=trial, attempt=attempt, peak_bytes=peak_bytes)
+        self._happened(number, "closed", trial=trial, attempt=attempt, peak_bytes=peak)
 
     def _end_pack(self, number: int) -> None:
+        self._moved = True
         self._executor.stop_pack(number)
         self._drop_stopped(self._packs.pop(number))
         self._silences.end(number)
@@ -457,10 +460,6 @@ class Controller:
         if had := self._store.arithmetic(trial):
             self._had[trial] = had
 
-    def _note_resume(self, event: TrialOpened) -> None:
-        if reason := why_resumed(event):
-            self._decided("resume_trial", f"trial {event.trial}", reason)
-
     def _end(self, result: TrialResult, saving: RunningPack | None = None) -> None:
         """`saving`: a pack that may be writing the trial's files, until it answers."""
         self._store.finish_trial(result)
@@ -469,6 +468,8 @@ class Controller:
         else:
             saving.stopped.append(result)
         self._results[result.number] = result
+        self._states[result.state] += 1
+        self._moved = True
         self._pruning.end(result.number)
         reason = result.message or f"held-out loss {result.eval_loss:.4f}"
         self._decided("end_trial", f"trial {result.number}", f"{result.state}: {reason}")

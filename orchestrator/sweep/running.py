@@ -1,6 +1,7 @@
 """A pack that runs, as its controller keeps it, and where all of them stand."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class RunningPack:
     stopped: list[TrialResult] = field(default_factory=list)
     """Trials that its worker may be saving until it answers: their files stay until then."""
     _seen: PackView | None = None
+    _stood: PackStanding | None = None
 
     def view(self, number: int) -> PackView:
         """The one before, where nothing has changed: there may be a thousand packs."""
@@ -46,6 +48,15 @@ class RunningPack:
         )
         return self._seen
 
+    def standing(self, number: int) -> PackStanding:
+        """The one before, where nothing has changed."""
+        trials = tuple(self.attempts)
+        if self._stood is None or self._stood.trials != trials:
+            memory = self.plan.fit.memory
+            expected = memory.total_bytes if memory else 0
+            self._stood = PackStanding(number, self.plan.num_slots, trials, expected)
+        return self._stood
+
     @property
     def as_planned(self) -> dict[str, Any]:
         """What packs.jsonl tells of its start."""
@@ -58,26 +69,16 @@ class RunningPack:
         }
 
 
-def standing(
-    num_trials: int, results: Iterable[TrialResult], packs: Mapping[int, RunningPack]
-) -> Standing:
-    """One that is trained, but has a verdict due, counts as waiting."""
-    states = [result.state for result in results]
-    stand = tuple(
-        PackStanding(
-            number,
-            pack.plan.num_slots,
-            tuple(pack.attempts),
-            pack.plan.fit.memory.total_bytes if pack.plan.fit.memory else 0,
-        )
-        for number, pack in packs.items()
-    )
+def standing(num_trials: int, states: Counter[str], packs: Mapping[int, RunningPack]) -> Standing:
+    """`states`: trials that are over, by how. One that is trained, but has a verdict due, counts as
+    waiting."""
+    stand = tuple(pack.standing(number) for number, pack in packs.items())
     taken = sum(len(pack.trials) for pack in stand)
     return Standing(
-        num_trials - len(states) - taken,
-        states.count("finished"),
-        states.count("pruned"),
-        states.count("failed"),
+        num_trials - states.total() - taken,
+        states["finished"],
+        states["pruned"],
+        states["failed"],
         stand,
     )
 

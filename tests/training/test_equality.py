@@ -61,7 +61,7 @@ def largest_difference(one: Adapter, other: Adapter) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(members=st.lists(trials, min_size=2, max_size=5), num_slots=st.integers(2, 4))
 def test_a_trial_in_a_pack_is_the_trial_alone_whoever_its_neighbours_are(
     make_spec: MakeSpec, dtype: str, members: list[TrialConfig], num_slots: int
@@ -79,7 +79,7 @@ def test_a_trial_in_a_pack_is_the_trial_alone_whoever_its_neighbours_are(
             assert difference < LARGEST_DIFFERENCE[dtype], (number, difference)
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
 @given(members=st.lists(trials, min_size=2, max_size=3), place=st.integers(0, 2))
 def test_a_neighbour_that_becomes_nan_changes_no_number(
     make_spec: MakeSpec, members: list[TrialConfig], place: int

@@ -44,7 +44,7 @@ def trained_by(feed: Feed, ahead: ReadAhead, trial: TrialConfig, step: int) -> l
 
 
 @given(data=st.data(), seed=st.integers(0, 1000), attempts=st.integers(1, 4))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_block_is_trained_once_per_epoch_whatever_dies_and_however_many_workers_go_on(
     manifest: Manifest, data: st.DataObject, seed: int, attempts: int
 ) -> None:

@@ -31,7 +31,7 @@ def base(base_folder: Path, request: pytest.FixtureRequest) -> LoadedBase:
     return load_base_model(record, quant, "cpu", StrategyConfig())
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(
     lengths=st.lists(st.integers(1, BLOCK_LENGTH), min_size=1, max_size=30),
     seed=st.integers(0, 1000),

@@ -172,7 +172,7 @@ def test_whoever_runs_out_of_memory_it_is_out_of_memory(error: Exception) -> Non
     assert lost.reason == "out_of_memory"
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     at_fault=st.sets(st.integers(0, 7)),
     num_workers=st.integers(1, 3),

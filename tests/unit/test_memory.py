@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.memory_cases import base_shape
@@ -358,7 +358,6 @@ LOADS = st.builds(
         "kept_layers",
     ],
 )
-@settings(deadline=None)
 @given(load=LOADS)
 def test_more_of_anything_never_takes_less_memory(field: str, load: PackLoad) -> None:
     more = replace(load, **{field: getattr(load, field) + 1})
@@ -367,7 +366,6 @@ def test_more_of_anything_never_takes_less_memory(field: str, load: PackLoad) ->
         assert least <= estimate_memory(shape, more).total_bytes
 
 
-@settings(deadline=None)
 @given(load=LOADS)
 def test_to_keep_all_layers_but_one_takes_less_than_no_recomputation(load: PackLoad) -> None:
     most = replace(load, gradient_checkpointing=True, kept_layers=LLAMA_8B.num_layers - 1)
@@ -379,7 +377,6 @@ def test_to_keep_all_layers_but_one_takes_less_than_no_recomputation(load: PackL
     assert difference <= 1.1 * one_layer
 
 
-@settings(deadline=None)
 @given(load=LOADS)
 def test_what_saves_memory_never_takes_more(load: PackLoad) -> None:
     total = estimate_memory(LLAMA_8B, load).total_bytes

@@ -23,7 +23,7 @@ def trial(number: int, steps: int = 6, batch_size: int = 8, bits: int = 4) -> Tr
 POOL = [trial(n, 6 + n % 3, (2, 3, 4)[n % 3], (4, 16)[n % 2]) for n in range(12)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     waiting=st.sets(st.sampled_from(range(12))),
     half=st.dictionaries(

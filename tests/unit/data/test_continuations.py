@@ -66,7 +66,7 @@ def _document(tokenizer: Tokenizer, parts: tuple[Segment, ...]) -> tuple[list[in
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["", " ", "a", " he", "\n", "QA ", "b</s>", "c<|x|>", "<|x|> \n"])))
 def test_segments_have_the_tokens_of_the_joined_text(prefix: str, texts: list[str]) -> None:
     tokenizer = TOKENIZERS[prefix]

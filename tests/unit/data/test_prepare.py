@@ -88,7 +88,7 @@ def test_only_what_is_missing_is_redone_after_a_crash(
     assert _files(prepared.train.folder) == _files(whole.train.folder)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.randoms(use_true_random=False), st.integers(0, 30))
 def test_any_order_and_any_crash_give_the_same_bytes(
     tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory, draw: random.Random, crash: int

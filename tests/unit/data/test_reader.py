@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.data.manifest import Manifest
@@ -32,7 +32,6 @@ def manifest(tmp_path: Path) -> Manifest:
     return write_shards(tmp_path, make_documents(shards), BLOCK_LENGTH)
 
 
-@settings(deadline=None)
 @given(shards=shards_of_lengths, seed=st.integers(0, 100))
 def test_every_document_comes_whole_with_its_own_labels_and_positions(
     shards: list[list[int]], seed: int

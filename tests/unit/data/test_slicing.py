@@ -97,7 +97,7 @@ WRITERS: dict[str, Callable[[Rows], bytes]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows=ROWS, slice_bytes=SLICE_BYTES)
 def test_slices_of_every_file_type_give_each_row_once(
     new_folder: Callable[[], Path], name: str, rows: Rows, slice_bytes: int
@@ -108,7 +108,6 @@ def test_slices_of_every_file_type_give_each_row_once(
     assert read_file(path, slice_bytes) == read_file(path)
 
 
-@settings(deadline=None)
 @given(blank_before=st.lists(st.integers(0, 3), min_size=1, max_size=20), slice_bytes=SLICE_BYTES)
 def test_lines_are_numbered_from_the_files_beginning(
     new_folder: Callable[[], Path], blank_before: list[int], slice_bytes: int
@@ -127,7 +126,6 @@ def test_lines_are_numbered_from_the_files_beginning(
 TEXT_LINES = st.text(st.sampled_from("aé \n\n\n\r"), min_size=1, max_size=40)
 
 
-@settings(deadline=None)
 @given(text=TEXT_LINES, slice_bytes=SLICE_BYTES)
 def test_text_is_sampled_by_line_paragraph_and_document(
     new_folder: Callable[[], Path], text: str, slice_bytes: int
@@ -167,7 +165,6 @@ def _paragraphs(lines: list[bytes]) -> list[str]:
 PIECES = st.sampled_from(['"', '""', ",", "\n", "\r\n", "a", "é", '"a"', '5"', '"\n"', '"",'])
 
 
-@settings(deadline=None)
 @given(text=st.lists(PIECES, max_size=25).map("".join), slice_bytes=st.integers(1, 12))
 def test_csv_is_cut_where_the_csv_module_starts_a_record(
     new_folder: Callable[[], Path], text: str, slice_bytes: int
@@ -188,7 +185,7 @@ def test_csv_is_cut_where_the_csv_module_starts_a_record(
 
 
 @pytest.mark.parametrize("name", ["list.json", "rows.csv", "rows.json.gz"])
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(rows=ROWS, before=st.integers(0, 150))
 def test_what_is_read_at_once_may_end_anywhere(
     new_folder: Callable[[], Path], name: str, rows: Rows, before: int

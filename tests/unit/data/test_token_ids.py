@@ -109,7 +109,7 @@ def test_published_forms_are_remembered(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(texts=st.lists(st.lists(PIECES, max_size=6).map("".join), max_size=3))
 def test_remembered_ids_are_the_librarys(name: str, texts: list[str]) -> None:
     # Few are remembered, so that they are forgotten again and again.

@@ -176,7 +176,7 @@ TOKENIZERS = dict(_tokenizers())
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     texts=st.lists(
         st.text(max_size=20)

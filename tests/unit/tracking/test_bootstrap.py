@@ -26,7 +26,7 @@ def test_the_interval_is_near_the_normal_one_where_that_is_right(method: Method)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(shift=st.floats(-5, 5), scale=st.floats(0.01, 100))
 def test_the_interval_moves_and_scales_with_the_losses(
     method: Method, shift: float, scale: float
