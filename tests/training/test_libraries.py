@@ -26,7 +26,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-@pytest.mark.parametrize("bit_width", [4, 16])
+@pytest.mark.parametrize("bit_width", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_a_base_is_loaded_without_importing_a_library(make_spec: MakeSpec, bit_width: int) -> None:
     spec = make_spec(bit_width)
     argument = json.dumps([spec.base_model.__dict__, spec.quant])

@@ -103,8 +103,8 @@ def evaluate_arguments(done: TrialDone, questions: Path, out: Path) -> list[str]
     ("quant", "adapter"),
     [
         ({"bit_width": 4}, {}),
-        ({"bit_width": 8}, {}),
-        ({"bit_width": 4}, {"use_dora": True}),
+        pytest.param({"bit_width": 8}, {}, marks=pytest.mark.slow),
+        pytest.param({"bit_width": 4}, {"use_dora": True}, marks=pytest.mark.slow),
     ],
 )
 def test_the_score_is_what_evaluate_says_of_the_saved_adapter(

@@ -28,8 +28,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bit_width"),
     [
-        ("stage 2", 4),
         ("stage 3", 16),
+        pytest.param("stage 2", 4, marks=slow),
         pytest.param("stage 1, optimizer on the CPU", 16, marks=slow),
         pytest.param("stage 2", 8, marks=slow),
         pytest.param("stage 3", 4, marks=slow),
@@ -50,22 +50,18 @@ def test_two_workers_train_a_trial_under_zero_as_one_does_replicated(
     assert outcomes(other_events) == outcomes(events)
 
 
+@slow
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
         ("replicated", "adamw_8bit"),
-        *(
-            pytest.param(name, optimizer, marks=slow)
-            for name, optimizer in [
-                ("stage 1", "adamw"),
-                ("stage 2", "adamw"),
-                ("stage 2", "paged_adamw_8bit"),
-                ("stage 2, optimizer on the CPU", "deepspeed_cpu_adam"),
-                ("stage 3", "adamw"),
-                ("stage 3", "paged_adamw_8bit"),
-                ("stage 3, all on the CPU", "deepspeed_cpu_adam"),
-            ]
-        ),
+        ("stage 1", "adamw"),
+        ("stage 2", "adamw"),
+        ("stage 2", "paged_adamw_8bit"),
+        ("stage 2, optimizer on the CPU", "deepspeed_cpu_adam"),
+        ("stage 3", "adamw"),
+        ("stage 3", "paged_adamw_8bit"),
+        ("stage 3, all on the CPU", "deepspeed_cpu_adam"),
     ],
 )
 def test_two_workers_killed_and_resumed_end_with_the_same_adapter_bytes(
