@@ -10,7 +10,8 @@ Left out: evaluations, checkpoints, and what the controller takes for an answer.
 
 import heapq
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from orchestrator.planning.kinds import WorkerKind
@@ -248,11 +249,10 @@ class _Cluster:
     def _take_in(
         self, learn: Learn, span: PackSpan, occupied: int, blocks: float, passed: float
     ) -> None:
-        started = time.thread_time()
-        for kind in learn(span.number, span.plan, occupied, blocks, passed):
-            if kind.speed != self._kinds[kind.name].speed:
-                self._kinds[kind.name] = replace(self._kinds[kind.name], speed=kind.speed)
-        self._before_s += time.thread_time() - started
+        with self._counted():
+            for kind in learn(span.number, span.plan, occupied, blocks, passed):
+                if kind.speed != self._kinds[kind.name].speed:
+                    self._kinds[kind.name] = replace(self._kinds[kind.name], speed=kind.speed)
 
     def _plan_next(self, pack: _Pack) -> None:
         if not pack.left:
@@ -269,9 +269,8 @@ class _Cluster:
 
     def _end(self, number: int, lost: bool = False) -> None:
         pack = self._packs.pop(number)
-        started = time.thread_time()
-        self._views.drop(number)
-        self._before_s += time.thread_time() - started
+        with self._counted():
+            self._views.drop(number)
         pack.span.end_s = self._now
         if not lost:
             self._free[pack.span.plan.kind.name] += pack.span.workers
@@ -332,6 +331,12 @@ class _Cluster:
             plan.arithmetic,
             plan.kind.name,
         )
+        with self._counted():
+            self._views.put(view)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Towards the next decision's time."""
         started = time.thread_time()
-        self._views.put(view)
+        yield
         self._before_s += time.thread_time() - started

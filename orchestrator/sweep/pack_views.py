@@ -3,9 +3,8 @@ what has changed and not what runs.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from orchestrator.planning.waiting import PackKey
 from orchestrator.records import Arithmetic
@@ -51,7 +50,7 @@ class OpenPacks:
         return self.views[min(self.views)]
 
 
-class Packs(Sequence[PackView]):
+class Packs:
     """By number, which are given in the order of their starts."""
 
     def __init__(self, views: Iterable[PackView] = ()) -> None:
@@ -117,17 +116,11 @@ class Packs(Sequence[PackView]):
         if not group.views:
             del self._open[_alike(view)]
 
-    def __len__(self) -> int:
-        return len(self._views)
-
     def __iter__(self) -> Iterator[PackView]:
         return iter(self._views.values())
 
-    def __getitem__(self, index: Any) -> Any:
-        return list(self._views.values())[index]
 
-
-def indexed_packs(packs: Sequence[PackView]) -> Packs:
+def indexed_packs(packs: Iterable[PackView]) -> Packs:
     return packs if isinstance(packs, Packs) else Packs(packs)
 
 

@@ -5,7 +5,7 @@ In: SweepView. Out: actions, each with its reason. No clock, no Ray, no files.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.planning.kinds import WorkerKind
@@ -27,7 +27,7 @@ from orchestrator.sweep.pack_views import OpenPacks, Packs, PackView, indexed_pa
 class SweepView:
     waiting: Sequence[TrialSpec]
     """Trials that are neither over nor in a slot; a `Waiting` saves sorting them each time."""
-    packs: Sequence[PackView]
+    packs: Iterable[PackView]
     """A `Packs` saves going over all of them each time."""
     num_workers: int
     premises: Premises
@@ -84,8 +84,9 @@ def decide(view: SweepView) -> list[Action]:
     actions: list[Action] = []
     for pack in packs.idle:
         actions += _fill(view, pack, lines)
-    if free or not _enough(packs.open, lines):
-        for alike in packs.open:
+    open_packs = packs.open
+    if free or not _enough(open_packs, lines):
+        for alike in open_packs:
             actions += _reserve(view, alike, lines)
     return actions + _start(view, packs, lines, free)
 
