@@ -36,7 +36,7 @@ from orchestrator.sweep.earlier import earlier_speeds
 from orchestrator.sweep.expectations import check_none_waits, refusal
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
 from orchestrator.sweep.forecast import Forecast, forecast
-from orchestrator.wording import counted
+from orchestrator.wording import counted, ranges
 
 CHART_WIDTH = 64
 FILE_WIDTH = 120
@@ -224,7 +224,7 @@ class _Shown:
                 f"{durations.tokens_per_s(plan):,.0f}",
                 _clock(pack.start_s),
                 _clock(pack.end_s),
-                _ranges(sorted(trials)),
+                ranges(sorted(trials)),
             )
         self._console.print(table)
         for pack in found.packs:
@@ -324,14 +324,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`0-3, 7` of 0, 1, 2, 3 and 7."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(f"{part[0]}-{part[-1]}" if part[1:] else f"{part[0]}" for part in parts)

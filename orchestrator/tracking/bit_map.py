@@ -1,12 +1,12 @@
 """What `bit_width: auto` gave each layer, as a table of the report."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
-from itertools import groupby
 from typing import Any
 
 from orchestrator.tracking.page import table
+from orchestrator.wording import ranges
 
 
 def bit_maps(chosen: Mapping[str, Mapping[str, Any]]) -> str:
@@ -26,16 +26,9 @@ def _map(bits_by_layer: Mapping[str, int]) -> str:
         blocks.setdefault(kind, {}).setdefault(bits, []).append(block)
     lines = [
         f"<tr><td>{escape(kind)}</td>"
-        + "".join(f"<td>{_ranges(of.get(bits, ()))}</td>" for bits in widths)
+        + "".join(f"<td>{ranges(sorted(of.get(bits, ())), dash='–')}</td>" for bits in widths)
         + "</tr>"
         for kind, of in blocks.items()
     ]
     heads = ["layer of block", *(f"{bits} bits" for bits in widths)]
     return table(heads, lines, num_texts=len(heads))
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """0, 1, 2, 5 as 0–2, 5."""
-    runs = groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
-    found = [[number for _, number in run] for _, run in runs]
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in found)
