@@ -1,19 +1,24 @@
 """Trials whose process is killed at a random step and resumed, against the same trials left alone.
 
-    python -m benchmarks.engine_resume run --rows FILE
-    python -m benchmarks.engine_resume record --rows FILE
+    python -m benchmarks.engine_resume run --rows FILE [--workers 2 --gpus 2]
+    python -m benchmarks.engine_resume record --rows FILE ...
 
 A kill is SIGKILL to the worker's process as soon as its trial has trained a step drawn at random;
 a new process goes on from what is on disk. The adapters' digests must be equal. --together of these
-trials run at the same time.
+trials run at the same time. With --workers 2 each trial is trained by two, each on a GPU of its own
+or, with --gpus 1, on the same; one drawn at random is killed, and then its partner is ended, as a
+sweep does it.
 """
 
 import argparse
 import json
+import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +35,8 @@ from benchmarks.recording import (
     record,
 )
 
-# (strategy, optimizer, kills). Of 4-bit bases; the first in CUDA graphs where there is a GPU.
+# (strategy, optimizer, kills). Of 4-bit bases; the first in CUDA graphs where there is a GPU. With
+# two workers each is killed PAIR_KILLS times.
 CASES: tuple[tuple[Row, str, int], ...] = (
     ({}, "adamw", 3),
     ({}, "adamw_8bit", 2),
@@ -42,6 +48,7 @@ CASES: tuple[tuple[Row, str, int], ...] = (
     ({"kind": "zero", "stage": 3}, "adamw", 2),
     ({"kind": "zero", "stage": 3, "offload_optimizer": "cpu"}, "paged_adamw_32bit", 2),
 )
+PAIR_KILLS = 2
 STEPS, CHECKPOINT_EVERY, TOKENS, RANK = 24, 5, 256, 16
 POLL_S = 0.01
 
@@ -66,22 +73,29 @@ def main() -> None:
         place = [f"--model={model}", f"--shards={shards}"]
         runs = []
         for number, (_, _, kills) in enumerate(CASES):
-            for kill in range(kills + 1):
+            for kill in range((kills if options.workers == 1 else PAIR_KILLS) + 1):
                 step = draw.randrange(1, STEPS) if kill else None
+                killed = draw.randrange(options.workers)
                 words = [*place, f"--case={number}", f"--attempts={folder}/{number}-{kill}"]
-                runs.append((number, step, pool.submit(_run, options, words, step)))
+                runs.append((number, step, pool.submit(_run, options, words, step, killed)))
         undisturbed: dict[int, Row] = {}
         for number, step, run in runs:
             if step is None:
                 undisturbed[number] = run.result()
             else:
                 row = _row(number, step, undisturbed[number], run.result())
-                append_row(options.rows[0], row | {"environment": environment()})
+                row |= {"workers": options.workers, "environment": environment()}
+                append_row(options.rows[0], row)
 
 
 def bars(rows: list[Row]) -> dict[str, Bar]:
-    equal = sum(row["digest"] == row["undisturbed_digest"] != "" for row in rows)
-    return {"trials killed and resumed that end with the same bytes": Bar(equal, 20)}
+    equal = Counter(
+        row["workers"] for row in rows if row["digest"] == row["undisturbed_digest"] != ""
+    )
+    return {
+        "trials killed and resumed that end with the same bytes": Bar(equal[1], 20),
+        "of two workers, that end with the same bytes": Bar(equal[2], PAIR_KILLS * len(CASES)),
+    }
 
 
 def _row(number: int, step: int, whole: Row, resumed: Row) -> Row:
@@ -97,24 +111,44 @@ def _row(number: int, step: int, whole: Row, resumed: Row) -> Row:
     }
 
 
-def _run(options: argparse.Namespace, words: list[str], kill_after: int | None) -> Row:
-    """Of the last attempt: its digest and where it began."""
+def _run(options: argparse.Namespace, words: list[str], kill_after: int | None, killed: int) -> Row:
+    """Of the last attempt: its digest and where it began. `killed`: the world_rank."""
     folder = Path(words[-1].removeprefix("--attempts="))
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "benchmarks.engine_resume", "worker", *words]
     ends = time.monotonic() + options.timeout
     for attempt in range(1, 3 if kill_after else 2):
-        with (folder / f"log-{attempt}").open("wb") as log:
-            child = children.start([*command, f"--attempt={attempt}"], stdout=log, stderr=log)
-        killed = False
-        while child.poll() is None and time.monotonic() < ends and not killed:
+        workers = _start(options, [*words, f"--attempt={attempt}"], folder)
+        is_killed = False
+        codes: list[int | None] = [None]
+        while None in codes and not any(codes) and time.monotonic() < ends and not is_killed:
             time.sleep(POLL_S)
-            killed = attempt == 1 and kill_after is not None and _step(folder) >= kill_after
-        children.end(child)
+            codes = [worker.poll() for worker in workers]
+            is_killed = attempt == 1 and kill_after is not None and _step(folder) >= kill_after
+        for worker in (workers[killed], *workers):
+            children.end(worker)
     result = folder / "result.json"
     if not result.exists():
-        print((folder / f"log-{attempt}").read_text(errors="replace")[-1000:], flush=True)
+        for log in sorted(folder.glob("log-*")):
+            print(log.read_text(errors="replace")[-1000:], flush=True)
     return dict(json.loads(result.read_text())) if result.exists() else {}
+
+
+def _start(
+    options: argparse.Namespace, words: list[str], folder: Path
+) -> list[subprocess.Popen[bytes]]:
+    """The workers of one attempt."""
+    method = f"tcp://127.0.0.1:{children.free_port()}"
+    workers = []
+    for rank in range(options.workers):
+        command = [sys.executable, "-m", "benchmarks.engine_resume", "worker", *words]
+        command += [f"--world-rank={rank}", f"--workers={options.workers}"]
+        env = dict(os.environ)
+        if options.workers > 1:
+            env |= children.rank_environment(rank, options.gpus)
+        with (folder / f"log-{rank}").open("ab") as log:
+            command.append(f"--init-method={method}")
+            workers.append(children.start(command, stdout=log, stderr=log, env=env))
+    return workers
 
 
 def _step(folder: Path) -> int:
@@ -129,7 +163,15 @@ def _work(options: argparse.Namespace) -> None:
 
     from benchmarks import own
     from orchestrator.config import EvaluationConfig, TrialConfig
-    from orchestrator.records import Assign, Evaluated, SlotTask, TrialDone, TrialOpened
+    from orchestrator.records import (
+        Assign,
+        Evaluated,
+        GroupPlace,
+        Leave,
+        SlotTask,
+        TrialDone,
+        TrialOpened,
+    )
     from orchestrator.training.pack import PackWorker
 
     strategy, optimizer, _ = CASES[options.case]
@@ -153,21 +195,26 @@ def _work(options: argparse.Namespace) -> None:
             dropout=True,
             checkpoint_every_steps=CHECKPOINT_EVERY,
             evaluation=EvaluationConfig(every_steps=1),  # so that each step is told
-        )
+            world_size=options.workers,
+        ),
+        GroupPlace(options.world_rank, options.workers, options.init_method),
     )
     worker.load()
     folder: Path = options.attempts
     attempt_dir = folder / str(options.attempt)
-    attempt_dir.mkdir()
+    attempt_dir.mkdir(exist_ok=True)
     found = sorted(folder.glob("*/checkpoint-*"), reverse=True)
     task = SlotTask(0, options.attempt, trial, str(attempt_dir), tuple(map(str, found)))
     events: list[Any] = worker.advance([Assign(task)])
     (opened,) = [event for event in events if isinstance(event, TrialOpened)]
     while not (done := [event for event in events if isinstance(event, TrialDone)]):
         for event in events:
-            if isinstance(event, Evaluated):
+            if isinstance(event, Evaluated) and options.world_rank == 0:
                 (folder / "step").write_text(str(event.step))
         events = worker.advance([])
+    worker.advance([Leave(save=False)])
+    if options.world_rank > 0:
+        return
     (folder / "result.json").write_text(
         json.dumps(
             {
@@ -188,6 +235,8 @@ def _options() -> argparse.Namespace:
     run.add_argument("--shape", default="small")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--together", type=int, default=8, help="trials")
+    run.add_argument("--workers", type=int, choices=[1, 2], default=1, help="of a trial")
+    run.add_argument("--gpus", type=int, choices=[1, 2], default=1, help="of two workers")
     run.add_argument("--timeout", type=float, default=200, help="seconds of a trial")
     run.add_argument("--folder", type=Path, default=Path("/tmp/packs"))
     run.add_argument("--rows", type=Path, nargs=1, required=True)
@@ -197,6 +246,9 @@ def _options() -> argparse.Namespace:
     work.add_argument("--case", type=int, required=True)
     work.add_argument("--attempt", type=int, required=True)
     work.add_argument("--attempts", type=Path, required=True, help="a folder")
+    work.add_argument("--world-rank", type=int, required=True)
+    work.add_argument("--workers", type=int, required=True)
+    work.add_argument("--init-method", required=True)
     add_record_action(actions, "engine_resume")
     return parser.parse_args()
 
