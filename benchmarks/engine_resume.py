@@ -126,11 +126,14 @@ def _run(options: argparse.Namespace, words: list[str], kill_after: int | None, 
             is_killed = attempt == 1 and kill_after is not None and _step(folder) >= kill_after
         for worker in (workers[killed], *workers):
             children.end(worker)
+        if attempt == 1 and kill_after is not None and not is_killed:
+            break  # it failed before
     result = folder / "result.json"
-    if not result.exists():
-        for log in sorted(folder.glob("log-*")):
-            print(log.read_text(errors="replace")[-1000:], flush=True)
-    return dict(json.loads(result.read_text())) if result.exists() else {}
+    if result.exists():
+        return dict(json.loads(result.read_text()))
+    for log in sorted(folder.glob("log-*")):
+        print(log.read_text(errors="replace")[-1000:], flush=True)
+    return {}
 
 
 def _start(
