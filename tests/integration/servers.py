@@ -1,5 +1,6 @@
 """MLflow servers for tests: processes that are started and ended by their id."""
 
+import os
 import socket
 import subprocess
 import time
@@ -17,7 +18,10 @@ def mlflow_server(store: str) -> Iterator[str]:
     """The address of a server on a SQLite store; it takes some 10 s to start."""
     port = free_port()
     server = subprocess.Popen(
-        ui_command(store, port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ui_command(store, port),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # as jobs/cli.py
     )
     address = f"http://127.0.0.1:{port}"
     try:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +238,14 @@ def test_starting_again_in_the_same_folder_is_refused(
     assert "trial.steps: 6 -> 7" in refused.stderr
 
 
-def start(folder: Path, environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+SWEEP = ("sweep", "sweep.yaml", "--run-dir", "runs/one")
+
+
+def start(
+    folder: Path, environment: Mapping[str, str], command: Sequence[str] = SWEEP
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [*program(), "sweep", "sweep.yaml", "--run-dir", "runs/one"],
+        [*program(), *command],
         cwd=folder,
         env=dict(environment),
         stdout=subprocess.PIPE,
@@ -250,14 +255,14 @@ def start(folder: Path, environment: Mapping[str, str]) -> "subprocess.Popen[str
     )
 
 
-def wait_until_training(folder: Path, process: "subprocess.Popen[str]") -> None:
-    """Until one trial is over and another has a checkpoint but is not over."""
+def wait_until_training(folder: Path, process: "subprocess.Popen[str]", attempt: int = 1) -> None:
+    """Until one trial is over and another has a checkpoint of this attempt but is not over."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         trials = folder / "runs" / "one" / "trials"
         over = {path.parent.name for path in trials.glob("*/result.json")}
-        saved = {path.parts[-5] for path in trials.glob("*/attempts/*/*/checkpoint.json")}
+        saved = {path.parts[-5] for path in trials.glob(f"*/attempts/{attempt}/*/checkpoint.json")}
         if over and saved - over:
             return
         time.sleep(0.05)
@@ -271,37 +276,27 @@ def long_sweep(folder: Path, base: Path) -> None:
     write_config(folder, base, evaluation__every_steps=None, **changes)
 
 
-def assert_all_trained_once(folder: Path) -> None:
+def assert_all_trained_once(folder: Path, attempts: int = 2) -> None:
     store = store_of(folder)
     assert [result.state for result in store.results] == ["finished"] * 2
     assert len(store.trials) == 2
     first, second = store.results
-    assert first.attempt == 1  # it was over before the kill
-    assert second.attempt == 2
+    assert first.attempt == 1  # it was over before the first stop
+    assert second.attempt == attempts
     rows = [point for point in store.points(1) if point["kind"] == "progress"]
     assert max(point["step"] for point in rows) == 400
-    (resumed,) = [d for d in store.decisions if d["action"] == "resume_trial"]
-    step = int(resumed["reason"].rpartition(" ")[2])
-    assert resumed["reason"] == f"attempt 2 goes on from step {step}"  # and to the same bits
-    assert step > 0
-    assert min(point["step"] for point in rows if point["attempt"] == 2) > step
+    resumed = [d["reason"] for d in store.decisions if d["action"] == "resume_trial"]
+    steps = [int(reason.rpartition(" ")[2]) for reason in resumed]
+    assert resumed == [  # and to the same bits
+        f"attempt {number} goes on from step {step}" for number, step in enumerate(steps, 2)
+    ]
+    assert len(steps) == attempts - 1
+    for number, step in enumerate(steps, 2):
+        assert 0 < step < min(point["step"] for point in rows if point["attempt"] == number)
     assert store.checkpoints(1) == []  # a trial that is over needs them no more
 
 
-def test_a_sweep_killed_in_the_middle_resumes_without_training_anything_twice(
-    tmp_path: Path, tiny_base: Path, environment: Mapping[str, str], orchestrator: Command
-) -> None:
-    long_sweep(tmp_path, tiny_base)
-    process = start(tmp_path, environment)
-    wait_until_training(tmp_path, process)
-    process.kill()
-    process.communicate()
-    done = orchestrator("resume", "runs/one", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_all_trained_once(tmp_path)
-
-
-def test_ctrl_c_saves_the_trials_and_says_how_to_go_on(
+def test_a_sweep_stopped_by_ctrl_c_and_then_killed_trains_nothing_twice(
     tmp_path: Path, tiny_base: Path, environment: Mapping[str, str], orchestrator: Command
 ) -> None:
     long_sweep(tmp_path, tiny_base)
@@ -312,9 +307,13 @@ def test_ctrl_c_saves_the_trials_and_says_how_to_go_on(
     assert process.returncode == 130, output
     assert "orchestrator resume runs/one" in output
     assert "Traceback" not in output
+    process = start(tmp_path, environment, ("resume", "runs/one"))
+    wait_until_training(tmp_path, process, attempt=2)
+    process.kill()
+    process.communicate()
     done = orchestrator("resume", "runs/one", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_all_trained_once(tmp_path)
+    assert_all_trained_once(tmp_path, attempts=3)
 
 
 @pytest.mark.slow
@@ -336,6 +335,7 @@ def test_a_driver_whose_pod_is_taken_away_saves_and_waits_for_its_end(
     assert_all_trained_once(tmp_path)
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once_and_loses_no_finished_trial(
     tmp_path: Path, tiny_base: Path, environment: Mapping[str, str]
 ) -> None:
