@@ -22,7 +22,8 @@ from orchestrator.planning.zero import (
 # DeepSpeed's defaults for stage3_max_live_parameters and stage3_prefetch_bucket_size. Each module
 # that is entered fetches another bucket ahead, and what is used again within 10^9 values stays
 # (stage3_max_reuse_distance): so the GPU has as many values gathered as it may, and one parameter
-# more, which was begun below the limit. Two workers with these scaled down had that to 5 %.
+# more, which was begun below the limit. Two workers on CPUs, these scaled down to their base, held
+# 4 to 10 % less than is counted by that.
 LIVE_VALUES = 10**9
 PREFETCH_VALUES = 5 * 10**7
 
