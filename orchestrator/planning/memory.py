@@ -98,7 +98,7 @@ class PackMemory:
     """Before a base that ZeRO divides is divided, beside the runtime; at no other time."""
     host_bytes: int = 0
     """Of the node, for a worker on a GPU: the process, what ZeRO offloads to it, or swaps to NVMe
-    through it, the input embedding of a step in place, and a base that is loaded there."""
+    through it, and the input embedding of a step in place."""
 
     @cached_property
     def total_bytes(self) -> int:

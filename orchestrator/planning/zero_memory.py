@@ -4,8 +4,8 @@ In: the base's shape, a PackLoad under ZeRO, and sizes that memory.py has counte
 ZeroMemory. Pure, no torch.
 
 Counted in deepspeed 0.19.8 (stage_1_and_2.py, stage3.py, partition_parameters.py,
-partitioned_param_coordinator.py). W workers divide what is called a part here. Groups of one worker
-were measured (planner_memory.json).
+partitioned_param_coordinator.py). The workers of a pack divide what is called a part here. Packs of
+one were measured (planner_memory.json); of two, these copies were among the live tensors on a CPU.
 """
 
 from dataclasses import dataclass
@@ -55,25 +55,24 @@ def zero_memory(
     constants = _constants_bytes(shape, load, linear_bytes)
     whole = shape.num_plain_params * load.dtype_bytes + linear_bytes
     base, base_on_host = _base_bytes(shape, load, whole, constants)
-    loading, loading_on_host = _loading_bytes(load, whole)
     own_states, place = _part(states, load), load.strategy.offload_optimizer
     on_host = base_on_host + _adapter_on_host(row_length, load)
-    on_host += own_states if place == "cpu" else 0
     return ZeroMemory(
         adapters_bytes=held,
         step_bytes=step,
         base_bytes=base,
         optimizer_bytes=own_states if place == "none" else 0,
-        loading_bytes=loading + 2 * row if load.strategy.stage == 3 and loading else 0,
-        host_bytes=max(loading_on_host, on_host),
+        loading_bytes=_loading_bytes(load, whole, row),
+        host_bytes=on_host + (own_states if place == "cpu" else 0),
     )
 
 
-def _loading_bytes(load: PackLoad, whole: int) -> tuple[int, int]:
-    """Of the base on the GPU and on the host, until the engine divides it: each worker loads all of
-    it, to where base_model.py's _first_place says."""
+def _loading_bytes(load: PackLoad, whole: int, row: int) -> int:
+    """Of the base, and of the slot's row and its gradient, until the engine divides the base: each
+    worker loads all of it, to where base_model.py's _first_place says. On the host that is pages of
+    its files, which the system may take back."""
     to_host = load.strategy.offload_params != "none" and load.quant.bit_width == 16
-    return (0, whole) if to_host else (whole, 0)
+    return whole + 2 * row if load.strategy.stage == 3 and not to_host else 0
 
 
 def _adapter_bytes(row: int, load: PackLoad) -> tuple[int, int]:

@@ -86,7 +86,7 @@ def _peak_memory_bytes(
     premises: Premises,
     kinds: Sequence[WorkerKind],
 ) -> int:
-    """Of the trial alone in a pack that gives up what it can; under ZeRO of as many workers as take
+    """Of the trial alone in a pack that gives up what it can, of the number of workers that takes
     least. 0 where it is not estimated."""
     if constraints.peak_memory_gib is None:
         return 0
@@ -96,9 +96,8 @@ def _peak_memory_bytes(
         target_modules=trial.config.adapter.target_modules,
         dropout=trial.config.adapter.dropout > 0,
     )
-    zero = trial.config.strategy.kind == "zero"
     peaks = []
-    for size in pack_sizes(trial.config, kinds, premises) if zero else (1,):
+    for size in pack_sizes(trial.config, kinds, premises):
         pack = {"slots_per_pack": 1, "workers_per_pack": size}
         resources = premises.resources.model_copy(update=pack)
         packs = preview_packs([trial], size, replace(alone, resources=resources))
