@@ -86,8 +86,8 @@ def draw_cases(
     device: Device,
     world_size: int = 1,
 ) -> list[Case]:
-    """Of each shape as many, those with one base together; none is expected to need more than
-    `most_bytes` of a worker."""
+    """Of each shape as many, those of one worker with one base together, as they can share it; none
+    is expected to need more than `most_bytes` of a worker."""
     drawn = random.Random(seed)
     cases: list[Case] = []
     names = sorted(shapes)
@@ -100,6 +100,8 @@ def draw_cases(
         leaks = case.paged and plan.optimizer_bytes > MAX_PAGED_BYTES
         if case not in cases and plan.total_bytes <= most_bytes and not leaks:
             cases.append(case)
+    if world_size > 1:
+        return cases
     return sorted(cases, key=lambda case: (case.shape, str(case.base), case.paged))
 
 

@@ -41,7 +41,7 @@ SHAPE_NAMES = ("0.5b", "1.5b", "3b", "8b")
 # Between the processes of two shapes, as the first rows are worth most.
 MIN_SECONDS = 20
 # Of a pack of several workers: one may wait for a partner for ever.
-PACK_TIMEOUT_S = 150
+PACK_TIMEOUT_S = 240
 BARS = {"configurations": 40, "median error": 0.03, "worst under-estimate": 0.05}
 
 
@@ -277,7 +277,8 @@ def _measure_together(model: Path, case: Case, rows: Path, seconds: float) -> No
 def merged(workers: Sequence[Row], out_of_memory: bool) -> Row:
     """A pack's row: of the worker that holds more, with what each has measured."""
     most = max(workers, key=lambda row: row["torch_bytes"] + row["managed_bytes"])
-    each = [{name: row[name] for name in row if name.endswith("_bytes")} for row in workers]
+    names = [name for name in most if name.endswith("_bytes") and name != "expected_bytes"]
+    each = [{name: row[name] for name in names} for row in workers]
     hardware = most["environment"]["hardware"].replace("1 x", f"{len(workers)} x")
     return most | {
         "workers": each,

@@ -186,6 +186,24 @@ def test_what_is_offloaded_must_fit_a_workers_part_of_its_node() -> None:
     )
 
 
+@pytest.mark.parametrize(("workers", "refused"), [(1, True), (4, False), (None, False)])
+def test_workers_of_a_pack_share_what_is_offloaded_to_their_nodes(
+    workers: int | None, refused: bool
+) -> None:
+    config = sweep_config(
+        trial__strategy={"kind": "zero", "stage": 2, "offload_optimizer": "cpu"},
+        trial__adapter__rank=128,
+        resources={"workers_per_pack": workers},
+        search={},
+        **SMALL_BATCH,
+    )
+    given = premises(config, "cuda", QWEN_32B, GIB)
+    kind = replace(L40S, count=4, host_memory_bytes=16 * GIB)
+    why = why_too_large(config.trial, (kind,), given)
+    assert why.startswith("it does not fit its node") == refused
+    assert bool(why) == refused
+
+
 def test_what_is_offloaded_goes_to_the_kind_whose_nodes_hold_it() -> None:
     offloaded = {"kind": "zero", "stage": 3, "offload_params": "cpu", "offload_optimizer": "cpu"}
     config = sweep_config(trial__strategy=offloaded, search={}, **SMALL_BATCH)
