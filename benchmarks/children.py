@@ -90,6 +90,47 @@ def _wait(over: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
+def run_ranks(
+    words: Sequence[str],
+    gpus: int,
+    timeout_s: float,
+    meanwhile: Callable[[], None] = lambda: None,
+    ranks: int = 2,
+) -> tuple[list[int | None], str]:
+    """Run a process for each rank of a group, until all have ended, one has failed, or the time is
+    over; `words` are completed by --world-rank and --init-method.
+
+    Returns their exit codes, None for one that was ended here, and the last words of each if one
+    failed.
+    """
+    method = f"tcp://127.0.0.1:{free_port()}"
+    started: list[subprocess.Popen[bytes]] = []
+    codes: list[int | None] = [None] * ranks
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(rank) for rank in range(ranks)]
+        try:
+            for rank, log in enumerate(logs):
+                own = [*words, f"--world-rank={rank}", f"--init-method={method}"]
+                place = os.environ | rank_environment(rank, gpus)
+                with log.open("wb") as file:
+                    started.append(start(own, env=place, stdout=file, stderr=file))
+            ends = time.monotonic() + timeout_s
+            while time.monotonic() < ends and None in codes and not any(codes):
+                time.sleep(POLL_S)
+                codes = [child.poll() for child in started]
+                meanwhile()
+        finally:
+            for child in started:
+                end(child)
+        meanwhile()
+        return codes, "; ".join(map(_last_line, logs)) if any(codes) else ""
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
 def rank_environment(rank: int, gpus: int) -> dict[str, str]:
     """Of one of two ranks on so many GPUs. NCCL refuses two ranks of one host on one GPU; it takes
     them for two hosts where their NCCL_HOSTID differs, and goes through sockets then."""

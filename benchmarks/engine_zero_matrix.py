@@ -15,15 +15,12 @@ are on one card.
 import argparse
 import itertools
 import json
-import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from benchmarks import children
 from benchmarks.recording import (
@@ -149,29 +146,17 @@ def _train(options: argparse.Namespace, place: Row, left: Sequence[Row]) -> None
 def _pair(options: argparse.Namespace, folder: Path, work: Row) -> tuple[list[Row], str]:
     """Rows of the cells that were trained; and where a cell ended the processes, how."""
     (folder / "work.json").write_text(json.dumps(work))
-    rows, method = folder / "rows.jsonl", f"tcp://127.0.0.1:{children.free_port()}"
-    pair: list[Any] = []
+    rows = folder / "rows.jsonl"
+    words = [sys.executable, "-m", "benchmarks.zero_cells", f"--rows={rows}"]
+    words.append(f"--work={folder / 'work.json'}")
     told = 0
-    logs = [folder / f"log-{rank}" for rank in range(2)]
-    try:
-        for rank, log in enumerate(logs):
-            words = [sys.executable, "-m", "benchmarks.zero_cells", f"--world-rank={rank}"]
-            words += [f"--init-method={method}", f"--work={folder / 'work.json'}"]
-            place: Row = {"env": os.environ | children.rank_environment(rank, options.gpus)}
-            with log.open("wb") as file:
-                place |= {"stdout": file, "stderr": file}
-                pair.append(children.start([*words, f"--rows={rows}"], **place))
-        ends = time.monotonic() + options.timeout
-        codes: list[int | None] = [None]
-        while time.monotonic() < ends and None in codes and not any(codes):
-            time.sleep(0.2)
-            codes = [child.poll() for child in pair]
-            told = _tell(options.rows[0], rows, told)
-    finally:
-        for child in pair:
-            children.end(child)
-    _tell(options.rows[0], rows, told)
-    how = f"exit codes {codes}: {'; '.join(map(_last_line, logs))}" if any(codes) else ""
+
+    def tell() -> None:
+        nonlocal told
+        told = _tell(options.rows[0], rows, told)
+
+    codes, last = children.run_ranks(words, options.gpus, options.timeout, tell)
+    how = f"exit codes {codes}: {last}" if any(codes) else ""
     return (read_rows([rows]) if rows.exists() else []), how
 
 
@@ -181,11 +166,6 @@ def _tell(to: Path, rows: Path, told: int) -> int:
     for row in found[told:]:
         append_row(to, row | {"command": command()})
     return len(found)
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else ""
 
 
 def _options() -> argparse.Namespace:

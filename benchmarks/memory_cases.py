@@ -7,6 +7,7 @@ and ZeRO train one slot, and run eagerly.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from benchmarks.models import Shape
@@ -22,12 +23,15 @@ SLOTS = (1, 1, 2, 4, 8, 16)
 MICRO_BATCHES = (1, 1, 2, 4)
 TOKENS = (256, 512, 1024, 2048, 4096)
 OPTIMIZERS = tuple(name for name in OPTIMIZER_BYTES if name != "deepspeed_cpu_adam")  # on a GPU
-ZERO_FRACTION = 0.2
+ZERO_FRACTION, SHARED_ZERO_FRACTION = 0.2, 0.7  # of packs of one worker and of several
+DOCUMENTS = (1, 4, 4)  # in a block, where it makes a difference
 MAX_ZERO_PARAMS = 4e9  # its base is loaded anew for each configuration
 # bitsandbytes 0.50 gives no paged state back, and several cases share a process.
 MAX_PAGED_BYTES = 2**30
 MAX_DRAWS = 100_000
 TINY_TOKENS = (16, 32)
+OUT_OF_MEMORY_EXIT = 3
+"""Of a worker of several, for whoever started them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Case:
     offload_params: Literal["none", "cpu"]
     kept_layers: int = 0
     """The last ones, which recomputation leaves out."""
+    world_size: int = 1
+    documents: int = 1
+    """In a block: with more than one, attention under ZeRO needs a mask."""
 
     @property
     def strategy(self) -> StrategyConfig:
@@ -72,10 +79,15 @@ class Case:
 
 
 def draw_cases(
-    shapes: dict[str, Shape], count: int, seed: int, most_bytes: int, device: Device
+    shapes: dict[str, Shape],
+    count: int,
+    seed: int,
+    most_bytes: int,
+    device: Device,
+    world_size: int = 1,
 ) -> list[Case]:
-    """Of each shape as many, those with one base together; none is expected to need more than
-    `most_bytes`."""
+    """Of each shape as many, those of one worker with one base together, as they can share it; none
+    is expected to need more than `most_bytes` of a worker."""
     drawn = random.Random(seed)
     cases: list[Case] = []
     names = sorted(shapes)
@@ -83,16 +95,23 @@ def draw_cases(
         if len(cases) == count:
             break
         name = names[len(cases) % len(names)]
-        case = _draw(drawn, name, shapes[name], device)
+        case = _draw(drawn, name, shapes[name], device, world_size)
         plan = expected(case, shapes[name], device)
         leaks = case.paged and plan.optimizer_bytes > MAX_PAGED_BYTES
         if case not in cases and plan.total_bytes <= most_bytes and not leaks:
             cases.append(case)
+    if world_size > 1:
+        return cases
     return sorted(cases, key=lambda case: (case.shape, str(case.base), case.paged))
 
 
 def expected(case: Case, shape: Shape, device: Device) -> PackMemory:
     return estimate_memory(base_shape(shape), load_of(case, device))
+
+
+def worker_rows(rows: Path, world_rank: int) -> Path:
+    """Where one worker of several writes what it measures."""
+    return Path(f"{rows}.{world_rank}")
 
 
 def load_of(case: Case, device: Device) -> PackLoad:
@@ -114,6 +133,7 @@ def load_of(case: Case, device: Device) -> PackLoad:
         cuda=cuda,
         strategy=case.strategy,
         kept_layers=case.kept_layers,
+        world_size=case.world_size,
     )
 
 
@@ -150,10 +170,11 @@ def base_shape(shape: Shape) -> BaseShape:
     )
 
 
-def _draw(drawn: random.Random, name: str, shape: Shape, device: Device) -> Case:
+def _draw(drawn: random.Random, name: str, shape: Shape, device: Device, world_size: int) -> Case:
     cuda = device == "cuda"
     bit_width: Literal[4, 8, 16] = drawn.choice(BIT_WIDTHS)  # type: ignore[assignment]
-    zero = shape.num_linear_params < MAX_ZERO_PARAMS and drawn.random() < ZERO_FRACTION
+    fraction = ZERO_FRACTION if world_size == 1 else SHARED_ZERO_FRACTION
+    zero = shape.num_linear_params < MAX_ZERO_PARAMS and drawn.random() < fraction
     stage = drawn.choice((1, 2, 3)) if zero else None
     alone = zero or bit_width == 8
     programs: Sequence[StepProgram] = ("graph", "graph", "compiled", "eager")
@@ -176,4 +197,6 @@ def _draw(drawn: random.Random, name: str, shape: Shape, device: Device) -> Case
         # bitsandbytes keeps int8 weights where they are, whatever DeepSpeed does.
         offload_params=drawn.choice(("none", "cpu")) if stage == 3 and bit_width != 8 else "none",
         kept_layers=drawn.randrange(1, shape.layers) if selective else 0,
+        world_size=world_size,
+        documents=drawn.choice(DOCUMENTS) if zero else 1,
     )

@@ -1,7 +1,8 @@
 """Measures the memory of one shape's pack workers in one process, for `benchmarks.planner_memory`.
 
 Cases with the same base use one that is loaded once; what a case changes about it is undone. A row
-is appended as soon as it is measured.
+is appended as soon as it is measured. With --world-rank it is one of the workers of a pack, which
+train one case.
 
 What is compared, at its highest, once the base is loaded:
 
@@ -11,33 +12,47 @@ What is compared, at its highest, once the base is loaded:
     outside     the CUDA context and loaded kernels: what the driver counts for this process without
                 what torch's allocator holds. Read where nothing is managed; elsewhere the record
                 takes the median of those
+    host        pages of this process that are no file's, at any time (Linux). Locked memory lies in
+                shared pages; what torch holds of it is told beside them
 
 Each case runs on a card made so small that the plan just fits it (what is expected is the part of
-it that the planner uses). What runs out of memory there is measured again without that.
+it that the planner uses). What runs out of memory there is measured again without that; by new
+processes where several train it, since the others wait for the one that is lost.
 """
 
 import argparse
 import gc
 import json
+import os
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from benchmarks.blocks import prepare_blocks
-from benchmarks.memory_cases import MICRO_BATCHES, Case, expected
+from benchmarks.host_memory import host_peak
+from benchmarks.memory_cases import (
+    MICRO_BATCHES,
+    OUT_OF_MEMORY_EXIT,
+    Case,
+    expected,
+    worker_rows,
+)
 from benchmarks.models import SHAPES
 from benchmarks.own import NEVER, train
 from benchmarks.recording import Row, append_row, environment
 from orchestrator.config import EvaluationConfig, QuantConfig, StrategyConfig, TrialConfig
 from orchestrator.planning.fit import BUDGET_FRACTION
 from orchestrator.planning.memory import PackMemory, context_bytes
-from orchestrator.records import BaseModel, Device, Leave, PackSpec
+from orchestrator.records import ALONE, BaseModel, Device, GroupPlace, Leave, PackSpec
 from orchestrator.training.base_model import LoadedBase
 from orchestrator.training.lanes import AdaptedLinear
 from orchestrator.training.loftq import Corrections
@@ -53,22 +68,23 @@ def main() -> None:
     ends = time.monotonic() + options.seconds
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     bases = Bases()
-    data: dict[int, Path] = {}
+    place, rows = ALONE, options.rows
     for content in json.loads(options.cases.read_text()):
         case = Case(**content)
         if time.monotonic() > ends:
             print(f"out of time before {case}", flush=True)
             return
-        if case.tokens not in data:
-            folder = options.model.parent / f"data-{case.shape}"
-            # So many that an evaluation's pass is full.
-            data[case.tokens] = prepare_blocks(
-                folder, options.model, case.tokens, max(MICRO_BATCHES)
-            )
-        spec = pack_spec(case, options.model, data[case.tokens], device)
+        if case.world_size > 1:
+            place = GroupPlace(options.world_rank, case.world_size, options.init_method)
+            rows = worker_rows(options.rows, options.world_rank)
+        held_out = max(MICRO_BATCHES) * case.world_size  # so many that an evaluation's pass is full
+        folder = options.model.parent / f"data-{case.shape}"
+        shards = _shards(folder, options.model, case.tokens, held_out, case.documents)
+        spec = pack_spec(case, options.model, shards, device)
         plan = expected(case, SHAPES[case.shape], device)
-        row = asdict(case) | measured_row(case, spec, plan, bases)
-        append_row(options.rows, row | {"command": options.command})
+        fraction = 1.0 if options.uncapped else _limit(case, plan)
+        row = asdict(case) | measured_row(case, spec, plan, bases, fraction, place)
+        append_row(rows, row | {"command": options.command})
 
 
 class Bases:
@@ -102,8 +118,8 @@ class Bases:
 class SharingWorker(PackWorker):
     """Takes its base from `bases`, and begins to count once it is there."""
 
-    def __init__(self, spec: PackSpec, case: Case, bases: Bases) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: PackSpec, case: Case, bases: Bases, place: GroupPlace) -> None:
+        super().__init__(spec, place)
         self._case = case
         self._bases = bases
 
@@ -118,34 +134,45 @@ class SharingWorker(PackWorker):
         return base
 
 
-def measured_row(case: Case, spec: PackSpec, plan: PackMemory, bases: Bases) -> Row:
+def measured_row(
+    case: Case,
+    spec: PackSpec,
+    plan: PackMemory,
+    bases: Bases,
+    fraction: float,
+    place: GroupPlace,
+) -> Row:
     started = time.monotonic()
     lost = ""
-    try:
-        found = _measure(case, spec, bases, _limit(case, plan))
-    except torch.OutOfMemoryError as error:
-        lost = str(error).splitlines()[0]
-    if lost:  # out of the handler, whose error keeps the lost worker's tensors alive
-        print(f"out of memory: {lost}", flush=True)
-        bases.drop()
-        _reset_dynamo()
-        found = _measure(case, spec, bases, 1.0)
+    with host_peak() as host:
+        try:
+            found = _measure(case, spec, bases, fraction, place)
+        except torch.OutOfMemoryError as error:
+            lost = str(error).splitlines()[0]
+        if lost:  # out of the handler, whose error keeps the lost worker's tensors alive
+            print(f"out of memory: {lost}", flush=True)
+            bases.drop()
+            _reset_dynamo()
+            found = _measure(case, spec, bases, 1.0, place)
     return {
         "expected_bytes": plan.total_bytes,
         "expected": asdict(plan),
         **found,
+        "host_bytes": host.num_bytes,
+        "host_shared_bytes": host.shared_bytes,
+        "locked_bytes": _locked_bytes(),
         "out_of_memory": bool(lost),
         "took_s": round(time.monotonic() - started, 1),
         "environment": environment(),
     }
 
 
-def _measure(case: Case, spec: PackSpec, bases: Bases, fraction: float) -> Row:
+def _measure(case: Case, spec: PackSpec, bases: Bases, fraction: float, place: GroupPlace) -> Row:
     cuda = spec.device == "cuda"
     # Of the last case's recording: cuBLAS's workspaces in its pool, which torch never frees.
     left, _ = _pools()
     fraction = min(1.0, fraction + left / total) if (total := _card_bytes()) else fraction
-    worker = SharingWorker(replace(spec, memory_fraction=fraction), case, bases)
+    worker = SharingWorker(replace(spec, memory_fraction=fraction), case, bases, place)
     paged = len(paged_bytes()) if cuda else 0
     try:
         worker.load()
@@ -167,6 +194,11 @@ def _measure(case: Case, spec: PackSpec, bases: Bases, fraction: float) -> Row:
             "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
             "ran": worker.programs.kind,
         }
+    except torch.OutOfMemoryError as error:
+        if place.world_size > 1:  # at once: to leave the pack would wait for the others
+            print(f"out of memory: {error}", file=sys.stderr, flush=True)
+            os._exit(OUT_OF_MEMORY_EXIT)
+        raise
     finally:
         if hasattr(worker, "engine"):
             worker.advance([Leave(save=False)])
@@ -198,6 +230,7 @@ def pack_spec(case: Case, model: Path, shards: Path, device: Device) -> PackSpec
         dropout=case.dropout,
         dequantise_once=case.dequantise_once,
         step_program=case.program,
+        world_size=case.world_size,
     )
 
 
@@ -210,7 +243,7 @@ def _trials(case: Case) -> Iterator[TrialConfig]:
                 "optimizer": {"name": case.optimizer},
                 "strategy": case.strategy.model_dump(),
                 "steps": STEPS,
-                "batch_size": PASSES * case.micro_batch,
+                "batch_size": PASSES * case.micro_batch * case.world_size,
                 "micro_batch_size": case.micro_batch,
                 "seed": number,
             }
@@ -223,7 +256,8 @@ def _limit(case: Case, plan: PackMemory) -> float:
         return 1.0
     card = plan.total_bytes / BUDGET_FRACTION
     paged = plan.optimizer_bytes if case.paged else 0
-    return float(min(1.0, (card - context_bytes(case.strategy) - paged) / _card_bytes()))
+    outside = context_bytes(case.strategy, case.world_size)
+    return float(min(1.0, (card - outside - paged) / _card_bytes()))
 
 
 def _card_bytes() -> int:
@@ -231,6 +265,21 @@ def _card_bytes() -> int:
     if not torch.cuda.is_available():
         return 0
     return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+@cache
+def _shards(folder: Path, model: Path, tokens: int, held_out_blocks: int, documents: int) -> Path:
+    """Made by one of the workers."""
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "being-made.lock"):
+        return prepare_blocks(folder, model, tokens, held_out_blocks, documents)
+
+
+def _locked_bytes() -> int:
+    """The most that torch's allocator of locked memory has held."""
+    if not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
 
 
 def _restore(model: nn.Module) -> None:
@@ -279,6 +328,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--command", required=True, help="that asked for it")
+    parser.add_argument("--world-rank", type=int, default=0)
+    parser.add_argument("--init-method", default="", help="where several workers meet")
+    parser.add_argument("--uncapped", action="store_true", help="on the whole card")
     return parser.parse_args()
 
 

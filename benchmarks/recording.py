@@ -72,8 +72,15 @@ def add_record_action(actions: Any, name: str) -> None:
     merge.add_argument("--name", default=name)
 
 
-def record(name: str, rows: Sequence[Row], bars: dict[str, Bar], folder: Path = RESULTS) -> Path:
-    """Write rows as `read_rows` gives them; what is the same for many of them is said once."""
+def record(
+    name: str,
+    rows: Sequence[Row],
+    bars: dict[str, Bar],
+    folder: Path = RESULTS,
+    summary: Row | None = None,
+) -> Path:
+    """Write rows as `read_rows` gives them; what is the same for many of them is said once. In
+    `summary` is what has no bar."""
     content = {
         "command": " && ".join(dict.fromkeys(row["command"] for row in rows)),
         **_common_environment(row["environment"] for row in rows),
@@ -81,6 +88,7 @@ def record(name: str, rows: Sequence[Row], bars: dict[str, Bar], folder: Path = 
             {key: row[key] for key in row if key not in ("command", "environment")} for row in rows
         ],
         "bars": {name: bar.to_json() for name, bar in bars.items()},
+        **({"summary": summary} if summary else {}),
     }
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"

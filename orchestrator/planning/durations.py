@@ -70,6 +70,7 @@ def plan_load(plan: PackPlan, premises: Premises) -> PackLoad:
         cuda=premises.device == "cuda",
         strategy=StrategyConfig.model_validate(dict(plan.key.strategy)),
         dora=plan.key.dora,
+        world_size=plan.world_size,
         generated_tokens=premises.generated_tokens,
         generation_batch_size=premises.generation_batch_size,
         kept_layers=chosen.kept_layers,

@@ -72,19 +72,18 @@ def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Pre
     """Why no kind can train a trial, even alone and with all given up that can be; empty if one
     may, or if it is not known.
 
-    On a CPU short memory makes it slow, and is not refused. What several workers of ZeRO share is
-    not in the estimate.
+    On a CPU short memory makes it slow, and is not refused. A pack under ZeRO may have as many
+    workers as are set, or else as many as it needs.
     """
-    size = premises.resources.workers_per_pack or 1
-    there = [kind for kind in kinds if kind.count >= size]
-    shared = premises.resources.workers_per_pack != 1 and any(kind.count > 1 for kind in there)
+    sizes = pack_sizes(trial, kinds, premises)
+    there = [(kind, size) for kind in kinds for size in sizes if kind.count >= size]
     key = pack_key(trial)
-    if premises.device == "cpu" or not there or (key.zero and shared):
+    if premises.device == "cpu" or not there:
         return ""
     rooms: dict[str, int] = {}
     needs: list[PackMemory] = []
     off_host = ""
-    for kind in there:
+    for kind, size in there:
         given = premises_for(kind, premises)
         memory = fit(given, pack_wish(key, 1, 1, size, premises)).memory
         if memory is None:
@@ -104,12 +103,25 @@ def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Pre
     least = min(needs, key=lambda memory: memory.total_bytes)
     words = ", ".join(f"{room / GIB:.1f} GiB of each {name}" for name, room in rooms.items())
     remedy = _remedy(trial, least, premises)
-    if shared:
+    several = premises.resources.workers_per_pack != 1 and any(kind.count > 1 for kind in kinds)
+    if several and trial.strategy.stage != 3:
         remedy += ", share it among workers (strategy.kind: zero, stage: 3)"
     return (
         f"it does not fit: {key.title} takes at least {least.total_bytes / GIB:.1f} GiB, and a "
         f"pack may take {words}: {remedy}, or take larger GPUs"
     )
+
+
+def pack_sizes(
+    trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Premises
+) -> Sequence[int]:
+    """Numbers of workers that a pack of this trial may have, as far as its memory depends on it."""
+    wanted = premises.resources.workers_per_pack
+    if wanted is not None or trial.strategy.kind != "zero":
+        return [wanted or 1]
+    most = max((kind.count for kind in kinds), default=1)
+    blocks = trial.micro_batch_size or 1
+    return [size for size in range(1, most + 1) if trial.batch_size % (size * blocks) == 0]
 
 
 def pack_wish(
@@ -138,7 +150,7 @@ def pack_wish(
         micro_batch_size=key.micro_batch_size,
         gradient_checkpointing=key.gradient_checkpointing,
         dora=key.dora,
-        in_group=world_size > 1,
+        world_size=world_size,
     )
     if had is None:
         return wish
@@ -206,7 +218,7 @@ def _remedy(trial: TrialConfig, memory: PackMemory, premises: Premises) -> str:
         (adapters, "adapter.rank"),
     ]
     if trial.quant.mean_bits > 4:
-        sizes.append((memory.base_bytes, fewer_bits))
+        sizes.append((max(memory.base_bytes, memory.loading_bytes), fewer_bits))
     large = [part for part in sizes if part[0] >= LARGE_PART * memory.total_bytes]
     words = f"lower {' or '.join(name for _, name in sorted(large or sizes, reverse=True))}"
     if trial.gradient_checkpointing is False:

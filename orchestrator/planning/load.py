@@ -32,8 +32,8 @@ class PackLoad:
     cuda: bool
     strategy: StrategyConfig = StrategyConfig()
     dora: bool = False
-    in_group: bool = False
-    """Whether it is one of several workers of a pack."""
+    world_size: int = 1
+    """Workers that train the pack together, this one among them."""
     generated_tokens: int = 0
     """Of an answer, after a prompt of at most a block; 0: none is generated."""
     generation_batch_size: int = 1

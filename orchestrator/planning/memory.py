@@ -13,25 +13,13 @@ from functools import cached_property, lru_cache
 
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.planning.activations import PassMemory, pass_memory
-from orchestrator.planning.bits import base_linear_bytes, linear_bytes
+from orchestrator.planning.bits import base_linear_bytes
 from orchestrator.planning.load import MIN_ROW_VALUE_BYTES, PackLoad
 from orchestrator.planning.shape import BaseShape
-from orchestrator.planning.zero import (
-    MAX_BUCKET_ELEMENTS,
-    NVME_PARAM_BUFFERS,
-    nvme_buffer_bytes,
-)
+from orchestrator.planning.zero_memory import zero_memory
 
 GIB = 2**30
 MIB = 2**20
-
-# ZeRO holds the row, the layers' flat parameters, which are the lane, the fp32 partition, and its
-# gradient from a step's first pass to its last; a bucket beside them. Read from the allocator's
-# history on an H200 (deepspeed 0.19.8, stage_1_and_2.py, stage3.py).
-ZERO_COPIES = 4
-# ZeRO-3 keeps at most this many values of offloaded parameters on the GPU: DeepSpeed's default for
-# stage3_max_live_parameters.
-ZERO_LIVE_VALUES = 10**9
 
 # bitsandbytes has two fp32 maxima for each 256 values of an 8-bit state.
 EIGHT_BIT_STATE_BYTES = 2 + 2 * 4 / 256
@@ -67,17 +55,21 @@ class Measured:
     """More outside torch's allocator for a process group."""
     gathering_context_bytes: int
     """The same where stage 3 gathers the base's layers from other GPUs."""
+    partners_context_bytes: int
+    """More where there are other workers in the group: NCCL's channels to them."""
 
 
 # The workspace is torch's for Hopper (CUDABlas.cpp). The peaks of packs_gpu.json leave no more than
 # a hundredth for the pool. The context was read from an H200 (0.73 to 0.83 GiB; 1.29 under ZeRO
-# and 1.67 where it gathers, in groups of one worker).
+# and 1.67 where it gathers, in groups of one worker). Groups of several were not measured: their
+# partners' part is a guess.
 HOPPER = Measured(
     context_bytes=840 * MIB,
     workspace_bytes=32 * MIB,
     pool_fraction=0.03,
     group_context_bytes=480 * MIB,
     gathering_context_bytes=870 * MIB,
+    partners_context_bytes=256 * MIB,
 )
 
 
@@ -102,6 +94,8 @@ class PackMemory:
     """An evaluation pass, or a batch of answers, beside the pool; not held at the same time."""
     runtime_bytes: int
     """The process, or the CUDA context, and libraries' workspaces."""
+    loading_bytes: int = 0
+    """Before a base that ZeRO divides is divided, beside the runtime; at no other time."""
     host_bytes: int = 0
     """Of the node, for a worker on a GPU: the process, what ZeRO offloads to it, or swaps to NVMe
     through it, and the input embedding of a step in place."""
@@ -109,8 +103,9 @@ class PackMemory:
     @cached_property
     def total_bytes(self) -> int:
         parts = sum(getattr(self, field.name) for field in fields(self))
-        both: int = min(self.training_bytes, self.evaluation_bytes) + self.host_bytes
-        return int(parts) - both
+        apart = min(self.training_bytes, self.evaluation_bytes)
+        apart += self.loading_bytes + self.host_bytes
+        return max(int(parts) - apart, self.loading_bytes + self.runtime_bytes)
 
 
 def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPER) -> PackMemory:
@@ -122,13 +117,17 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
     states = round(num_values * load.optimizer_bytes * row_value_bytes / MIN_ROW_VALUE_BYTES)
     pass_ = pass_memory(shape, load)
     gradients = num_values * load.lane_value_bytes
+    linear_bytes = 0 if load.resident else _linear_bytes(shape, load.quant, load.dtype_bytes)
+    base = shape.num_plain_params * load.dtype_bytes + linear_bytes
+    loading = on_host = 0
     if load.zero:
-        held, step, offloaded = _zero_bytes(row_length, load)
-        lanes = 0
+        zero = zero_memory(shape, load, row_length, states, linear_bytes)
+        held, step, lanes = zero.adapters_bytes, zero.step_bytes, 0
+        base, loading, on_host = zero.base_bytes, zero.loading_bytes, zero.host_bytes
+        states = zero.optimizer_bytes
     else:
-        held, step, offloaded = 2 * row_value_bytes * num_values, gradients, 0
+        held, step = 2 * row_value_bytes * num_values, gradients
         lanes = gradients  # a lane is as large as its gradient
-    optimizer_away = load.strategy.offload_optimizer != "none"
     if load.in_place:
         # Each layer casts its own part of the row, which the backward pass keeps; gradients are
         # added to the row layer by layer.
@@ -138,30 +137,21 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
     if load.generated_tokens:  # through a lane of its own
         own_lane = row_length * load.lane_value_bytes
         evaluation = max(evaluation, pass_.generation_bytes + own_lane)
-    base = shape.num_plain_params * load.dtype_bytes
-    base += 0 if load.resident else _linear_bytes(shape, load.quant, load.dtype_bytes)
-    if load.zero and load.strategy.stage == 3 and load.quant.llm_int8:
-        # bitsandbytes' state holds the codes whole, beside the parameters that ZeRO-3 has taken.
-        base += shape.num_linear_params
-    base_on_host = 0
-    if load.strategy.offload_params != "none":
-        base, base_on_host = _offloaded_base(shape, load, base)
     if load.in_place and load.cuda and not shape.tied_embeddings:
-        base_on_host = shape.vocab_size * shape.hidden_size * load.dtype_bytes
-        base -= base_on_host
-    states_on_host = states if load.strategy.offload_optimizer == "cpu" else 0
-    host = PROCESS_BYTES + offloaded + base_on_host + states_on_host
+        on_host = shape.vocab_size * shape.hidden_size * load.dtype_bytes
+        base -= on_host
     return PackMemory(
         base_bytes=base,
         dequantised_bytes=shape.num_linear_params * load.dtype_bytes if load.resident else 0,
         adapters_bytes=held,
-        optimizer_bytes=0 if optimizer_away else states,
+        optimizer_bytes=states,
         lanes_bytes=lanes,
         graph_bytes=graph,
         training_bytes=training,
         evaluation_bytes=evaluation,
         runtime_bytes=_runtime_bytes(load, measured),
-        host_bytes=host if load.cuda else 0,
+        loading_bytes=loading,
+        host_bytes=PROCESS_BYTES + on_host if load.cuda else 0,
     )
 
 
@@ -179,43 +169,6 @@ def _passes(
     return 0, training, pass_.evaluation_bytes
 
 
-def _zero_bytes(row_length: int, load: PackLoad) -> tuple[int, int, int]:
-    """Of ZeRO's copies of an adapter: held, in a step beside them, and on the host."""
-    row = row_length * MIN_ROW_VALUE_BYTES
-    bucket = min(row_length, MAX_BUCKET_ELEMENTS) * MIN_ROW_VALUE_BYTES
-    stage, offload = load.strategy.stage, load.strategy.offload_optimizer
-    copies, on_host = ZERO_COPIES, 0
-    if offload != "none":  # stage 1 keeps the gradient until the step all the same
-        copies, on_host = copies - (1 if stage == 1 else 2), 2
-    if load.strategy.offload_params != "none":  # those in use are on the GPU
-        on_host += 1
-    host = on_host * row
-    if offload == "nvme":  # in place of the partition, buffers for a group
-        host += nvme_buffer_bytes(row_length) - row
-    # In a step a flat copy of the gradient; while the engine starts, the partition on its way to
-    # the host. Stage 3 had neither: there it is in reserve.
-    return copies * row + bucket, row, host
-
-
-def _offloaded_base(shape: BaseShape, load: PackLoad, base: int) -> tuple[int, int]:
-    """Bytes on the GPU, where a part of the parameters is at a time, and on the host."""
-    constants = 0
-    if load.quant.bit_width == 4:
-        constants = (
-            _linear_bytes(shape, load.quant, load.dtype_bytes) - shape.num_linear_params // 2
-        )
-    on_host = base - constants
-    if load.strategy.offload_params == "nvme":
-        largest = max(
-            shape.vocab_size * shape.hidden_size * load.dtype_bytes,
-            max(linear_bytes(load.quant, [linear], load.dtype_bytes) for linear in shape.linears),
-        )
-        buffers = min(on_host, NVME_PARAM_BUFFERS * largest)
-        return buffers + constants, buffers
-    live = min(on_host, ZERO_LIVE_VALUES * load.dtype_bytes)
-    return live + constants, on_host
-
-
 @lru_cache(maxsize=256)
 def _linear_bytes(shape: BaseShape, quant: QuantConfig, dtype_bytes: int) -> int:
     return base_linear_bytes(quant, shape, dtype_bytes)
@@ -225,17 +178,19 @@ def _runtime_bytes(load: PackLoad, measured: Measured) -> int:
     if not load.cuda:
         return PROCESS_BYTES
     count = GRAPH_WORKSPACES if load.graph else WORKSPACES
-    context = context_bytes(load.strategy, load.in_group, measured)
+    context = context_bytes(load.strategy, load.world_size, measured)
     return context + count * measured.workspace_bytes
 
 
 def context_bytes(
-    strategy: StrategyConfig, in_group: bool = False, measured: Measured = HOPPER
+    strategy: StrategyConfig, world_size: int = 1, measured: Measured = HOPPER
 ) -> int:
-    """Of one worker, outside torch's allocator. DeepSpeed makes a group of one worker, too; that of
-    a data-parallel pack is taken to be as large, which was not measured."""
+    """Of one worker, outside torch's allocator. DeepSpeed makes a group of one worker, too."""
+    partners = measured.partners_context_bytes if world_size > 1 else 0
     if strategy.kind != "zero":
-        return measured.context_bytes + (measured.group_context_bytes if in_group else 0)
-    if strategy.stage == 3 and strategy.offload_params == "none":
-        return measured.context_bytes + measured.gathering_context_bytes
-    return measured.context_bytes + measured.group_context_bytes
+        group = measured.group_context_bytes if world_size > 1 else 0
+    elif strategy.stage == 3 and strategy.offload_params == "none":
+        group = measured.gathering_context_bytes
+    else:
+        group = measured.group_context_bytes
+    return measured.context_bytes + group + partners

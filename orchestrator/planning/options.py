@@ -109,8 +109,8 @@ class PackWish:
     gradient_checkpointing: Recomputation | None
     """As set; None to choose."""
     dora: bool = False
-    in_group: bool = False
-    """Whether several workers train it together."""
+    world_size: int = 1
+    """Workers that train it together."""
     as_set: str = "as set"
     """By whom these two are, in words."""
     kept_layers: int | None = None
@@ -171,7 +171,7 @@ def pack_load(premises: Premises, wish: PackWish, option: Option) -> PackLoad:
         cuda=premises.device == "cuda",
         strategy=wish.strategy,
         dora=wish.dora,
-        in_group=wish.in_group,
+        world_size=wish.world_size,
         generated_tokens=premises.generated_tokens,
         generation_batch_size=premises.generation_batch_size,
         kept_layers=option.kept_layers,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestrator.errors import ConfigError
-from orchestrator.planning.holding import why_too_large
+from orchestrator.planning.holding import pack_sizes, why_too_large
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import preview_packs
@@ -50,7 +50,7 @@ def refusal(
         attempt=0,
         time=now,
         reason="constraint",
-        peak_memory_bytes=_peak_memory_bytes(trial, constraints, premises),
+        peak_memory_bytes=_peak_memory_bytes(trial, constraints, premises, kinds),
         adapter_bytes=_adapter_bytes(trial, premises),
     )
     found = violations(constraints, expected)
@@ -80,21 +80,27 @@ def _adapter_bytes(trial: TrialSpec, premises: Premises) -> int:
     return 0 if isinstance(shape, UnknownShape) else saved_bytes(trial.config.adapter, shape)
 
 
-def _peak_memory_bytes(trial: TrialSpec, constraints: ConstraintsConfig, premises: Premises) -> int:
-    """Of the trial alone in a pack that gives up what it can; 0 where it is not estimated. What
-    several workers of ZeRO share is not in the estimate, so theirs is none."""
-    shared = pack_key(trial.config).zero and premises.resources.workers_per_pack != 1
-    if constraints.peak_memory_gib is None or shared:
+def _peak_memory_bytes(
+    trial: TrialSpec,
+    constraints: ConstraintsConfig,
+    premises: Premises,
+    kinds: Sequence[WorkerKind],
+) -> int:
+    """Of the trial alone in a pack that gives up what it can, of the number of workers that takes
+    least. 0 where it is not estimated."""
+    if constraints.peak_memory_gib is None:
         return 0
     alone = replace(
         within(constraints, premises),
         max_rank=largest_rank(trial.config.adapter),
         target_modules=trial.config.adapter.target_modules,
         dropout=trial.config.adapter.dropout > 0,
-        resources=premises.resources.model_copy(
-            update={"slots_per_pack": 1, "workers_per_pack": 1}
-        ),
     )
-    packs = preview_packs([trial], 1, alone)
-    memory = packs[0][0].fit.memory if packs else None
-    return memory.total_bytes if memory is not None else 0
+    peaks = []
+    for size in pack_sizes(trial.config, kinds, premises):
+        pack = {"slots_per_pack": 1, "workers_per_pack": size}
+        resources = premises.resources.model_copy(update=pack)
+        packs = preview_packs([trial], size, replace(alone, resources=resources))
+        if packs and (memory := packs[0][0].fit.memory) is not None:
+            peaks.append(memory.total_bytes)
+    return min(peaks, default=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import choices
-from benchmarks.children import Part, end, measure, start
+from benchmarks.children import Part, end, measure, run_ranks, start
 from benchmarks.flops import flops_per_token
 from benchmarks.forwarding import bars as forwarding_bars
 from benchmarks.frozen import layer_sizes
@@ -213,3 +213,30 @@ def test_a_seed_of_search_quality_is_another_order_of_the_same_points() -> None:
     assert first != second
     assert sorted(map(point_key, first)) == sorted(map(point_key, second))
     assert len(first) == 48
+
+
+RANK = """
+import sys, time
+rank = sys.argv[1].rpartition("=")[2]
+print("in", sys.argv[2].partition("=")[2], "as", rank, flush=True)
+time.sleep(60 if rank == WAITS else 0)
+sys.exit(3 if rank == "0" and FAILS else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("waits", "fails", "codes", "words"),
+    [
+        ("nobody", False, [0, 0], []),
+        ("1", True, [3, None], ["in tcp://127.0.0.1:", "as 0", "as 1"]),
+        ("1", False, [0, None], []),  # over its time
+    ],
+)
+def test_ranks_run_until_all_have_ended_or_one_has_failed(
+    waits: str, fails: bool, codes: list[int | None], words: list[str]
+) -> None:
+    code = RANK.replace("WAITS", repr(waits)).replace("FAILS", str(fails))
+    found, last = run_ranks([sys.executable, "-c", code], 2, 10 if fails else 2)
+    assert found == codes
+    assert all(word in last for word in words)
+    assert bool(last) == fails

@@ -142,14 +142,24 @@ def test_what_may_fit_if_the_estimate_is_a_little_high_is_tried() -> None:
         assert bool(why_too_large(config.trial, (kind,), given)) == refused
 
 
-def test_what_workers_of_zero_may_share_is_not_refused() -> None:
-    zero = {"kind": "zero", "stage": 3}
+@pytest.mark.parametrize(
+    ("count", "workers_per_pack", "refused"),
+    [(1, None, True), (4, None, False), (4, 1, True), (4, 4, False), (3, None, False)],
+)
+def test_a_trial_under_zero_is_refused_only_if_no_pack_that_it_may_have_holds_it(
+    count: int, workers_per_pack: int | None, refused: bool
+) -> None:
     config = sweep_config(
-        trial__quant={"bit_width": 16}, trial__strategy=zero, search={}, **SMALL_BATCH
+        trial__strategy={"kind": "zero", "stage": 2},
+        trial__adapter__rank=128,
+        resources={"workers_per_pack": workers_per_pack},
+        search={},
+        **SMALL_BATCH,
     )
     given = premises(config, "cuda", QWEN_32B, GIB)
-    assert why_too_large(config.trial, (replace(L40S, count=4),), given) == ""
-    assert "take larger GPUs" in why_too_large(config.trial, (L40S,), given)
+    why = why_too_large(config.trial, (replace(L40S, count=count),), given)
+    assert bool(why) == refused
+    assert "share it among workers" not in why  # who are not there, or not wanted
 
 
 def test_what_is_offloaded_must_fit_a_workers_part_of_its_node() -> None:
@@ -174,6 +184,24 @@ def test_what_is_offloaded_must_fit_a_workers_part_of_its_node() -> None:
         r"strategy\.offload_params: nvme or none, or take nodes with more memory",
         found[1],
     )
+
+
+@pytest.mark.parametrize(("workers", "refused"), [(1, True), (4, False), (None, False)])
+def test_workers_of_a_pack_share_what_is_offloaded_to_their_nodes(
+    workers: int | None, refused: bool
+) -> None:
+    config = sweep_config(
+        trial__strategy={"kind": "zero", "stage": 2, "offload_optimizer": "cpu"},
+        trial__adapter__rank=128,
+        resources={"workers_per_pack": workers},
+        search={},
+        **SMALL_BATCH,
+    )
+    given = premises(config, "cuda", QWEN_32B, GIB)
+    kind = replace(L40S, count=4, host_memory_bytes=16 * GIB)
+    why = why_too_large(config.trial, (kind,), given)
+    assert why.startswith("it does not fit its node") == refused
+    assert bool(why) == refused
 
 
 def test_what_is_offloaded_goes_to_the_kind_whose_nodes_hold_it() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.memory_cases import base_shape
 from benchmarks.models import SHAPES
-from orchestrator.config import QuantConfig, StrategyConfig
+from orchestrator.config import QuantConfig
 from orchestrator.planning.activations import joins_mlp, pass_memory
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.memory import (
@@ -263,66 +263,6 @@ def test_a_dora_packs_rows_have_magnitudes_and_its_lanes_are_fp32() -> None:
     assert dora.adapters_bytes - plain.adapters_bytes == 2 * 4 * magnitudes
     assert dora.lanes_bytes == 4 * (41_943_040 + magnitudes)
     assert plain.lanes_bytes == 2 * 41_943_040
-
-
-ZERO = replace(EAGER, strategy=StrategyConfig(kind="zero", stage=2))
-
-
-def test_zero_holds_copies_of_the_adapter_and_offloads_them_to_the_host() -> None:
-    row = 41_943_040 * 4
-    memory = estimate_memory(LLAMA_8B, ZERO)
-    assert memory.adapters_bytes == 5 * row  # with the partition's gradient, and a bucket
-    assert (memory.lanes_bytes, memory.optimizer_bytes) == (0, 2 * row)
-    strategy = StrategyConfig(kind="zero", stage=2, offload_optimizer="cpu")
-    offloading = estimate_memory(LLAMA_8B, replace(ZERO, strategy=strategy))
-    assert (offloading.adapters_bytes, offloading.optimizer_bytes) == (3 * row, 0)
-    assert offloading.host_bytes - memory.host_bytes == 4 * row  # with its gradient
-    strategy = StrategyConfig(kind="zero", stage=1, offload_optimizer="cpu")
-    keeping = estimate_memory(LLAMA_8B, replace(ZERO, strategy=strategy))
-    assert keeping.adapters_bytes == 4 * row  # its gradient stays until the step
-
-
-def test_zero_takes_more_outside_torchs_allocator_and_gathering_most() -> None:
-    stages = (StrategyConfig(kind="zero", stage=stage) for stage in (2, 3))
-    two, three = (replace(ZERO, strategy=strategy) for strategy in stages)
-    outside = [estimate_memory(LLAMA_8B, load).runtime_bytes for load in (EAGER, two, three)]
-    assert outside == sorted(set(outside))
-    parallel = estimate_memory(LLAMA_8B, replace(EAGER, in_group=True)).runtime_bytes
-    assert parallel == outside[1], "a data-parallel pack has a process group, too"
-
-
-def test_zero_3_holds_llm_int8s_codes_twice() -> None:
-    strategies = [StrategyConfig(kind="zero", stage=stage) for stage in (2, 3)]
-    for bit_width, more in ((8, LLAMA_8B.num_linear_params), (4, 0)):
-        quant = QuantConfig(bit_width=bit_width)
-        two, three = (
-            estimate_memory(LLAMA_8B, replace(ZERO, quant=quant, strategy=strategy)).base_bytes
-            for strategy in strategies
-        )
-        assert three - two == more
-
-
-def test_offloaded_parameters_leave_a_part_of_the_base_on_the_gpu() -> None:
-    strategy = StrategyConfig(kind="zero", stage=3, offload_params="cpu")
-    whole = replace(ZERO, strategy=StrategyConfig(kind="zero", stage=3))
-    offloading = estimate_memory(LLAMA_8B, replace(ZERO, strategy=strategy))
-    base = estimate_memory(LLAMA_8B, whole).base_bytes
-    assert offloading.base_bytes == 2 * 10**9
-    assert offloading.host_bytes > base
-
-
-def test_nvme_keeps_buffers_on_the_host_and_neither_states_nor_the_base() -> None:
-    row = 41_943_040 * 4
-    memory = estimate_memory(LLAMA_8B, ZERO)
-    strategy = StrategyConfig(kind="zero", stage=3, offload_optimizer="nvme")
-    swapping = estimate_memory(LLAMA_8B, replace(ZERO, strategy=strategy))
-    assert swapping.optimizer_bytes == 0
-    assert swapping.host_bytes - memory.host_bytes == row + 4 * 2**23 * 4  # gradients and buffers
-    strategy = StrategyConfig(kind="zero", stage=3, offload_params="nvme")
-    swapping = estimate_memory(LLAMA_8B, replace(ZERO, strategy=strategy))
-    embeddings = LLAMA_8B.vocab_size * LLAMA_8B.hidden_size * 2
-    assert swapping.base_bytes == 3 * embeddings
-    assert swapping.host_bytes - memory.host_bytes == 3 * embeddings + row  # with the adapter
 
 
 LOADS = st.builds(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.memory import GIB
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import OBJECTIVES, overshoots, pareto_front, violations
@@ -197,15 +198,22 @@ def test_a_limit_is_held_against_the_estimate_itself() -> None:
         assert (refusal(wide, limits, given, now=1.0) is not None) == refused
 
 
-@pytest.mark.parametrize(("workers", "refused"), [(1, True), (2, False), (None, False)])
-def test_what_workers_of_zero_share_is_not_estimated_so_no_limit_refuses_it(
-    workers: int | None, refused: bool
-) -> None:
-    wide, given = on_a_card(
-        trial__strategy={"kind": "zero", "stage": 3}, resources__workers_per_pack=workers
-    )
+def test_a_trial_under_zero_is_refused_by_what_a_worker_of_its_pack_needs_least() -> None:
+    kinds = (WorkerKind("H200", 4, 141 * GIB),)
     limits = search(constraints={"peak_memory_gib": 2}).constraints
-    assert (refusal(wide, limits, given, now=1.0) is not None) == refused
+    peaks = []
+    for workers in (1, 2, 4, None):
+        wide, given = on_a_card(
+            trial__strategy={"kind": "zero", "stage": 2},
+            trial__adapter__rank=64,
+            resources__workers_per_pack=workers,
+        )
+        refused = refusal(wide, limits, given, now=1.0, kinds=kinds)
+        assert refused is not None
+        peaks.append(refused.peak_memory_bytes)
+    one, two, four, free = peaks
+    assert one > two > four
+    assert free == four
 
 
 def test_where_the_base_is_not_known_nothing_is_refused_beforehand() -> None:
