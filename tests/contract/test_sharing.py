@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from orchestrator.sweep.own_share import one_worker_claimed
 from orchestrator.sweep.sharing import Alone, Claimant, Ledger, LedgerSharing, Share, Sharing
 
 MakeSharing = Callable[..., Sharing]
@@ -115,6 +116,12 @@ def test_workers_of_several_units_are_counted_in_workers(make_sharing: MakeShari
     wide.claim({"": (1,)})
     heard(narrow, TWO_PACKS, {"": 0})
     assert wide.claim({"": (1,)}) == Share()
+
+
+def test_who_prepares_data_on_a_worker_claims_one_meanwhile(make_sharing: MakeSharing) -> None:
+    trains, prepares = make_sharing("trains"), make_sharing("prepares")
+    with one_worker_claimed(prepares, ""):
+        heard(trains, TWO_PACKS, {"": 1})
 
 
 def test_a_ledger_forgets_who_claims_no_more() -> None:
