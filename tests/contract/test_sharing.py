@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from orchestrator.sweep.own_share import one_worker_claimed
-from orchestrator.sweep.sharing import Alone, Claimant, Ledger, LedgerSharing, Share, Sharing
+from orchestrator.sweep.sharing import (
+    EXPIRE_S,
+    Alone,
+    Claimant,
+    Ledger,
+    LedgerSharing,
+    Share,
+    Sharing,
+)
 
 MakeSharing = Callable[..., Sharing]
 """Of a sweep by its name, its priority and the units that a worker takes; two units there are."""
@@ -132,9 +140,9 @@ def test_a_ledger_forgets_who_claims_no_more() -> None:
         for came, name in enumerate(("one", "killed"))
     )
     killed.claim(TWO_PACKS)
-    now = 14.0
+    now = EXPIRE_S - 1
     assert one.claim(TWO_PACKS).limits == {"": 1}
-    now = 16.0
+    now = EXPIRE_S + 1
     assert one.claim(TWO_PACKS) == Share()
 
 

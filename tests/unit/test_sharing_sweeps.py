@@ -29,22 +29,22 @@ from orchestrator.sweep.policy import (
     decide,
 )
 from orchestrator.sweep.run_store import RunStore
-from orchestrator.sweep.sharing import Claimant, Ledger, LedgerSharing, Share
+from orchestrator.sweep.sharing import EXPIRE_S, Claimant, Ledger, LedgerSharing, Share
 from orchestrator.sweep.simulated import SimulatedWorker
 from tests.sweeps import LLAMA_8B, make_controller, make_store, premises, sweep_config
 
 NUM_WORKERS = 4
 TIMEOUT_S = 120.0
-STEPS = list(range(30, 38))
+STEPS = list(range(40, 48))
 
 
 def fast() -> float:
-    """Seconds that pass fifty times as fast as those of a clock."""
-    return 50 * time.monotonic()
+    """Seconds that pass ten times as fast as those of a clock."""
+    return 10 * time.monotonic()
 
 
-def make_ledger() -> Ledger:
-    return Ledger(lambda: {"CPU cores": NUM_WORKERS}, fast)
+def make_ledger(clock: Callable[[], float] = time.monotonic) -> Ledger:
+    return Ledger(lambda: {"CPU cores": NUM_WORKERS}, clock)
 
 
 class RunningSweep(threading.Thread):
@@ -63,7 +63,7 @@ class RunningSweep(threading.Thread):
         self.finished = False
         self.controller = make_controller(
             self.store,
-            InProcessExecutor(partial(SimulatedWorker, step_s=0.002)),
+            InProcessExecutor(partial(SimulatedWorker, step_s=0.005)),
             NUM_WORKERS,
             self._observe,
             own_share=OwnShare(self._sharing, fast),
@@ -166,11 +166,14 @@ def test_a_higher_priority_gets_all_workers_and_the_other_waits_and_goes_on(
 def test_a_sweep_without_a_share_begins_nothing_until_the_one_that_had_it_is_killed(
     tmp_path: Path, undisturbed: list[tuple[object, ...]]
 ) -> None:
-    ledger = make_ledger()
+    now = 0.0
+    ledger = make_ledger(lambda: now)
     killed = LedgerSharing(ledger, Claimant("killed", 5, 0.0, {"": ("CPU cores", 1)}))
     killed.claim({"": (1,) * NUM_WORKERS})
     sweep = RunningSweep(tmp_path / "run", ledger)
     sweep.start()
+    wait_until(lambda: sweep.decided("share"))
+    now = EXPIRE_S + 1
     sweep.end()
     assert outcomes(sweep.store) == undisturbed
     actions = [decision["action"] for decision in sweep.store.decisions]
@@ -182,7 +185,7 @@ def test_a_sweep_without_a_share_begins_nothing_until_the_one_that_had_it_is_kil
 
 
 def test_a_sweep_that_waits_for_a_share_can_be_asked_to_stop(tmp_path: Path) -> None:
-    ledger = Ledger(lambda: {"CPU cores": NUM_WORKERS})  # in which nothing expires meanwhile
+    ledger = make_ledger()
     other = LedgerSharing(ledger, Claimant("other", 5, 0.0, {"": ("CPU cores", 1)}))
     other.claim({"": (1,) * NUM_WORKERS})
     sweep = RunningSweep(tmp_path / "run", ledger)
