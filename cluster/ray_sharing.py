@@ -101,12 +101,12 @@ class _LedgerActor:
     def _capacity(self) -> Mapping[str, int]:
         if time.monotonic() - self._seen_at >= CAPACITY_LASTS_S:
             self._seen_at = time.monotonic()
-            self._seen = capacity()
+            self._seen = _all_units()
         return self._seen
 
 
-def capacity() -> dict[str, int]:
-    """Units of each pool that the cluster has now, whoever uses them."""
+def _all_units() -> dict[str, int]:
+    """Of each pool that the cluster has now, whoever uses them."""
     units: Counter[str] = Counter()
     for node in ray.nodes():
         if node["Alive"]:
