@@ -60,7 +60,7 @@ class OwnShare:
         if self._share.limits:
             return self._share.reason if self._share.limits != before.limits else ""
         if before.limits and not self._share.reason:
-            return "no other sweep limits it any more"
+            return "may use all workers that it can use"
         return self._share.reason if self._share != before else ""
 
     def holds_back(self, view: SweepView) -> bool:

@@ -65,7 +65,7 @@ def test_a_sweep_gives_its_workers_to_one_of_higher_priority_and_has_them_back_w
             thread.join()
     assert reasons(low, "share") == [
         "may use 0 of 2 CPU cores and could use 2 (priority 0); high may use 2 (priority 1)",
-        "no other sweep limits it any more",
+        "may use all workers that it can use",
     ]
     assert reasons(high, "share") == reasons(low, "retry_trial") == low.results == []
     resumed = [d for d in low.decisions if d["action"] == "resume_trial"]

@@ -160,7 +160,7 @@ def test_a_higher_priority_gets_all_workers_and_the_other_waits_and_goes_on(
     assert_as_undisturbed(low, undisturbed)
     assert high.most_packs == NUM_WORKERS
     assert high.decided("share") == high.decided("yield_pack") == []
-    assert low.decided("share")[-1] == "no other sweep limits it any more"
+    assert low.decided("share")[-1] == "may use all workers that it can use"
 
 
 def test_a_sweep_without_a_share_begins_nothing_until_the_one_that_had_it_is_killed(
@@ -180,7 +180,7 @@ def test_a_sweep_without_a_share_begins_nothing_until_the_one_that_had_it_is_kil
     assert actions.index("share") < actions.index("start_pack")
     assert sweep.decided("share") == [
         "may use 0 of 4 CPU cores and could use 4 (priority 0); killed may use 4 (priority 5)",
-        "no other sweep limits it any more",
+        "may use all workers that it can use",
     ]
 
 
