@@ -138,13 +138,13 @@ def _nodes(asks: bool) -> list[Node]:
             node["Resources"].get("CPU", 0),
             node["Resources"].get("GPU", 0),
             *memory,
-            gpu_kind=_accelerator(node["Resources"]),
+            gpu_kind=accelerator(node["Resources"]),
         )
         for node, memory in zip(alive, memories, strict=True)
     ]
 
 
-def _accelerator(resources: Mapping[str, float]) -> str:
+def accelerator(resources: Mapping[str, float]) -> str:
     """H100 of `accelerator_type:H100`, which Ray gives a node with such GPUs."""
     kinds = (name.partition(":")[2] for name in resources if name.startswith("accelerator_type:"))
     return next(kinds, "")

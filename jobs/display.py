@@ -55,6 +55,8 @@ from orchestrator.tracking.translation import beyond_bits_and_rank, brief, searc
 
 PLAIN_PROGRESS_EVERY_S = 15.0
 PLAIN_LEFT_EVERY_S = 60.0
+# Decisions that are said beside a live table, too.
+SAID = ("share", "yield_pack", "give_up_pack", "split_pack")
 
 
 class SweepDisplay:
@@ -100,7 +102,7 @@ class SweepDisplay:
         if (
             self._live is None
             or isinstance(event, PackQueued | PackReady | PackLost | TrialStopped)
-            or (isinstance(event, Decision) and event.action in ("give_up_pack", "split_pack"))
+            or (isinstance(event, Decision) and event.action in SAID)
         ):
             self._print(event)
 
@@ -178,7 +180,7 @@ class SweepDisplay:
                 )
                 if event.base_note:
                     self.say(f"pack {event.pack}: {event.base_note}")
-            case Decision() if event.action in ("learn_speed", "give_up_pack", "split_pack"):
+            case Decision() if event.action in ("learn_speed", *SAID):
                 self.say(f"{event.subject}: {event.reason}")
             case Standing() if event.left_s is not None:
                 if time.monotonic() - self._left_printed >= PLAIN_LEFT_EVERY_S:

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.adapters import open_adapter
-from orchestrator.config import TaskConfig, check_answer_pattern
+from orchestrator.config import TaskConfig
 from orchestrator.data.prepare import prepare_examples
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import BaseModelError, ConfigError
+from orchestrator.expressions import check_answer_pattern
 from orchestrator.files import cache_dir, read_json, write_json
 from orchestrator.loading import data_config
 from orchestrator.tracking.bootstrap import paired_interval

@@ -44,6 +44,7 @@ from orchestrator.sweep.executor import Executor, InProcessExecutor
 from orchestrator.sweep.flow import Services, auto_compute_dtype, run_sweep
 from orchestrator.sweep.machine_use import SampleNodes, recorded_use, sample_this_node
 from orchestrator.sweep.run_store import RunStore, SweepRecord, holds_sweep, new_run_id
+from orchestrator.sweep.sharing import Alone, Claimant, Sharing
 from orchestrator.tracking.follower import (
     CPU_FRACTION,
     CPU_FRACTION_BESIDE_TRAINING,
@@ -90,6 +91,8 @@ class Backend:
     """Of each kind of workers whose rates are known."""
     run_on_worker: RunOnWorker = run_here
     host_memory_bytes: int = 0
+    sharing: Callable[[str], Sharing] = lambda run_id: Alone()
+    """Of a run's workers, with other sweeps."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,7 @@ def _ray_backend(
     from cluster.one_job import run_on_worker
     from cluster.ray_executor import RayExecutor
     from cluster.ray_runtime import Awaited, ray_cluster, release_room, running_cluster
+    from cluster.ray_sharing import RaySharing, pools
     from cluster.sharding import RayTasks
 
     address = running_cluster(address)
@@ -246,6 +250,15 @@ def _ray_backend(
                 return prepared_here()
             return RayTasks(num_cpus)
 
+        kinds = worker_kinds(config.resources, nodes, num_workers) if device == "cuda" else ()
+        taken_from = pools(config.resources, device, kinds, nodes)
+
+        def sharing(run_id: str) -> Sharing:
+            if address is None:
+                return Alone()
+            priority = config.resources.priority
+            return RaySharing(Claimant(run_id, priority, time.time(), taken_from))
+
         yield Backend(
             "ray",
             executor,
@@ -253,7 +266,7 @@ def _ray_backend(
             num_workers,
             device,
             memory_bytes,
-            worker_kinds(config.resources, nodes, num_workers) if device == "cuda" else (),
+            kinds,
             # From here on what packs reserve is what the cluster keeps.
             release_room if awaited else lambda: None,
             ray_metrics(config.name),
@@ -261,6 +274,7 @@ def _ray_backend(
             known_gpus(nodes),
             run_on_worker(device, config.resources.cpus_per_worker),
             host_memory_bytes(config.resources, nodes, num_workers),
+            sharing,
         )
 
 
@@ -356,6 +370,7 @@ def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
         backend.gpus,
         backend.run_on_worker,
         backend.host_memory_bytes,
+        backend.sharing(store.sweep.run_id),
     )
     try:
         with store.locked(lock_wait_s), interrupts.caught():

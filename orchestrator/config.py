@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from orchestrator.data_config import DataConfig
+from orchestrator.expressions import check_answer_pattern, check_pattern
 from orchestrator.search_config import SearchConfig
 from orchestrator.strict import Fraction, NonNegativeInt, PositiveInt, Strict, Switch
 
@@ -331,6 +332,11 @@ class ResourcesConfig(Strict):
     """Keep the 4-bit base's values in memory as the arithmetic needs them, instead of making them
     again at every use: the same numbers, sooner. null: where the memory allows."""
 
+    priority: Annotated[int, Field(strict=True)] = 0
+    """Among sweeps that are attached to one Ray cluster: a higher one has all the workers that it
+    can use before a lower one has any, equal ones have equal shares. Not Kueue's, which is
+    `submit --priority`."""
+
     quantised_cache_gib: Annotated[float, Field(ge=0)] = 0.0
     """Local disk that may keep bases in codes, all together, in GiB. A base is then quantised once
     on a machine, and read back bit for bit; the ones used longest ago make room. 0: none is kept.
@@ -470,30 +476,3 @@ def has_password(uri: str) -> bool:
             return "@" in uri
     # As SQLAlchemy reads it: the password of a database may hold slashes.
     return re.match(r"[\w+.-]+://[^:/@]*:[^@]+@", uri) is not None
-
-
-def check_pattern(field: str, expression: str) -> None:
-    """Raises ValueError for a key of a pattern that is no regular expression."""
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ValueError(
-            f"{field}: {expression!r} is no regular expression: {error}: name a layer, its ending "
-            "or an expression that matches"
-        ) from error
-
-
-def check_answer_pattern(expression: str) -> None:
-    """Raises ValueError for one that is no regular expression, or has several groups."""
-    try:
-        groups = re.compile(expression).groups
-    except re.error as error:
-        raise ValueError(
-            f"answer_pattern must be a regular expression, but got {expression!r} ({error}): "
-            "correct it, or leave it out to compare whole answers"
-        ) from error
-    if groups > 1:
-        raise ValueError(
-            f"answer_pattern must have at most one group, which is what is compared, but got "
-            f"{expression!r} with {groups}: write (?:...) for the others"
-        )

@@ -23,6 +23,7 @@ from orchestrator.search.space import next_trial
 from orchestrator.sweep.controller import LEAVE_TIMEOUT_S, Controller
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.flow import sweep_premises
+from orchestrator.sweep.own_share import OwnShare
 from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.run_store import RunStore, SweepRecord
 
@@ -68,6 +69,7 @@ def make_controller(
     pace: Pace | None = None,
     leave_timeout_s: float = LEAVE_TIMEOUT_S,
     asked: Callable[[], None] = lambda: None,
+    own_share: OwnShare | None = None,
 ) -> Controller:
     """Of workers of one process, which cannot train a pack together. `asked` is called whenever the
     sampler is."""
@@ -93,6 +95,7 @@ def make_controller(
         observe,
         pace=pace,
         leave_timeout_s=leave_timeout_s,
+        own_share=own_share,
     )
 
 

@@ -203,7 +203,7 @@ def _num_packs(
     if len(found) < 2 and len(free) < 2:  # each other waiting key gets a pack too
         return sum(kind.count for kind in free) // world_size - (num_groups - 1)
     # Faster workers, the busy ones as well, take more trials in their turn.
-    equal = sum(kind.count * kind.speed for kind in found) / free[0].speed
+    equal = sum(kind.usable * kind.speed for kind in found) / free[0].speed
     return equal / world_size * lines.work_left(key) / lines.all_work_left
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.errors import ConfigError, DiskFull
-from orchestrator.planning.compatibility import problems
+from orchestrator.errors import DiskFull
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan, one_kind, preview_packs
@@ -20,6 +19,7 @@ from orchestrator.planning.waiting import Waiting, pack_key
 from orchestrator.records import (
     Arithmetic,
     Assign,
+    Checkpointed,
     Decision,
     Evaluated,
     Event,
@@ -45,10 +45,12 @@ from orchestrator.records import (
 )
 from orchestrator.search.pruning import Verdict
 from orchestrator.search.space import num_trials
+from orchestrator.sweep.admission import Admission
 from orchestrator.sweep.executor import Executor
-from orchestrator.sweep.expectations import check_none_waits, refusal
+from orchestrator.sweep.expectations import check_none_waits
 from orchestrator.sweep.lessons import heeding
 from orchestrator.sweep.losses import Loads, remedy, slot_limits
+from orchestrator.sweep.own_share import OwnShare
 from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.pack_views import Packs
 from orchestrator.sweep.policy import (
@@ -58,11 +60,13 @@ from orchestrator.sweep.policy import (
     ReleasePack,
     StartPack,
     SweepView,
+    YieldPack,
     decide,
 )
 from orchestrator.sweep.results import failed_result, finished_result, pruned_result
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
 from orchestrator.sweep.running import RunningPack, ready_notes, standing, why_resumed
+from orchestrator.sweep.sharing import Alone
 from orchestrator.sweep.silence import Silences
 from orchestrator.sweep.verdicts import recall_pruning, verdict_facts
 
@@ -91,6 +95,7 @@ class Controller:
         kinds: tuple[WorkerKind, ...] = (),
         pace: Pace | None = None,
         leave_timeout_s: float = LEAVE_TIMEOUT_S,
+        own_share: OwnShare | None = None,
     ) -> None:
         """`kinds` of the workers, the fastest first; empty where all are alike. `pace`: what is
         known of their speed; it learns."""
@@ -99,7 +104,6 @@ class Controller:
         self._ask = ask
         self._build_pack = build_pack
         self._num_workers = num_workers
-        self._at_start = premises
         self._premises = heeding(premises, store.decisions)
         self._pace = pace or Pace()
         self._pace.recall(store.pack_events)
@@ -110,10 +114,12 @@ class Controller:
             self._waiting.limit(trial, max_slots)
         self._observe = observe
         self._leave_timeout_s = leave_timeout_s
+        self._own_share = own_share or OwnShare(Alone())
         config = store.sweep.config
         self._silences = Silences(config.resources.hang_after_s, time.monotonic())
         self._max_restarts = config.max_restarts
-        self._constraints = config.search.constraints
+        alike = one_kind(num_workers, premises)
+        self._admission = Admission(premises, config.search.constraints, kinds or alike)
         self._num_trials = num_trials(config.search)
         self._trials = {trial.number: trial for trial in store.trials}
         self._results = {result.number: result for result in store.results}
@@ -163,14 +169,19 @@ class Controller:
             self._judge()
             if self._stop_at is None:
                 # Full packs wait for no decision, and to ask a sampler that learns takes a while.
-                self._let_packs_go_on(full=True)
+                if not self._own_share.is_exceeded:
+                    self._let_packs_go_on(full=True)
                 self._ask_for_trials()
+                if news := self._own_share.ask(self._view):
+                    self._decided("share", "sweep", news)
             for action in decide(self._view()):
                 self._carry_out(action)
             self._let_packs_go_on()
             self._tell_standing()
             if not self._packs:
-                break
+                if self._stop_at is not None or not self._own_share.holds_back(self._view()):
+                    break
+                time.sleep(POLL_S)
             answers = self._executor.poll(POLL_S)
             self._silences.pass_time(time.monotonic())
             for pack, events in answers:
@@ -182,21 +193,10 @@ class Controller:
         return self._stop_at is None
 
     def _check_trials(self) -> None:
-        """A resume may change the resources; stored trials were asked for with the old ones."""
-        workers_per_pack = self._premises.resources.workers_per_pack
-        misfits = []
         for trial in list(self._view().waiting):
-            # Where its sweep was killed before it could say so.
-            if found := problems(trial.config, shape=self._premises.shape):
-                self._end(failed_result(trial.number, 0, "not_valid", "; ".join(found)))
-                continue
-            if refused := self._refusal(trial):
+            if refused := self._admission.refused_stored(trial):
                 self._end(refused)
-                continue
-            found = problems(trial.config, workers_per_pack)
-            misfits += [f"trial {trial.number}: {problem}" for problem in found]
-        if misfits:
-            raise ConfigError("\n".join(misfits))
+        self._admission.check_stored(self._view().waiting)
 
     def _ask_for_trials(self) -> None:
         """Keep the sampler's supply ahead of free slots; `ask` says None when there is no more."""
@@ -205,20 +205,8 @@ class Controller:
             self._trials[trial.number] = trial
             self._moved = True
             self._pruning.add(trial)
-            given = self._premises
-            if found := problems(trial.config, given.resources.workers_per_pack, given.shape):
-                self._end(failed_result(trial.number, 0, "not_valid", "; ".join(found)))
-            elif refused := self._refusal(trial):
+            if refused := self._admission.refused_new(trial):
                 self._end(refused)
-
-    def _refusal(self, trial: TrialSpec) -> TrialResult | None:
-        """Of a trial without a map of bits, or that cannot keep to the constraints or fits no
-        worker, before it takes a slot. By the estimate alone: what ran out of memory before is
-        tried with less."""
-        if trial.refused:
-            return failed_result(trial.number, 0, "not_valid", trial.refused)
-        kinds = self._kinds or one_kind(self._num_workers, self._at_start)
-        return refusal(trial, self._constraints, self._at_start, time.time(), kinds)
 
     def _judge(self) -> None:
         """Give the verdicts that are due at rungs, and end what they settle."""
@@ -250,7 +238,8 @@ class Controller:
         )
 
     def _write_plan(self) -> None:
-        """The packs that this start of the sweep begins with; what follows is in the decisions."""
+        """The packs that this start of the sweep begins with, if no other sweep limits it; what
+        follows is in the decisions."""
         packs = preview_packs(
             self._view().waiting, self._num_workers, self._premises, self._had, self._kinds
         )
@@ -273,7 +262,7 @@ class Controller:
             self._waiting.keep_to(self._trials.keys() - taken - over, self._trials)
             self._moved = False
         self._views.keep_to({number: pack.view(number) for number, pack in self._packs.items()})
-        return SweepView(
+        view = SweepView(
             self._waiting,
             self._views,
             self._num_workers,
@@ -282,6 +271,7 @@ class Controller:
             self._had,
             self._kinds,
         )
+        return self._own_share.limited(view)
 
     def _carry_out(self, action: Action) -> None:
         match action:
@@ -300,6 +290,10 @@ class Controller:
             case ReleasePack(pack, save):
                 self._decided("release_pack", f"pack {pack}", action.reason)
                 self._packs[pack].directives.append(Leave(save))
+            case YieldPack(pack):
+                self._decided("yield_pack", f"pack {pack}", action.reason)
+                self._packs[pack].directives.append(Leave(save=True))
+                self._packs[pack].leaving = True
             case AbandonPack(pack):
                 self._decided("release_pack", f"pack {pack}", action.reason)
                 self._end_pack(pack)
@@ -350,6 +344,7 @@ class Controller:
             return  # an answer that was under way when the pack was given up
         pack = self._packs[number]
         pack.idle = not any(isinstance(event, PackQueued | PackPlaced) for event in events)
+        pack.at_rung = any(isinstance(event, Evaluated | Checkpointed) for event in events)
         self._silences.hear(number, events)
         for event in events:
             if getattr(event, "trial", None) in self._results:
@@ -404,6 +399,8 @@ class Controller:
                 self._end(failed_result(event.trial, event.attempt, event.reason, event.message))
             case PackLeft():
                 self._end_pack(number)
+                for trial in pack.attempts:
+                    self._note_checkpoint(trial)
             case PackLost():
                 self._lost(event)
 

@@ -8,7 +8,7 @@ resumed sweep runs the same function. What differs between Ray and one process c
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,9 +47,11 @@ from orchestrator.sweep.controller import Controller
 from orchestrator.sweep.earlier import keep_speeds, speeds_to_begin_with
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.expectations import within
+from orchestrator.sweep.own_share import OwnShare, one_worker_claimed
 from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import Winner, select_winner
+from orchestrator.sweep.sharing import Alone, Sharing
 
 # Trials that a sampler which learns has under way for each worker: more fill a worker better, and
 # are drawn knowing fewer results.
@@ -85,6 +87,11 @@ class Services:
     """Runs one job where a worker would train; before any pack does."""
     host_memory_bytes: int = 0
     """A GPU worker's part of its node's own memory, the least; 0: unknown."""
+    sharing: Sharing = field(default_factory=Alone)
+
+    def claimed(self) -> AbstractContextManager[None]:
+        """Of the fastest workers one, for what is done before there are packs."""
+        return one_worker_claimed(self.sharing, self.kinds[0].name if self.kinds else ALIKE.name)
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,9 @@ def _data(
     from orchestrator.training.model_source import local_folder
 
     folder = Path(local_folder(base))
-    with services.task_pool() as run_tasks:
+    # Of GPUs it takes none.
+    on_workers = device_named(store.sweep.device) == "cpu"
+    with services.claimed() if on_workers else nullcontext(), services.task_pool() as run_tasks:
         data = prepare(config.data, folder, cache_dir(), run_tasks, services.display.say)
     store.write("data", data.to_json())
     return data
@@ -187,7 +196,8 @@ def _train(
         services.display.observe(notice)
         services.watch(notice)
 
-    with closing(services.executor) as executor:
+    # The workers are given back before the claim to them.
+    with closing(services.sharing), closing(services.executor) as executor:
         premises = sweep_premises(
             config,
             device_named(store.sweep.device),
@@ -209,6 +219,7 @@ def _train(
             observe,
             services.kinds,
             pace,
+            own_share=OwnShare(services.sharing),
         )
         services.on_controller(controller)
         finished = controller.run()
@@ -234,7 +245,8 @@ def _bit_chooser(
     sweep = store.sweep
     chooser = BitChooser(base, shape, data, sweep.compute_dtype, device_named(sweep.device))
     chooser.chosen |= store.read("bits") or {}
-    chooser.measure(sweep.config, services.run_on_worker, services.display.say)
+    with services.claimed():
+        chooser.measure(sweep.config, services.run_on_worker, services.display.say)
     return chooser
 
 

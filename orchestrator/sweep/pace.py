@@ -128,11 +128,11 @@ class Pace:
         """Seconds until the last trial is trained, if none is stopped at a rung; None where that is
         not known. Evaluations, loads and idle slots apart."""
         plans = {key: plan for key, plan in self._plans.items() if self._is_known(plan)}
-        if not plans:
-            return None
         # Of the whole cluster's seconds, for a block.
         speeds = {kind.name: kind.speed for kind in kinds}
-        capacity = sum(kind.count * kind.speed for kind in kinds)
+        capacity = sum(kind.usable * kind.speed for kind in kinds)
+        if not plans or not capacity:
+            return None
         costs = {
             key: self._block_s(plan, plan.num_slots)
             / plan.num_slots

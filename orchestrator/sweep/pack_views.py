@@ -23,6 +23,10 @@ class PackView:
     arithmetic: Arithmetic = Arithmetic(1, 1, False)
     kind: str = ""
     """Of its workers."""
+    at_rung: bool = False
+    """It has just evaluated or saved one of its trials."""
+    leaving: bool = False
+    """It was told to save and leave."""
 
     @property
     def free(self) -> int:
@@ -77,7 +81,7 @@ class Packs:
         self._views[view.number] = view
         if view.idle:
             self._idle.add(view.number)
-        elif view.free:
+        elif view.free and not view.leaving:
             group = self._open.setdefault(_alike(view), OpenPacks())
             group.views[view.number] = view
             group.free += view.free
@@ -107,7 +111,7 @@ class Packs:
 
     def _leave(self, view: PackView) -> None:
         self._idle.discard(view.number)
-        if view.idle or not view.free:
+        if view.idle or view.leaving or not view.free:
             return
         group = self._open[_alike(view)]
         del group.views[view.number]

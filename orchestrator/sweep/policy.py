@@ -5,7 +5,7 @@ In: SweepView. Out: actions, each with its reason. No clock, no Ray, no files.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.planning.kinds import WorkerKind
@@ -22,6 +22,13 @@ from orchestrator.planning.waiting import Kept, Lines, PackKey, indexed
 from orchestrator.records import TrialSpec
 from orchestrator.sweep.pack_views import OpenPacks, Packs, PackView, indexed_packs
 
+# Claims move while a sweep begins, ends or asks for trials: what is over for less is not given up.
+SETTLED_AFTER_S = 5.0
+# How long a pack may train on to its next rung or checkpoint: to save one at any step is as exact,
+# and takes about a second.
+RUNG_WITHIN_S = 60.0
+GIVES_WAY = "gives way to another sweep"
+
 
 @dataclass(frozen=True)
 class SweepView:
@@ -36,10 +43,17 @@ class SweepView:
     """What the waiting trials that have a checkpoint were trained with."""
     kinds: tuple[WorkerKind, ...] = ()
     """Of the workers, the fastest first; empty where all are alike."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Workers that the sweep may use now, of the kinds that others on its cluster claim too."""
+    over_s: float = 0.0
+    """How long its packs have had more than that."""
 
     @property
     def all_kinds(self) -> tuple[WorkerKind, ...]:
-        return self.kinds or one_kind(self.num_workers, self.premises)
+        kinds = self.kinds or one_kind(self.num_workers, self.premises)
+        if not self.limits:
+            return kinds
+        return tuple(replace(kind, limit=self.limits.get(kind.name)) for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,15 @@ class AbandonPack:
     reason: str = field(default="", compare=False)
 
 
-Action = StartPack | AssignTrial | ReleasePack | AbandonPack
+@dataclass(frozen=True)
+class YieldPack:
+    """End a pack for other sweeps: its trials are saved, and wait."""
+
+    pack: int
+    reason: str = field(default="", compare=False)
+
+
+Action = StartPack | AssignTrial | ReleasePack | AbandonPack | YieldPack
 
 
 def decide(view: SweepView) -> list[Action]:
@@ -81,13 +103,16 @@ def decide(view: SweepView) -> list[Action]:
     lines = Lines(waiting, what_is_kept(half_trained, view.had, view.all_kinds, view.premises))
     packs = indexed_packs(view.packs)
     free = _free_workers(view, packs)
-    actions: list[Action] = []
+    ended = _give_way(view)
+    gone = {action.pack for action in ended}
+    actions: list[Action] = [*ended]
     for pack in packs.idle:
-        actions += _fill(view, pack, lines)
+        if pack.number not in gone:
+            actions += _fill(view, pack, lines)
     open_packs = packs.open
     if free or not _enough(open_packs, lines):
         for alike in open_packs:
-            actions += _reserve(view, alike, lines)
+            actions += [drop for drop in _reserve(view, alike, lines) if drop.pack not in gone]
     return actions + _start(view, packs, lines, free)
 
 
@@ -100,6 +125,44 @@ def _interrupt(view: SweepView) -> Sequence[Action]:
         for pack in view.packs
         if pack.idle or not pack.ready
     ]
+
+
+def workers_over(view: SweepView) -> dict[str, int]:
+    """By kind, how many more than its share the sweep has, apart from packs that are leaving."""
+    if not view.limits:
+        return {}
+    held: Counter[str] = Counter()
+    for pack in view.packs:
+        if not pack.leaving:
+            held[pack.kind] += pack.arithmetic.world_size
+    return {kind: max(0, held[kind] - limit) for kind, limit in view.limits.items()}
+
+
+def _give_way(view: SweepView) -> list[YieldPack | AbandonPack]:
+    """Packs beyond the share, those first that lose least: the ones that load, then the ones with
+    the fewest trials, at a rung or a checkpoint if one comes in time."""
+    ended: list[YieldPack | AbandonPack] = []
+    if view.over_s < SETTLED_AFTER_S:
+        return ended
+    overdue = view.over_s >= RUNG_WITHIN_S
+    for kind, over in workers_over(view).items():
+        able = [pack for pack in view.packs if pack.kind == kind and _may_go(pack, overdue)]
+        for pack in sorted(able, key=lambda pack: (pack.ready, pack.occupied, -pack.number)):
+            if over <= 0:
+                break
+            over -= pack.arithmetic.world_size
+            if not pack.ready:
+                ended.append(AbandonPack(pack.number, f"{GIVES_WAY} before it is loaded"))
+                continue
+            when = f"no rung or checkpoint came within {RUNG_WITHIN_S:.0f} s"
+            if pack.at_rung or not pack.occupied:
+                when = "a trial is at a rung or checkpoint" if pack.occupied else "it is empty"
+            ended.append(YieldPack(pack.number, f"{GIVES_WAY}: {when}"))
+    return ended
+
+
+def _may_go(pack: PackView, overdue: bool) -> bool:
+    return not pack.ready or (pack.idle and (pack.at_rung or not pack.occupied or overdue))
 
 
 def _fill(view: SweepView, pack: PackView, lines: Lines) -> list[Action]:
@@ -121,9 +184,9 @@ def _take(view: SweepView, pack: PackView, most: int, lines: Lines) -> list[Tria
     """The next trials for packs like this one: none that faster workers would end sooner."""
     longest = math.inf
     if view.kinds:
-        kind = next(kind for kind in view.kinds if kind.name == pack.kind)
-        slots = pack.num_slots
-        longest = longest_here(pack.key, kind, slots, lines, view.kinds, view.premises)
+        kinds, slots = view.all_kinds, pack.num_slots
+        kind = next(kind for kind in kinds if kind.name == pack.kind)
+        longest = longest_here(pack.key, kind, slots, lines, kinds, view.premises)
     return lines.take(pack.key, pack.arithmetic, most, longest)
 
 
@@ -138,12 +201,12 @@ def _enough(open_packs: Sequence[OpenPacks], lines: Lines) -> bool:
     )
 
 
-def _reserve(view: SweepView, alike: OpenPacks, lines: Lines) -> list[Action]:
+def _reserve(view: SweepView, alike: OpenPacks, lines: Lines) -> list[AbandonPack]:
     """The trials that these packs will take once they have loaded, or answer, are spoken for."""
     left = len(_take(view, alike.first, alike.free, lines))
     if left == alike.free or not alike.loading:
         return []
-    actions: list[Action] = []
+    actions: list[AbandonPack] = []
     for pack in alike:
         if not left and not pack.ready:
             actions.append(AbandonPack(pack.number, _why_none(pack, lines)))
@@ -162,7 +225,7 @@ def _why_assigned(view: SweepView, pack: PackView, trial: TrialSpec) -> str:
 
 def _free_workers(view: SweepView, packs: Packs) -> list[WorkerKind]:
     """Of each kind; empty where none is free."""
-    free = [replace(kind, count=kind.count - packs.workers[kind.name]) for kind in view.all_kinds]
+    free = [replace(kind, count=kind.usable - packs.workers[kind.name]) for kind in view.all_kinds]
     return free if any(kind.count > 0 for kind in free) else []
 
 

@@ -24,6 +24,8 @@ class RunningPack:
     """Attempt number of each trial in its slots."""
     ready: bool = False
     idle: bool = False
+    at_rung: bool = False
+    leaving: bool = False
     directives: list[Directive] = field(default_factory=list)
     stopped: list[TrialResult] = field(default_factory=list)
     """Trials that its worker may be saving until it answers: their files stay until then."""
@@ -32,19 +34,22 @@ class RunningPack:
 
     def view(self, number: int) -> PackView:
         """The one before, where nothing has changed: there may be a thousand packs."""
-        occupied, seen = len(self.attempts), self._seen
-        if seen and (seen.occupied, seen.ready, seen.idle) == (occupied, self.ready, self.idle):
+        seen = self._seen
+        now = (len(self.attempts), self.ready, self.idle, self.at_rung, self.leaving)
+        if seen and now == (seen.occupied, seen.ready, seen.idle, seen.at_rung, seen.leaving):
             return seen
         plan = self.plan
         self._seen = PackView(
             number,
             plan.key,
             plan.num_slots,
-            occupied,
+            len(self.attempts),
             self.ready,
             self.idle,
             plan.arithmetic,
             plan.kind.name,
+            self.at_rung,
+            self.leaving,
         )
         return self._seen
 

@@ -329,7 +329,7 @@ def test_a_node_without_work_is_free_and_the_sweep_goes_on_when_it_is_taken_away
     assert [(r.state, r.attempt) for r in sweep.store.results] == [("finished", 1)] * 4
 
 
-def test_sweeps_that_share_a_cluster_take_turns_and_the_one_that_waits_says_so(
+def test_a_sweep_takes_turns_with_one_that_makes_no_claims_and_says_that_it_waits(
     three_nodes: LocalCluster,
     run: Callable[..., RunningSweep],
     tmp_path: Path,

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.planning.waiting import pack_key
 from orchestrator.records import Arithmetic, TrialSpec
 from orchestrator.sweep.pack_views import Packs, PackView
-from orchestrator.sweep.policy import SweepView, decide
+from orchestrator.sweep.policy import RUNG_WITHIN_S, SETTLED_AFTER_S, SweepView, decide
 from tests.sweeps import premises, sweep_config
 
 TRIALS = [
@@ -18,14 +18,17 @@ TRIALS = [
 
 def drawn_view(number: int, drawn: random.Random) -> PackView:
     ready = drawn.random() < 0.6
+    idle = ready and drawn.random() < 0.4
     return PackView(
         number,
         pack_key(TRIALS[number % 2].config),
         4,
         drawn.randint(0, 4),
         ready,
-        ready and drawn.random() < 0.4,
+        idle,
         Arithmetic(drawn.choice((1, 2)), 1, False),
+        at_rung=idle and drawn.random() < 0.5,
+        leaving=ready and not idle and drawn.random() < 0.2,
     )
 
 
@@ -45,13 +48,16 @@ def test_a_kept_index_decides_as_the_packs_themselves(seed: int) -> None:
         kept.keep_to(running)
         waiting = drawn.sample(TRIALS, drawn.randint(0, 12))
         views = tuple(running.values())
-        expected = SweepView(waiting, views, drawn.randint(1, 12), given)
+        limits = {"": drawn.randint(0, 12)} if drawn.random() < 0.5 else {}
+        over_s = drawn.choice((0.0, SETTLED_AFTER_S, RUNG_WITHIN_S))
+        num_workers = drawn.randint(1, 12)
+        expected = SweepView(waiting, views, num_workers, given, limits=limits, over_s=over_s)
         assert decide(replace(expected, packs=kept)) == decide(expected)
         assert list(kept) == list(views)
         assert kept.workers[""] == sum(view.arithmetic.world_size for view in views)
         assert [view.number for view in kept.idle] == [v.number for v in views if v.idle]
-        free = sum(view.free for view in views if not view.idle)
-        assert sum(alike.free for alike in kept.open) == free
+        fills = [view for view in views if not view.idle and not view.leaving]
+        assert sum(alike.free for alike in kept.open) == sum(view.free for view in fills)
         assert sum(alike.loading for alike in kept.open) == sum(
-            not view.ready and view.free > 0 for view in views
+            not view.ready and view.free > 0 for view in fills
         )

@@ -298,11 +298,15 @@ def test_the_display_says_what_was_learnt_or_given_up_and_how_long_the_rest_take
     display.observe(Decision(0.0, "learn_speed", "16-bit on H200", "durations x 1.13"))
     display.observe(Decision(0.0, "give_up_pack", "pack 3", "it hangs"))
     display.observe(Decision(0.0, "split_pack", "pack 4", "it raised"))
+    display.observe(Decision(0.0, "share", "sweep", "may use 2 of 4 GPUs"))
+    display.observe(Decision(0.0, "yield_pack", "pack 5", "gives way"))
     assert capsys.readouterr().out.splitlines() == [
         "about 2:10:00 left",
         "16-bit on H200: durations x 1.13",
         "pack 3: it hangs",
         "pack 4: it raised",
+        "sweep: may use 2 of 4 GPUs",
+        "pack 5: gives way",
     ]
 
 
