@@ -21,7 +21,7 @@ from orchestrator.config import ResourcesConfig
 from orchestrator.planning.capacity import Node
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.shares import Claim, PoolShare, Sizes
-from orchestrator.sweep.sharing import Claimant, Ledger, Share
+from orchestrator.sweep.sharing import CLAIM_EVERY_S, Claimant, Ledger, Share
 
 NAME = "orchestrator-ledger"
 CORES = "CPU cores"
@@ -37,6 +37,8 @@ LOST = (RayError, ValueError)
 
 
 class RaySharing:
+    every_s = CLAIM_EVERY_S
+
     def __init__(self, claimant: Claimant, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self._claimant = claimant
         self._timeout_s = timeout_s

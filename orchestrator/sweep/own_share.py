@@ -23,8 +23,6 @@ from orchestrator.sweep.policy import (
 )
 from orchestrator.sweep.sharing import Share, Sharing
 
-CLAIM_EVERY_S = 1.0
-
 
 class OwnShare:
     def __init__(self, sharing: Sharing, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,7 +53,7 @@ class OwnShare:
         now = self._clock()
         if now < self._due:
             return ""
-        self._due = now + CLAIM_EVERY_S
+        self._due = now + self._sharing.every_s
         before, self._share = self._share, self._sharing.claim(wanted_packs(look()))
         if self._share.limits:
             return self._share.reason if self._share.limits != before.limits else ""
@@ -74,7 +72,7 @@ def one_worker_claimed(sharing: Sharing, kind: str) -> Iterator[None]:
     over = threading.Event()
 
     def claim() -> None:
-        while not over.wait(CLAIM_EVERY_S):
+        while not over.wait(min(sharing.every_s, threading.TIMEOUT_MAX)):
             sharing.claim({kind: (1,)})
 
     thread = threading.Thread(target=claim)

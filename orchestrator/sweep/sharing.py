@@ -6,6 +6,7 @@ meet in a Ledger; one contract suite, tests/contract/test_sharing.py, holds them
 behaviour.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from orchestrator.planning.shares import Claim, PoolShare, Sizes, divide
 # A driver claims every second, but not while a learning sampler is asked, or its disk hangs. One
 # that expires too early loses nothing at once: who is over its share waits before it gives way.
 EXPIRE_S = 15.0
+CLAIM_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class Share:
 
 
 class Sharing(Protocol):
+    every_s: float
+    """How often to claim."""
+
     def claim(self, packs: Mapping[str, Sizes]) -> Share:
         """Say what the sweep could use now: by kind of worker the sizes of its packs, in workers,
         those that run first. Returns the share as far as it is known, and soon, whatever has become
@@ -40,6 +45,8 @@ class Sharing(Protocol):
 
 class Alone:
     """Of a sweep that no other one can take workers from."""
+
+    every_s = math.inf
 
     def claim(self, packs: Mapping[str, Sizes]) -> Share:
         return Share()
@@ -118,6 +125,8 @@ class Claimant:
 
 
 class LedgerSharing:
+    every_s = CLAIM_EVERY_S
+
     def __init__(self, ledger: Ledger, claimant: Claimant) -> None:
         self._ledger = ledger
         self._claimant = claimant

@@ -201,6 +201,8 @@ def test_a_sweep_that_waits_for_a_share_can_be_asked_to_stop(tmp_path: Path) -> 
 class Silent:
     """A cluster whose ledger does not answer."""
 
+    every_s = 0.0
+
     def claim(self, packs: Mapping[str, Sizes]) -> Share:
         return Share(reason="no answer")
 
