@@ -253,7 +253,7 @@ def test_a_killed_worker_process_is_reported_as_lost_and_the_pack_can_start_agai
     assert isinstance(ready, PackReady)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_pack_that_hangs_says_nothing_and_gives_its_place_back_when_it_is_stopped(
     make_ray_executor: Callable[[WorkerFactory], Executor], tmp_path: object, world_size: int
 ) -> None:

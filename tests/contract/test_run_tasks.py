@@ -125,6 +125,7 @@ def test_a_task_that_always_ends_its_actor_is_given_up_with_the_remedy(
         list(run(die, [0]))
 
 
+@pytest.mark.slow
 def test_a_preparation_survives_the_loss_of_a_node(cluster: LocalCluster, tmp_path: Path) -> None:
     """The same manifests, and no shard that was finished is made again. Two of four actors go for
     good, since the nodes that are left have no core for them."""

@@ -103,6 +103,7 @@ def test_a_tracking_server_that_cannot_be_used_is_named_before_anything_starts(
     assert uri.split("://")[0] in message
 
 
+@pytest.mark.slow
 def test_a_deleted_experiment_ends_the_command_before_a_trial_is_trained(
     orchestrator: Command, tmp_path: Path, tiny_base: Path
 ) -> None:

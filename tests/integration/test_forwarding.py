@@ -115,6 +115,7 @@ def test_a_server_gets_the_same_as_a_local_store(
     assert weights == b"weights of %s 3" % store.sweep.run_id.encode()
 
 
+@pytest.mark.slow
 def test_a_sweep_without_its_server_is_trained_and_synced_later(
     orchestrator: Command, tmp_path: Path, tiny_base: Path, server: str
 ) -> None:

@@ -140,7 +140,10 @@ def test_an_unknown_version_names_those_that_exist(
         download_adapter(uri, f"models:/{name}{wrong}", tmp_path / "adapter")
 
 
-@pytest.mark.parametrize(("bit_width", "template"), [(16, "plain"), (4, "chat")])
+@pytest.mark.parametrize(
+    ("bit_width", "template"),
+    [pytest.param(16, "plain", marks=pytest.mark.slow), (4, "chat")],
+)
 def test_a_registered_adapter_generates_what_peft_generates(
     make_run: MakeRun,
     uri: str,

@@ -80,8 +80,14 @@ def test_nobody_clips_a_gradient_but_its_trial(
     assert found == pytest.approx(replicated, rel=1e-3)
 
 
-@pytest.mark.parametrize("bit_width", [4, 16])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    ("name", "bit_width"),
+    [
+        *((name, 4) for name in STRATEGIES),
+        *((name, 16) for name in STRATEGIES if name not in OFFLOADED),
+        *(pytest.param(name, 16, marks=pytest.mark.slow) for name in OFFLOADED),
+    ],
+)
 def test_trials_one_after_another_under_zero_end_as_replicated_ones_do(
     make_spec: MakeSpec, zero_spec: MakeSpec, tmp_path: Path, name: str, bit_width: int
 ) -> None:
