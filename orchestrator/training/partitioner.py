@@ -72,20 +72,32 @@ class Partitioner:
         self._init = self._deepspeed.zero.Init(
             module=nn.Module(), config_dict_or_path=self._config, dtype=self._dtype
         )
+        # Whether the files hold one weight for two modules is seen by comparing the two.
+        tied: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
+        names = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+        self._waiting = {model.get_submodule(name) for name in names}
 
     @contextmanager
     def taking(self) -> Iterator[None]:
         """Inside, parameters that transformers has read are let go of but for this worker's part.
         The few that no file holds are left whole; DeepSpeed sends them from worker 0."""
-        hook = register_module_parameter_registration_hook(self._take)
+        hook = register_module_parameter_registration_hook(self._on_parameter)
         try:
             yield
         finally:
             hook.remove()
 
-    def _take(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        read = getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta
-        if not read or hasattr(parameter, "ds_id"):  # a tied one comes twice
+    def finish(self, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            self._take(parameter)
+
+    def _on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if not parameter.is_meta and module not in self._waiting:
+            self._take(parameter)
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        read = getattr(parameter, "_is_hf_initialized", False)  # set by transformers
+        if not read or hasattr(parameter, "ds_id"):
             return
         self._init._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
@@ -121,6 +133,7 @@ class _PartitioningQuantiser(Bnb4BitHfQuantizer):  # type: ignore[misc]
         self.quantization_config.partitioner.begin(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.quantization_config.partitioner.finish(model)
         self.remove_quantization_config(model)
 
     def get_quantize_ops(self) -> "_QuantiseAtPlace":
