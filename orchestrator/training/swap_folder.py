@@ -48,6 +48,7 @@ class SwapFolder:
             ) from error
 
     def named_in(self, strategy: StrategyConfig) -> StrategyConfig:
+        """The strategy with this worker's own nvme_path."""
         return strategy.model_copy(update={"nvme_path": str(self.path)})
 
     def remove(self) -> None:
