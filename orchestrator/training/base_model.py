@@ -197,7 +197,7 @@ def made_ready(
     if dequantise_once:
         keep_values(model)
     if partitioner is None:
-        check_family(loaded)
+        check_family(loaded, probe(loaded))
     loaded = replace(loaded, partitioner=partitioner)
     return _with_fastest_attention(loaded, strategy)
 
@@ -255,15 +255,16 @@ def _remove_randomness(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_family(base: LoadedBase) -> None:
-    """Refuse a model for which `LoadedBase` would compute something else than the model does.
+def check_family(base: LoadedBase, probed: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Refuse a model for which `LoadedBase` would compute something else than the model does, by
+    what `probe` gave.
 
     Raises:
         BaseModelError: names the family.
     """
     config: Any = base.model.config
     family = f"base model family {config.model_type!r}"
-    block, changed, position_ids = probe(base)
+    block, changed, position_ids = probed
     with _probing(base.model):
         try:
             hidden = base.hidden(block, position_ids)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from orchestrator.config import OptimizerConfig, StrategyConfig
 from orchestrator.planning.zero import nvme_buffer_bytes, zero_config
 from orchestrator.records import Device
-from orchestrator.training.base_model import LoadedBase, check_family
+from orchestrator.training.base_model import LoadedBase, check_family, probe
 from orchestrator.training.deepspeed_ops import load_op
 from orchestrator.training.engine import Stepper
 from orchestrator.training.optimizers import (
@@ -92,7 +92,9 @@ class ZeroEngine:
         self._partitions = self._optimizer.partitions = Partitions(zero)
         self._optimizers = [RowOptimizers(partition) for partition in self._partitions.tensors]
         if base.partitioner is not None:
-            self.forward(lambda: check_family(base))
+            probed = probe(base)  # inside, who looks at a parameter has it gathered for ever
+            self.forward(lambda: check_family(base, probed))
+            self._partitions.forget_order()
 
     def forward(self, run: Callable[[], Result]) -> Result:
         self._whole.run = run
