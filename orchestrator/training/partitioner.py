@@ -69,9 +69,10 @@ class Partitioner:
             check_locked_memory(offload["buffer_count"] * offload["buffer_size"] * element_bytes)
         # Given a module, an empty one too, DeepSpeed lets linear layers keep no weight of their own
         # for the backward pass (zero/linear.py).
-        self._init = self._deepspeed.zero.Init(
-            module=nn.Module(), config_dict_or_path=self._config, dtype=self._dtype
-        )
+        with torch.device("cpu"):  # transformers asks while its default is the meta device
+            self._init = self._deepspeed.zero.Init(
+                module=nn.Module(), config_dict_or_path=self._config, dtype=self._dtype
+            )
         # Whether the files hold one weight for two modules is seen by comparing the two.
         tied: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
         names = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
