@@ -73,7 +73,7 @@ class Partitioner:
             self._init = self._deepspeed.zero.Init(
                 module=nn.Module(), config_dict_or_path=self._config, dtype=self._dtype
             )
-        # Whether the files hold one weight for two modules is seen by comparing the two.
+        # Whether the files hold two weights where one would do transformers sees by comparing them.
         tied: dict[str, str] = model.all_tied_weights_keys  # type: ignore[assignment]
         names = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
         self._waiting = {model.get_submodule(name) for name in names}
@@ -89,6 +89,7 @@ class Partitioner:
             hook.remove()
 
     def finish(self, model: nn.Module) -> None:
+        """Take those that waited to be tied, too."""
         for parameter in model.parameters():
             self._take(parameter)
 
@@ -107,8 +108,8 @@ class Partitioner:
 
 
 class ReadInParts(BitsAndBytesConfig):  # type: ignore[misc]
-    """What from_pretrained takes as its quantization_config, of 4 bits or, with no options, of 16.
-    A quantiser also keeps transformers from reading ahead, which it does in threads."""
+    """What from_pretrained takes as its quantization_config; with no options nothing is quantised.
+    Where there is a quantiser transformers does not read ahead, which it does in threads."""
 
     def __init__(self, partitioner: Partitioner, **options: Any) -> None:
         super().__init__(**options)
