@@ -261,11 +261,9 @@ class _Shown:
         totals = (f"{memory.total_bytes / GIB:.2f}" for memory in memories)
         table.add_row("at its peak", *totals)
         table.add_row("may be used", *(f"{budget / GIB:.2f}" for budget in columns.values()))
-        loads = [memory.loading_bytes for memory in memories]
         hosts = [memory.host_bytes for memory in memories]
-        for title, values in {"while the base loads": loads, "on the host": hosts}.items():
-            if any(values):
-                table.add_row(title, *(f"{value / GIB:.2f}" for value in values))
+        if any(hosts):
+            table.add_row("on the host", *(f"{value / GIB:.2f}" for value in hosts))
         self._console.print(table)
         self._say("a training and an evaluation pass are not held at the same time")
 

@@ -218,7 +218,7 @@ def _remedy(trial: TrialConfig, memory: PackMemory, premises: Premises) -> str:
         (adapters, "adapter.rank"),
     ]
     if trial.quant.mean_bits > 4:
-        sizes.append((max(memory.base_bytes, memory.loading_bytes), fewer_bits))
+        sizes.append((memory.base_bytes, fewer_bits))
     large = [part for part in sizes if part[0] >= LARGE_PART * memory.total_bytes]
     words = f"lower {' or '.join(name for _, name in sorted(large or sizes, reverse=True))}"
     if trial.gradient_checkpointing is False:

@@ -94,8 +94,6 @@ class PackMemory:
     """An evaluation pass, or a batch of answers, beside the pool; not held at the same time."""
     runtime_bytes: int
     """The process, or the CUDA context, and libraries' workspaces."""
-    loading_bytes: int = 0
-    """Before a base that ZeRO divides is divided, beside the runtime; at no other time."""
     host_bytes: int = 0
     """Of the node, for a worker on a GPU: the process, what ZeRO offloads to it, or swaps to NVMe
     through it, and the input embedding of a step in place."""
@@ -103,9 +101,8 @@ class PackMemory:
     @cached_property
     def total_bytes(self) -> int:
         parts = sum(getattr(self, field.name) for field in fields(self))
-        apart = min(self.training_bytes, self.evaluation_bytes)
-        apart += self.loading_bytes + self.host_bytes
-        return max(int(parts) - apart, self.loading_bytes + self.runtime_bytes)
+        both = min(self.training_bytes, self.evaluation_bytes) + self.host_bytes
+        return int(parts) - both
 
 
 def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPER) -> PackMemory:
@@ -119,11 +116,11 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
     gradients = num_values * load.lane_value_bytes
     linear_bytes = 0 if load.resident else _linear_bytes(shape, load.quant, load.dtype_bytes)
     base = shape.num_plain_params * load.dtype_bytes + linear_bytes
-    loading = on_host = 0
+    on_host = 0
     if load.zero:
         zero = zero_memory(shape, load, row_length, states, linear_bytes)
         held, step, lanes = zero.adapters_bytes, zero.step_bytes, 0
-        base, loading, on_host = zero.base_bytes, zero.loading_bytes, zero.host_bytes
+        base, on_host = zero.base_bytes, zero.host_bytes
         states = zero.optimizer_bytes
     else:
         held, step = 2 * row_value_bytes * num_values, gradients
@@ -150,7 +147,6 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
         training_bytes=training,
         evaluation_bytes=evaluation,
         runtime_bytes=_runtime_bytes(load, measured),
-        loading_bytes=loading,
         host_bytes=PROCESS_BYTES + on_host if load.cuda else 0,
     )
 

@@ -37,11 +37,9 @@ class ZeroMemory:
     step_bytes: int
     """Beside them in a step."""
     base_bytes: int
-    """On the GPU while it trains."""
+    """On the GPU."""
     optimizer_bytes: int
     """On the GPU."""
-    loading_bytes: int
-    """On the GPU before the engine has divided the base; 0 where it never is."""
     host_bytes: int
 
 
@@ -62,17 +60,8 @@ def zero_memory(
         step_bytes=step,
         base_bytes=base,
         optimizer_bytes=own_states if place == "none" else 0,
-        loading_bytes=_loading_bytes(load, whole, row),
         host_bytes=on_host + (own_states if place == "cpu" else 0),
     )
-
-
-def _loading_bytes(load: PackLoad, whole: int, row: int) -> int:
-    """Of the base, and of the slot's row and its gradient, until the engine divides the base: each
-    worker loads all of it, to where base_model.py's _first_place says. On the host that is pages of
-    its files, which the system may take back."""
-    to_host = load.strategy.offload_params != "none" and load.quant.bit_width == 16
-    return whole + 2 * row if load.strategy.stage == 3 and not to_host else 0
 
 
 def _adapter_bytes(row: int, load: PackLoad) -> tuple[int, int]:
@@ -131,7 +120,9 @@ def _base_bytes(shape: BaseShape, load: PackLoad, whole: int, constants: int) ->
         parts = (_locked_bytes(_part(size, load)) for size in sizes)
         return gathered + beside, _locked_bytes(plain) + sum(parts)
     alone = load.world_size == 1  # then a parameter is its own partition
-    return beside + (taken if alone else _part(taken, load) + gathered), 0
+    held = beside + (taken if alone else _part(taken, load) + gathered)
+    # LLM.int8's is loaded whole, others in parts: training/partitioner.py.
+    return max(held, whole) if load.quant.llm_int8 else held, 0
 
 
 def _constants_bytes(shape: BaseShape, load: PackLoad, linear_bytes: int) -> int:

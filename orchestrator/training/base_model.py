@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +33,13 @@ from orchestrator.training.attention import (
     set_attention,
     why_not_by_document,
 )
-from orchestrator.training.frozen import PackedLinear, keep_values
+from orchestrator.training.base_size import note_of_experts, num_bytes_of, num_values, whole_shape
+from orchestrator.training.frozen import keep_values
 from orchestrator.training.model_source import check_unquantised, local_folder
 from orchestrator.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
+    from orchestrator.training.partitioner import Partitioner
     from orchestrator.training.quantised_cache import QuantisedCache
     from orchestrator.training.quantiser import OnLayer
 
@@ -75,6 +77,8 @@ class LoadedBase:
     """The one that it came with, where it goes by documents' extents."""
     note: str = ""
     """What its user should know of it; mostly empty."""
+    partitioner: "Partitioner | None" = None
+    """Of a base that ZeRO-3 has partitioned: it computes inside ZeroEngine.forward alone."""
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -144,9 +148,11 @@ def load_base_model(
     folder = local_folder(base)
     check_unquantised(Path(folder), base.source)
     cache = _cache(base, folder, quant, device, strategy, cache_bytes)
-    quantization = _quantization_config(quant, strategy, on_layer, cache)
+    partitioner = _partitioner(quant, device, strategy)
+    quantization = _quantization_config(quant, strategy, on_layer, cache, partitioner)
+    taking = nullcontext() if partitioner is None else partitioner.taking()
     try:
-        with quiet_libraries(), loading_alone():
+        with quiet_libraries(), loading_alone(), taking:
             from transformers import AutoModelForCausalLM
 
             # No attn_implementation: SDPA where the class supports it, else its eager attention.
@@ -154,7 +160,7 @@ def load_base_model(
                 folder,
                 dtype=DTYPES[quant.compute_dtype],
                 quantization_config=quantization,
-                device_map={"": _first_place(quant, device, strategy)},
+                device_map={"": "cpu" if device == "cpu" or partitioner is not None else 0},
                 trust_remote_code=base.trust_remote_code,
                 local_files_only=True,
             )
@@ -170,7 +176,7 @@ def load_base_model(
         raise kind(f"{base.source}: transformers cannot load it: {error}") from error
     if cache is not None:
         log.info("%s in codes: %s", base.source, cache.note)
-    return made_ready(model, quant, device, strategy, dequantise_once)
+    return made_ready(model, quant, device, strategy, dequantise_once, partitioner)
 
 
 def made_ready(
@@ -179,8 +185,10 @@ def made_ready(
     device: Device,
     strategy: StrategyConfig,
     dequantise_once: bool = False,
+    partitioner: "Partitioner | None" = None,
 ) -> LoadedBase:
-    """A model that has its weights, frozen, and tried on packed documents.
+    """A model that has its weights, frozen, and tried on packed documents; a partitioned one is
+    still to be tried, when all of its workers have loaded it.
 
     Raises:
         BaseModelError: it is of a family that cannot be trained on them.
@@ -188,7 +196,9 @@ def made_ready(
     loaded = _prepare(model, device, DTYPES[quant.compute_dtype])
     if dequantise_once:
         keep_values(model)
-    _check_family(loaded)
+    if partitioner is None:
+        check_family(loaded, probe(loaded))
+    loaded = replace(loaded, partitioner=partitioner)
     return _with_fastest_attention(loaded, strategy)
 
 
@@ -215,23 +225,11 @@ def _prepare(model: nn.Module, device: Device, dtype: torch.dtype) -> LoadedBase
             module.register_forward_hook(_let_go_of_input)
     _remove_randomness(model)
     model.train()
-    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    num_params, num_bytes = _num_values(model), _num_bytes(model)
-    note = _of_experts(model, num_params)
-    return LoadedBase(model, num_params, num_bytes, place, dtype, "not tried yet", note=note)
-
-
-def _of_experts(model: nn.Module, num_params: int) -> str:
-    """Transformers keeps all experts of a layer in one parameter of three dimensions, which is no
-    linear layer."""
-    experts = sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if ".experts." in name and parameter.dim() == 3
+    num_params, num_bytes = num_values(model), num_bytes_of(model)
+    note = note_of_experts(model, num_params)
+    return LoadedBase(
+        model, num_params, num_bytes, _place(device), dtype, "not tried yet", note=note
     )
-    part = experts / num_params
-    words = f"{part:.0%} of its base's weights, the experts, stay at 16 bits and take no adapter"
-    return words if experts else ""
 
 
 def _let_go_of_input(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -257,14 +255,16 @@ def _remove_randomness(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _check_family(base: LoadedBase) -> None:
-    """Refuse a model for which `LoadedBase` would compute something else than the model does.
+def check_family(base: LoadedBase, probed: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Refuse a model for which `LoadedBase` would compute something else than the model does, by
+    what `probe` gave.
 
-    Runs before ZeRO takes the parameters, so on a CPU where they are offloaded to it.
+    Raises:
+        BaseModelError: names the family.
     """
     config: Any = base.model.config
     family = f"base model family {config.model_type!r}"
-    block, changed, position_ids = probe(base)
+    block, changed, position_ids = probed
     with _probing(base.model):
         try:
             hidden = base.hidden(block, position_ids)
@@ -322,7 +322,7 @@ def probe(base: LoadedBase) -> tuple[Tensor, Tensor, Tensor]:
     """A block of two documents, it with another first one, and the positions: [1, 16] each."""
     embeddings = base.model.get_input_embeddings().weight  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(len(embeddings), (3, PROBE_TOKENS), generator=generator)
+    words = torch.randint(whole_shape(embeddings)[0], (3, PROBE_TOKENS), generator=generator)
     one, other, document = words.to(embeddings.device)
     position_ids = torch.arange(PROBE_TOKENS, device=embeddings.device).repeat(2)[None]
     return torch.cat([one, document])[None], torch.cat([other, document])[None], position_ids
@@ -388,12 +388,16 @@ def keep_embedding_on_host(model: nn.Module) -> None:
     embedding.register_forward_hook(lambda _, inputs, found: found.to(place, non_blocking=True))
 
 
-def _first_place(quant: QuantConfig, device: Device, strategy: StrategyConfig) -> int | str:
-    """Where the weights are loaded to."""
-    # A base whose parameters ZeRO offloads may be too large for the GPU. A quantised one must pass
-    # through it all the same: its constants, which are no parameters, have to stay there.
-    offloaded = strategy.offload_params != "none" and quant.bit_width == 16
-    return 0 if device == "cuda" and not offloaded else "cpu"
+def _partitioner(
+    quant: QuantConfig, device: Device, strategy: StrategyConfig
+) -> "Partitioner | None":
+    """For ZeRO-3, but not of LLM.int8's layers: bitsandbytes keeps their codes whole all the same
+    (Linear8bitLt.init_8bit_state)."""
+    if not (strategy.kind == "zero" and strategy.stage == 3) or quant.llm_int8:
+        return None
+    from orchestrator.training.partitioner import Partitioner
+
+    return Partitioner(strategy, DTYPES[quant.compute_dtype], device, _place(device))
 
 
 def _cache(
@@ -409,8 +413,11 @@ def _cache(
         return None
     from orchestrator.training.quantised_cache import QuantisedCache
 
-    place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
-    return QuantisedCache(base, folder, quant, place, max_bytes)
+    return QuantisedCache(base, folder, quant, _place(device), max_bytes)
+
+
+def _place(device: Device) -> torch.device:
+    return torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
 
 
 def _quantization_config(
@@ -418,6 +425,7 @@ def _quantization_config(
     strategy: StrategyConfig,
     on_layer: "OnLayer | None",
     cache: "QuantisedCache | None",
+    partitioner: "Partitioner | None",
 ) -> Any:
     if quant.packed and strategy.kind == "replicated":
         from orchestrator.training.quantiser import LayerByLayer
@@ -425,53 +433,24 @@ def _quantization_config(
         return LayerByLayer(quant, on_layer, cache)
     from transformers import BitsAndBytesConfig
 
+    options: dict[str, Any] = {}
     if quant.packed:  # DeepSpeed moves bitsandbytes' own parameters
         compute_dtype = DTYPES[quant.compute_dtype]
         # ZeRO-3 moves parameters about in the base's type, into which 4-bit codes are packed.
         storage: str = quant.compute_dtype if strategy.stage == 3 else "uint8"
         if quant.storage_dtype != "auto":
             storage = quant.storage_dtype
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant.quant_type,
-            bnb_4bit_use_double_quant=quant.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype,
-            bnb_4bit_quant_storage=storage,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if quant.llm_int8 else None
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quant.quant_type,
+            "bnb_4bit_use_double_quant": quant.double_quant,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_quant_storage": storage,
+        }
+    elif quant.llm_int8:
+        options = {"load_in_8bit": True}
+    if partitioner is not None:
+        from orchestrator.training.partitioner import ReadInParts
 
-
-def _num_values(model: nn.Module) -> int:
-    """Weights that the parameters and codes stand for."""
-    packed = sum(part.num_weights for part in model.modules() if isinstance(part, PackedLinear))
-    return packed + sum(_values_of(parameter) for parameter in model.parameters())
-
-
-def _values_of(parameter: nn.Parameter) -> int:
-    """More than it has elements where 4-bit ones are packed into it."""
-    state = getattr(parameter, "quant_state", None)
-    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
-
-
-def _num_bytes(model: nn.Module) -> int:
-    """Bytes of all weights, with the constants of quantised ones."""
-    tensors = [
-        tensor
-        for parameter in model.parameters()
-        for tensor in (parameter.data, *_quant_tensors(parameter))
-    ]
-    for part in model.modules():
-        if isinstance(part, PackedLinear):
-            tensors += part.buffers()
-    storages = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
-    return sum(storages.values())
-
-
-def _quant_tensors(parameter: nn.Parameter) -> list[Tensor]:
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        scales = getattr(parameter, "SCB", None)
-        return [scales] if isinstance(scales, Tensor) else []
-    inner = getattr(state, "state2", None)
-    tensors = [state.absmax, *([inner.absmax, state.offset] if inner is not None else [])]
-    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+        return ReadInParts(partitioner, **options)
+    return BitsAndBytesConfig(**options) if options else None

@@ -201,7 +201,7 @@ class PackWorker:
             self.base, self.rows, Lanes(self.rows, 1, self.base.dtype, over_rows=True)
         )
         return ZeroEngine(
-            self.base.model,
+            self.base,
             self.rows,
             program,
             strategy,

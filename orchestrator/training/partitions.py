@@ -58,6 +58,11 @@ class Partitions:
         if hasattr(self._zero, "parameter_offload"):
             self._zero.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
 
+    def forget_order(self) -> None:
+        """In which stage 3's last pass used parameters: it would keep those that a like one uses
+        again."""
+        self._zero.parameter_offload.get_param_coordinator()._invalidate_trace()
+
     def take_parameters(self) -> None:
         """Take the values of the layers' parameters."""
         if self._swapper is None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from orchestrator.config import StrategyConfig
 from orchestrator.errors import StrategyError
+from orchestrator.files import cache_dir
 
 IN_USE = "in-use.lock"  # held by the worker as long as it lives
 
@@ -25,6 +27,10 @@ class SwapFolder:
     Raises:
         StrategyError: nothing can be written there, or not past the page cache, as DeepSpeed does.
     """
+
+    @classmethod
+    def of(cls, strategy: StrategyConfig) -> "SwapFolder":
+        return cls(Path(strategy.nvme_path or cache_dir() / "nvme-swap"))
 
     def __init__(self, root: Path) -> None:
         try:
@@ -40,6 +46,10 @@ class SwapFolder:
                 f"strategy.nvme_path: cannot swap into {root}: {_reason(error)}: name a folder of "
                 "a local disk that the worker may write to"
             ) from error
+
+    def named_in(self, strategy: StrategyConfig) -> StrategyConfig:
+        """The strategy with this worker's own nvme_path."""
+        return strategy.model_copy(update={"nvme_path": str(self.path)})
 
     def remove(self) -> None:
         """Safe to call twice."""

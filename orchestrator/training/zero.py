@@ -13,16 +13,15 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.config import OptimizerConfig, StrategyConfig
-from orchestrator.files import cache_dir
 from orchestrator.planning.zero import nvme_buffer_bytes, zero_config
 from orchestrator.records import Device
+from orchestrator.training.base_model import LoadedBase, check_family, probe
 from orchestrator.training.deepspeed_ops import load_op
 from orchestrator.training.engine import Stepper
 from orchestrator.training.optimizers import (
@@ -52,7 +51,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        base: LoadedBase,
         slots: Slots,
         program: Program,
         strategy: StrategyConfig,
@@ -69,18 +68,21 @@ class ZeroEngine:
         self._stage = cast(int, strategy.stage)
         self._optimizer = _TrialOptimizer(program.lanes.parameters)
         self._within_step = False
-        self._folder = None
-        if "nvme" in (strategy.offload_optimizer, strategy.offload_params):
-            load_op("async_io")
-            self._folder = SwapFolder(Path(strategy.nvme_path or cache_dir() / "nvme-swap"))
-            strategy = strategy.model_copy(update={"nvme_path": str(self._folder.path)})
-        config = zero_config(strategy, slots.rows.shape[1], micro_batch_size, device)
+        self._folder = None if base.partitioner is None else base.partitioner.swap_folder
         if strategy.offload_optimizer == "nvme":
+            load_op("async_io")
+            self._folder = self._folder or SwapFolder.of(strategy)
             check_locked_memory(nvme_buffer_bytes(slots.rows.shape[1]))
-        self._whole = _Whole(model)
+        if self._folder is not None:
+            strategy = self._folder.named_in(strategy)
+        config = zero_config(strategy, slots.rows.shape[1], micro_batch_size, device)
+        self._whole = _Whole(base.model)
         with quiet_libraries():
-            if strategy.offload_params != "none":
-                _partition_in_place(deepspeed, model, config, device, replicas.world_size)
+            if strategy.offload_params == "nvme":
+                _keep_on_host(deepspeed, program.lanes.parameters, config)
+            if base.partitioner is not None:  # then deepspeed.initialize moves nothing
+                for buffer in base.model.buffers():
+                    buffer.data = buffer.data.to(base.device)
             self._engine, zero, _, _ = deepspeed.initialize(
                 model=self._whole,
                 optimizer=self._optimizer,
@@ -89,6 +91,10 @@ class ZeroEngine:
             )
         self._partitions = self._optimizer.partitions = Partitions(zero)
         self._optimizers = [RowOptimizers(partition) for partition in self._partitions.tensors]
+        if base.partitioner is not None:
+            probed = probe(base)  # inside, who looks at a parameter has it gathered for ever
+            self.forward(lambda: check_family(base, probed))
+            self._partitions.forget_order()
 
     def forward(self, run: Callable[[], Result]) -> Result:
         self._whole.run = run
@@ -281,37 +287,14 @@ class _TrialOptimizer(torch.optim.Optimizer):
         clip_and_step(optimizer, present.grad, self.norm, self._max_norm, self.rate)
 
 
-def _partition_in_place(
-    deepspeed: Any, model: nn.Module, config: dict[str, Any], device: Device, world_size: int
-) -> None:
-    """Let go of parameters one by one, where they are; deepspeed.initialize alone would first move
-    all of them to the GPU."""
-    offload = config["zero_optimization"]["offload_param"]
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    dtype = None
-    if offload["device"] == "nvme":
-        # What DeepSpeed swaps it keeps in one type (AsyncPartitionedParameterSwapper): the base's,
-        # 4-bit codes' too. The fp32 adapters are let go of to the host before.
-        host = {"device": "cpu", "pin_memory": offload["pin_memory"]}
-        trained = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
-        zero = config["zero_optimization"] | {"offload_param": host}
-        deepspeed.zero.Init(
-            module=trained, config_dict_or_path=config | {"zero_optimization": zero}
-        )
-        offload["buffer_size"] = max(-(-p.numel() // world_size) for p in frozen)
-        dtype = torch.bfloat16 if any(p.dtype == torch.bfloat16 for p in frozen) else None
-        check_locked_memory(
-            offload["buffer_count"] * offload["buffer_size"] * (4 if dtype is None else 2)
-        )
+def _keep_on_host(deepspeed: Any, parameters: list[nn.Parameter], config: dict[str, Any]) -> None:
+    """Fp32 adapters, which NVMe's swapper would convert to the base's type."""
+    section = config["zero_optimization"]
+    host = {"device": "cpu", "pin_memory": section["offload_param"]["pin_memory"]}
     deepspeed.zero.Init(
-        module=model,
-        config_dict_or_path=config,
-        remote_device=offload["device"],
-        pin_memory=offload["pin_memory"],
-        dtype=dtype,
+        module=nn.ParameterList(parameters),
+        config_dict_or_path=config | {"zero_optimization": section | {"offload_param": host}},
     )
-    for buffer in model.buffers():  # these stay, and deepspeed.initialize no longer moves them
-        buffer.data = buffer.data.to(device)
 
 
 def _free_buffers(swapper: Any) -> None:

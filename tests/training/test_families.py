@@ -253,7 +253,7 @@ def test_a_trial_in_a_pack_on_a_base_with_dropout_is_the_trial_alone(
     assert_equal(together[0], alone[0])
 
 
-def test_a_family_that_cannot_be_trained_is_refused_before_zero_takes_its_parameters(
+def test_a_family_that_cannot_be_trained_is_refused_in_parts_too(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
     base = BaseModel("opt", None, str(make_family("opt", tmp_path)), "digest")

@@ -67,16 +67,6 @@ def test_times_under_zero_are_said_to_be_the_least(
     assert words not in shown(sweep_file, "2xH100-80GB", capsys)
 
 
-def test_a_plan_says_what_a_base_takes_before_workers_divide_it(
-    sweep_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pair = "resources.workers_per_pack=2"
-    for stage, said in ((3, True), (2, False)):
-        strategy = f"trial.strategy={{kind: zero, stage: {stage}}}"
-        out = shown(sweep_file, "2xH100-80GB", capsys, pair, strategy)
-        assert ("while the base loads" in out) == said
-
-
 def test_a_machine_whose_gpus_are_known_plans_for_them_as_if_they_were_named(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
