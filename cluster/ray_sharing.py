@@ -2,10 +2,12 @@
 
 In: a sweep's claims, about one a second. Out: its share as it was last heard. A Sharing
 (orchestrator/sweep/sharing.py). The actor is detached, so it outlives whichever driver came first,
-and ends with the last claim that is withdrawn. It may be lost at any time: the next claims make it
-anew. Who uses the cluster and makes no claims is not seen.
+and ends with the last claim that is withdrawn, or once none has come for IDLE_S. It may be lost at
+any time: the next claims make it anew. Who uses the cluster and makes no claims is not seen.
 """
 
+import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,8 @@ from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.shares import Claim, PoolShare, Sizes
 from orchestrator.sweep.sharing import CLAIM_EVERY_S, Claimant, Ledger, Share
 
-NAME = "orchestrator-ledger"
+# The number counts the changes of what is sent to it: versions that differ share nothing.
+NAME = "orchestrator-ledger-1"
 CORES = "CPU cores"
 # What a start of the actor's process takes on a busy node; from then on the sweep goes on without.
 ANSWER_TIMEOUT_S = 10.0
@@ -32,6 +35,9 @@ ANSWER_S = 0.1
 # Nodes come and go in minutes; each look asks Ray for all of them.
 CAPACITY_LASTS_S = 5.0
 CLOSE_S = 1.0
+# Drivers that are killed withdraw nothing, and their node is not taken from a cluster that shrinks
+# while an actor is on it.
+IDLE_S = 60.0
 # Ray raises ValueError where the actor ends between two looks for its name.
 LOST = (RayError, ValueError)
 
@@ -91,14 +97,22 @@ class _LedgerActor:
         self._ledger = Ledger(self._capacity)
         self._seen: dict[str, int] = {}
         self._seen_at = -CAPACITY_LASTS_S
+        self._heard_at = time.monotonic()
+        threading.Thread(target=self._end_if_idle, daemon=True).start()
 
     def claim(self, claim: Claim) -> dict[str, PoolShare]:
+        self._heard_at = time.monotonic()
         return self._ledger.claim(claim)
 
     def withdraw(self, sweep: str) -> None:
         self._ledger.withdraw(sweep)
         if self._ledger.is_empty:
             ray.actor.exit_actor()
+
+    def _end_if_idle(self) -> None:
+        while (left_s := self._heard_at + IDLE_S - time.monotonic()) > 0:
+            time.sleep(left_s)
+        os._exit(0)  # Ray's own exit_actor is for the actor's methods
 
     def _capacity(self) -> Mapping[str, int]:
         if time.monotonic() - self._seen_at >= CAPACITY_LASTS_S:
@@ -151,7 +165,6 @@ def _open_ledger() -> Any:
         "lifetime": "detached",
         "get_if_exists": True,
         "num_cpus": 0,
-        "max_restarts": -1,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True),
     }
     return ray.remote(**options)(_LedgerActor).remote()

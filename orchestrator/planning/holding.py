@@ -60,12 +60,35 @@ def _takers(
     key: PackKey, kinds: tuple[WorkerKind, ...], premises: Premises, had: Arithmetic | None
 ) -> Sequence[WorkerKind]:
     """A decision asks the same many times."""
-    size = had.world_size if had else premises.resources.workers_per_pack or 1
-    there = [kind for kind in kinds if kind.count >= size]
+    sizes = {
+        kind.name: had.world_size if had else least_workers(key, kind, premises) for kind in kinds
+    }
+    there = [kind for kind in kinds if kind.count >= sizes[kind.name]]
     able = [kind for kind in there if not _ran_out(key, kind, premises)] or _largest(there)
     asked = premises.resources.slots_per_pack or 1
-    wish = pack_wish(key, asked, 1, size, premises, had)
-    return [kind for kind in able if _holds(kind, key, wish, premises)] or _largest(able)
+
+    def holds(kind: WorkerKind) -> bool:
+        wish = pack_wish(key, asked, 1, sizes[kind.name], premises, had)
+        return _holds(kind, key, wish, premises)
+
+    return [kind for kind in able if holds(kind)] or _largest(able)
+
+
+def least_workers(key: PackKey, kind: WorkerKind, premises: Premises, parts: int = 0) -> int:
+    """The fewest of this kind that a pack of this key may have. Where the number is not set, those
+    of a pack under ZeRO are as many as hold what they share, if any number does. `parts`: what
+    they must divide; 0: the key's batch."""
+    wanted = premises.resources.workers_per_pack
+    if wanted is not None or not key.zero or premises.device == "cpu":
+        return wanted or 1
+    return _least_workers(key, kind, premises, parts or key.batch_size or 0)
+
+
+@lru_cache(maxsize=4096)
+def _least_workers(key: PackKey, kind: WorkerKind, premises: Premises, parts: int) -> int:
+    sizes = [size for size in range(1, kind.count + 1) if parts % size == 0]
+    wishes = ((size, pack_wish(key, 1, 1, size, premises)) for size in sizes)
+    return next((size for size, wish in wishes if _holds(kind, key, wish, premises)), 1)
 
 
 def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Premises) -> str:
@@ -81,7 +104,7 @@ def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Pre
     if premises.device == "cpu" or not there:
         return ""
     rooms: dict[str, int] = {}
-    needs: list[PackMemory] = []
+    needs: list[tuple[PackMemory, int]] = []
     off_host = ""
     for kind, size in there:
         given = premises_for(kind, premises)
@@ -96,19 +119,22 @@ def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Pre
                 f"{memory.host_bytes / GIB:.1f} GiB of its memory, and a worker's part is "
                 f"{given.host_memory_bytes / GIB:.1f} GiB: {_host_remedy(trial, kind.count)}"
             )
-        needs.append(memory)
+        needs.append((memory, size))
         rooms[kind.name or "GPU"] = given.worker_memory_bytes
     if off_host:
         return off_host
-    least = min(needs, key=lambda memory: memory.total_bytes)
+    least, size = min(needs, key=lambda need: need[0].total_bytes)
     words = ", ".join(f"{room / GIB:.1f} GiB of each {name}" for name, room in rooms.items())
     remedy = _remedy(trial, least, premises)
     several = premises.resources.workers_per_pack != 1 and any(kind.count > 1 for kind in kinds)
     if several and trial.strategy.stage != 3:
         remedy += ", share it among workers (strategy.kind: zero, stage: 3)"
+    elif premises.resources.workers_per_pack and size < max(kind.count for kind in kinds):
+        remedy += ", raise resources.workers_per_pack"
+    each = f" of each of {size} workers" if size > 1 else ""
     return (
-        f"it does not fit: {key.title} takes at least {least.total_bytes / GIB:.1f} GiB, and a "
-        f"pack may take {words}: {remedy}, or take larger GPUs"
+        f"it does not fit: {key.title} takes at least {least.total_bytes / GIB:.1f} GiB{each}, and "
+        f"a pack may take {words}: {remedy}, or take larger GPUs"
     )
 
 

@@ -21,7 +21,13 @@ from typing import Any
 
 from orchestrator.config import TrialConfig
 from orchestrator.planning.fit import BUDGET_FRACTION, Fit, after_out_of_memory, fit
-from orchestrator.planning.holding import AS_HAD, pack_wish, premises_for, takers
+from orchestrator.planning.holding import (
+    AS_HAD,
+    least_workers,
+    pack_wish,
+    premises_for,
+    takers,
+)
 from orchestrator.planning.kinds import ALIKE, WorkerKind, longest_for
 from orchestrator.planning.options import Premises
 from orchestrator.planning.waiting import FRESH, Kept, Lines, PackKey, indexed, pack_key
@@ -173,6 +179,9 @@ def _planned(
     workers = sum(other.count for other in free)
     if had is None:
         world_size, why = _world_size(key, number, lines, kind.count, workers, premises)
+        whole = next(other for other in group.takers if other.name == kind.name)
+        if (least := least_workers(key, whole, premises, lines.parts(key))) > world_size:
+            world_size, why = least, f"{counted(least, 'worker')}, as fewer do not hold it"
     else:
         world_size, why = had.world_size, f"{counted(had.world_size, 'worker')}, {AS_HAD}"
     if world_size > kind.count:

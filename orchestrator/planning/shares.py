@@ -6,7 +6,8 @@ its reason. Pure: no clock, no Ray.
 A higher priority is served first. Within one, whoever has least is given its next pack, the sweep
 that came first where two have as much: equal shares, of which nobody has more than it can use, and
 what one cannot use goes to the others. Packs are given whole, as a part of one is of no use: one
-that is larger than what is left is passed over.
+that is larger than what is left is passed over. Where so nobody could begin one, the first has its
+first all the same: a cluster that grows is told of what it lacks by a pack that waits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,9 @@ def _fill(wanted: Mapping[str, Sizes], ordered: Sequence[Claim], left: int) -> d
                 continue
             given[sweep] += packs[0]
             left -= packs.pop(0)
+    if given and not any(given.values()):
+        first = ordered[0].sweep
+        given[first] = wanted[first][0]
     return given
 
 
@@ -78,8 +82,6 @@ def _why(
     claim: Claim, wanted: int, claims: Sequence[Claim], given: Mapping[str, int], there: str
 ) -> str:
     mine = given[claim.sweep]
-    if mine == wanted:
-        return f"may use {mine} of {there}, which is all that it can"
     others = [
         f"{other.sweep} may use {given[other.sweep]} (priority {other.priority})"
         for other in claims

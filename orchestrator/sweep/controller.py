@@ -5,6 +5,7 @@ result for every trial, in the run folder. Everything it decides goes to decisio
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -292,8 +293,11 @@ class Controller:
                 self._packs[pack].directives.append(Leave(save))
             case YieldPack(pack):
                 self._decided("yield_pack", f"pack {pack}", action.reason)
-                self._packs[pack].directives.append(Leave(save=True))
-                self._packs[pack].leaving = True
+                if self._packs[pack].ready:
+                    self._packs[pack].directives.append(Leave(save=True))
+                    self._packs[pack].leave_by = time.monotonic() + self._leave_timeout_s
+                else:
+                    self._end_pack(pack)
             case AbandonPack(pack):
                 self._decided("release_pack", f"pack {pack}", action.reason)
                 self._end_pack(pack)
@@ -344,7 +348,7 @@ class Controller:
             return  # an answer that was under way when the pack was given up
         pack = self._packs[number]
         pack.idle = not any(isinstance(event, PackQueued | PackPlaced) for event in events)
-        pack.at_rung = any(isinstance(event, Evaluated | Checkpointed) for event in events)
+        pack.at_rung = any(isinstance(e, Evaluated | Checkpointed) and e.step > 0 for e in events)
         self._silences.hear(number, events)
         for event in events:
             if getattr(event, "trial", None) in self._results:
@@ -399,8 +403,6 @@ class Controller:
                 self._end(failed_result(event.trial, event.attempt, event.reason, event.message))
             case PackLeft():
                 self._end_pack(number)
-                for trial in pack.attempts:
-                    self._note_checkpoint(trial)
             case PackLost():
                 self._lost(event)
 
@@ -411,7 +413,9 @@ class Controller:
     def _end_pack(self, number: int) -> None:
         self._moved = True
         self._executor.stop_pack(number)
-        self._drop_stopped(self._packs.pop(number))
+        self._drop_stopped(pack := self._packs.pop(number))
+        for trial in pack.attempts:
+            self._note_checkpoint(trial)
         self._silences.end(number)
         self._happened(number, "ended")
 
@@ -448,7 +452,6 @@ class Controller:
             else:
                 reason = f"its pack is lost: {event.reason}: {event.message}"
                 self._decided("retry_trial", f"trial {trial}", reason)
-                self._note_checkpoint(trial)
                 if found.max_slots is not None:
                     self._waiting.limit(trial, found.max_slots)
 
@@ -477,10 +480,10 @@ class Controller:
             self._lost(PackLost(number, "worker_lost", reason))
 
     def _give_up_leaving(self) -> None:
-        if self._stop_at is None or time.monotonic() < self._stop_at:
-            return
+        now, stop_at = time.monotonic(), math.inf if self._stop_at is None else self._stop_at
         for number, pack in list(self._packs.items()):
-            if not pack.idle:  # one that has answered is about to be told to save and leave
+            # One that has answered is about to be told to save and leave.
+            if now >= min(stop_at, pack.leave_by) and not pack.idle:
                 reason = f"it did not save within {self._leave_timeout_s:.0f} s of being asked to"
                 self._decided("give_up_pack", f"pack {number}", reason)
                 self._end_pack(number)

@@ -111,10 +111,11 @@ def run_sweep(store: RunStore, services: Services) -> Outcome:
     config = store.sweep.config
     counts = {kind.name: kind.count for kind in services.kinds} or {"": services.num_workers}
     check_pack_fits(config.resources, counts)
-    base = _base_model(store, config, services.display)
-    data = _data(store, config, base, services)
-    _check_task(config, base, data)
-    finished = _train(store, config, base, data, services)
+    with closing(services.sharing):
+        base = _base_model(store, config, services.display)
+        data = _data(store, config, base, services)
+        _check_task(config, base, data)
+        finished = _train(store, config, base, data, services)
     if not finished:
         return Outcome(False, None)
     winner = select_winner(store.trials, store.results, config.search)
@@ -196,8 +197,7 @@ def _train(
         services.display.observe(notice)
         services.watch(notice)
 
-    # The workers are given back before the claim to them.
-    with closing(services.sharing), closing(services.executor) as executor:
+    with closing(services.executor) as executor:
         premises = sweep_premises(
             config,
             device_named(store.sweep.device),

@@ -24,10 +24,9 @@ from orchestrator.sweep.pack_views import OpenPacks, Packs, PackView, indexed_pa
 
 # Claims move while a sweep begins, ends or asks for trials: what is over for less is not given up.
 SETTLED_AFTER_S = 5.0
-# How long a pack may train on to its next rung or checkpoint: to save one at any step is as exact,
-# and takes about a second.
+# How long a pack may train on to its next rung or checkpoint: one saved at any step is as exact and
+# takes about a second, but the passes of a step that is not complete are made again.
 RUNG_WITHIN_S = 60.0
-GIVES_WAY = "gives way to another sweep"
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class AbandonPack:
 
 @dataclass(frozen=True)
 class YieldPack:
-    """End a pack for other sweeps: its trials are saved, and wait."""
+    """End a pack for other sweeps: its trials are saved, and wait; one that loads has none."""
 
     pack: int
     reason: str = field(default="", compare=False)
@@ -138,10 +137,10 @@ def workers_over(view: SweepView) -> dict[str, int]:
     return {kind: max(0, held[kind] - limit) for kind, limit in view.limits.items()}
 
 
-def _give_way(view: SweepView) -> list[YieldPack | AbandonPack]:
+def _give_way(view: SweepView) -> list[YieldPack]:
     """Packs beyond the share, those first that lose least: the ones that load, then the ones with
     the fewest trials, at a rung or a checkpoint if one comes in time."""
-    ended: list[YieldPack | AbandonPack] = []
+    ended: list[YieldPack] = []
     if view.over_s < SETTLED_AFTER_S:
         return ended
     overdue = view.over_s >= RUNG_WITHIN_S
@@ -150,15 +149,21 @@ def _give_way(view: SweepView) -> list[YieldPack | AbandonPack]:
         for pack in sorted(able, key=lambda pack: (pack.ready, pack.occupied, -pack.number)):
             if over <= 0:
                 break
+            if pack.arithmetic.world_size > over and not overdue:
+                continue  # smaller ones may come to a rung
             over -= pack.arithmetic.world_size
-            if not pack.ready:
-                ended.append(AbandonPack(pack.number, f"{GIVES_WAY} before it is loaded"))
-                continue
-            when = f"no rung or checkpoint came within {RUNG_WITHIN_S:.0f} s"
-            if pack.at_rung or not pack.occupied:
-                when = "a trial is at a rung or checkpoint" if pack.occupied else "it is empty"
-            ended.append(YieldPack(pack.number, f"{GIVES_WAY}: {when}"))
+            ended.append(YieldPack(pack.number, f"gives way to another sweep: {_why_now(pack)}"))
     return ended
+
+
+def _why_now(pack: PackView) -> str:
+    if not pack.ready:
+        return "it is not loaded yet"
+    if not pack.occupied:
+        return "it is empty"
+    if pack.at_rung:
+        return "a trial is at a rung or checkpoint"
+    return f"no rung or checkpoint came within {RUNG_WITHIN_S:.0f} s"
 
 
 def _may_go(pack: PackView, overdue: bool) -> bool:
@@ -225,7 +230,10 @@ def _why_assigned(view: SweepView, pack: PackView, trial: TrialSpec) -> str:
 
 def _free_workers(view: SweepView, packs: Packs) -> list[WorkerKind]:
     """Of each kind; empty where none is free."""
-    free = [replace(kind, count=kind.usable - packs.workers[kind.name]) for kind in view.all_kinds]
+    free = [
+        replace(kind, count=max(0, kind.usable - packs.workers[kind.name]))
+        for kind in view.all_kinds
+    ]
     return free if any(kind.count > 0 for kind in free) else []
 
 

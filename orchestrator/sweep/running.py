@@ -1,5 +1,6 @@
 """A pack that runs, as its controller keeps it, and where all of them stand."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,12 +26,17 @@ class RunningPack:
     ready: bool = False
     idle: bool = False
     at_rung: bool = False
-    leaving: bool = False
+    leave_by: float = math.inf
+    """When it is given up if it has been told to leave; monotonic seconds."""
     directives: list[Directive] = field(default_factory=list)
     stopped: list[TrialResult] = field(default_factory=list)
     """Trials that its worker may be saving until it answers: their files stay until then."""
     _seen: PackView | None = None
     _stood: PackStanding | None = None
+
+    @property
+    def leaving(self) -> bool:
+        return self.leave_by < math.inf
 
     def view(self, number: int) -> PackView:
         """The one before, where nothing has changed: there may be a thousand packs."""

@@ -7,7 +7,7 @@ and its output head. This is the one place where `bit_width` becomes a library's
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from orchestrator.config import QuantConfig, StrategyConfig
@@ -37,6 +38,7 @@ from orchestrator.training.base_size import note_of_experts, num_bytes_of, num_v
 from orchestrator.training.frozen import keep_values
 from orchestrator.training.model_source import check_unquantised, local_folder
 from orchestrator.training.quiet import quiet_libraries
+from orchestrator.wording import counted
 
 if TYPE_CHECKING:
     from orchestrator.training.partitioner import Partitioner
@@ -142,7 +144,8 @@ def load_base_model(
     Raises:
         ConfigError: a key of `bit_width_pattern` matches no layer.
         BaseModelError: the folder holds no causal language model that transformers can load, or one
-            that is quantised already or of a family that cannot be trained on packed documents.
+            that lacks weights, is quantised already or of a family that cannot be trained on packed
+            documents.
         BaseModelUnreachable: the hub, or the disk that machines share, does not give it now.
     """
     folder = local_folder(base)
@@ -156,19 +159,21 @@ def load_base_model(
             from transformers import AutoModelForCausalLM
 
             # No attn_implementation: SDPA where the class supports it, else its eager attention.
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[quant.compute_dtype],
                 quantization_config=quantization,
                 device_map={"": "cpu" if device == "cpu" or partitioner is not None else 0},
                 trust_remote_code=base.trust_remote_code,
                 local_files_only=True,
+                output_loading_info=True,
             )
+            _check_whole(base, found["missing_keys"])
     except RuntimeError as error:
         if (failed := getattr(quantization, "failed", None)) is None:
             raise
         raise failed from error
-    except (AttributeError, KeyError, OSError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, SafetensorError, ValueError) as error:
         # AttributeError: a family that draws first values for weights that are codes by now.
         if is_disk_full(error):
             raise
@@ -177,6 +182,15 @@ def load_base_model(
     if cache is not None:
         log.info("%s in codes: %s", base.source, cache.note)
     return made_ready(model, quant, device, strategy, dequantise_once, partitioner)
+
+
+def _check_whole(base: BaseModel, missing: Collection[str]) -> None:
+    """transformers draws random values for weights that the files lack, and goes on."""
+    if missing:
+        raise BaseModelError(
+            f"{base.source}: its files lack {counted(len(missing), 'weight')} of the model, such "
+            f"as {min(missing)}: get the whole base model again"
+        )
 
 
 def made_ready(

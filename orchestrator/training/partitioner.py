@@ -8,7 +8,7 @@ step; here each takes its part of what it has read. Imports transformers.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -82,11 +82,15 @@ class Partitioner:
     def taking(self) -> Iterator[None]:
         """Inside, parameters that transformers has read are let go of but for this worker's part.
         The few that no file holds are left whole; DeepSpeed sends them from worker 0."""
-        hook = register_module_parameter_registration_hook(self._on_parameter)
-        try:
-            yield
-        finally:
-            hook.remove()
+        with ExitStack() as failed:
+            if self.swap_folder is not None:
+                failed.callback(self.swap_folder.remove)
+            hook = register_module_parameter_registration_hook(self._on_parameter)
+            try:
+                yield
+            finally:
+                hook.remove()
+            failed.pop_all()
 
     def finish(self, model: nn.Module) -> None:
         """Take those that waited to be tied, too."""

