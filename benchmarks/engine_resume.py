@@ -34,6 +34,7 @@ from benchmarks.recording import (
     read_rows,
     record,
 )
+from orchestrator.wording import counted
 
 # (strategy, optimizer, kills). Of 4-bit bases; the first in CUDA graphs where there is a GPU. With
 # two workers each is killed PAIR_KILLS times.
@@ -92,9 +93,12 @@ def bars(rows: list[Row]) -> dict[str, Bar]:
     equal = Counter(
         row["workers"] for row in rows if row["digest"] == row["undisturbed_digest"] != ""
     )
+    goals = {1: 20, 2: PAIR_KILLS * len(CASES)}
     return {
-        "trials killed and resumed that end with the same bytes": Bar(equal[1], 20),
-        "of two workers, that end with the same bytes": Bar(equal[2], PAIR_KILLS * len(CASES)),
+        f"trials of {counted(workers, 'worker')} killed and resumed that end with the same bytes": (
+            Bar(equal[workers], goals[workers])
+        )
+        for workers in sorted({row["workers"] for row in rows})
     }
 
 

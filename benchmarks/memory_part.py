@@ -256,7 +256,7 @@ def _limit(case: Case, plan: PackMemory) -> float:
         return 1.0
     card = plan.total_bytes / BUDGET_FRACTION
     paged = plan.optimizer_bytes if case.paged else 0
-    outside = context_bytes(case.strategy, case.world_size)
+    outside = context_bytes(case.strategy, case.bit_width == 8, case.world_size)
     return float(min(1.0, (card - outside - paged) / _card_bytes()))
 
 

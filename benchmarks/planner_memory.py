@@ -139,19 +139,20 @@ def _contexts(rows: Sequence[Row]) -> dict[str, str]:
     planned = {
         "context_bytes": ("replicated", HOPPER.context_bytes),
         "group_context_bytes": ("zero", HOPPER.group_context_bytes),
-        "gathering_context_bytes": ("gathering", HOPPER.gathering_context_bytes),
+        "dividing_context_bytes": ("dividing", HOPPER.dividing_context_bytes),
     }
-    found = {}
+    found, rest = {}, 0
     for name, (group, now) in planned.items():
         if known := _known(rows, group):
-            rest = 0 if name == "context_bytes" else HOPPER.context_bytes
             value = statistics.median(known) - rest
             found[name] = f"{value / GIB:.3f} GiB ({now / GIB:.3f} now)"
+        rest += now
     now = HOPPER.partners_context_bytes
-    for group in ("replicated", "zero", "gathering"):
+    for group in ("replicated", "zero", "reducing", "dividing"):
         if known := _known(rows, f"{group}, shared"):
             row = next(row for row in rows if _group(row) == f"{group}, shared")
-            others = context_bytes(_strategy(row), row["world_size"]) - now
+            llm_int8 = row["bit_width"] == 8
+            others = context_bytes(_strategy(row), llm_int8, row["world_size"]) - now
             value = statistics.median(known) - others
             words = f"{value / GIB:.3f} GiB ({now / GIB:.3f} now)"
             found[f"partners_context_bytes, {group}"] = words
@@ -195,8 +196,9 @@ def _group(row: Row) -> str:
     shared = ", shared" if row.get("world_size", 1) > 1 else ""
     if row["zero_stage"] is None:
         return f"replicated{shared}"
-    gathers = (row["zero_stage"], row["offload_params"]) == (3, "none")
-    return ("gathering" if gathers else "zero") + shared
+    if (row["zero_stage"], row["bit_width"]) == (3, 8):
+        return f"dividing{shared}"
+    return ("reducing" if shared and row["zero_stage"] < 3 else "zero") + shared
 
 
 def _strategy(row: Row) -> StrategyConfig:
@@ -210,7 +212,14 @@ def _strategy(row: Row) -> StrategyConfig:
 def _outside(rows: Sequence[Row], group: str) -> int:
     """The median of the group, or of the nearest one that the driver told something of."""
     shared = ", shared" if group.endswith(", shared") else ""
-    near = (group, f"zero{shared}", f"replicated{shared}", "zero", "replicated")
+    near = (
+        group,
+        f"zero{shared}",
+        f"reducing{shared}",
+        f"replicated{shared}",
+        "zero",
+        "replicated",
+    )
     found = next((known for name in near if (known := _known(rows, name))), [0])
     return round(statistics.median(found))
 

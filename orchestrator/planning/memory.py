@@ -37,8 +37,8 @@ OPTIMIZER_BYTES = {
 # thread, and a third for cuBLASLt. A graph's warm-up and its recording have a stream of their own,
 # and leave one more (packs_gpu.json); two are in reserve.
 WORKSPACES, GRAPH_WORKSPACES = 3, 6
-# A worker process with its libraries.
-PROCESS_BYTES = GIB
+# A worker process with its libraries: on a CPU, and beside a GPU with CUDA's and DeepSpeed's.
+PROCESS_BYTES, GPU_PROCESS_BYTES = GIB, 1860 * MIB
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,26 @@ class Measured:
     """What a graph's memory pool holds beyond the tensors in it, as a part of them."""
     group_context_bytes: int
     """More outside torch's allocator for a process group."""
-    gathering_context_bytes: int
-    """The same where stage 3 gathers the base's layers from other GPUs."""
+    dividing_context_bytes: int
+    """More where DeepSpeed itself divides a base, LLM.int8's at stage 3."""
     partners_context_bytes: int
     """More where there are other workers in the group: NCCL's channels to them."""
+    reducing_context_bytes: int
+    """More for these at stages 1 and 2."""
 
 
 # The workspace is torch's for Hopper (CUDABlas.cpp). The peaks of packs_gpu.json leave no more than
-# a hundredth for the pool. The context was read from an H200 (0.73 to 0.83 GiB; 1.29 under ZeRO
-# and 1.67 where it gathers, in groups of one worker). Groups of several were not measured: their
-# partners' part is a guess.
+# a hundredth for the pool. The rest was read from H200s (planner_memory.json and
+# planner_memory_workers.json): MiB outside the allocator are 740 to 850; under ZeRO 1,318, LLM.int8
+# at stage 3 1,772; of two workers 1,600 to 1,660, at stages 1 and 2 2,090 to 2,160, at 3 1,804.
 HOPPER = Measured(
     context_bytes=840 * MIB,
     workspace_bytes=32 * MIB,
     pool_fraction=0.03,
     group_context_bytes=480 * MIB,
-    gathering_context_bytes=870 * MIB,
-    partners_context_bytes=256 * MIB,
+    dividing_context_bytes=460 * MIB,
+    partners_context_bytes=490 * MIB,
+    reducing_context_bytes=340 * MIB,
 )
 
 
@@ -147,7 +150,8 @@ def estimate_memory(shape: BaseShape, load: PackLoad, measured: Measured = HOPPE
         training_bytes=training,
         evaluation_bytes=evaluation,
         runtime_bytes=_runtime_bytes(load, measured),
-        host_bytes=PROCESS_BYTES + on_host if load.cuda else 0,
+        # A saved adapter passes through it whole.
+        host_bytes=GPU_PROCESS_BYTES + row_length * row_value_bytes + on_host if load.cuda else 0,
     )
 
 
@@ -174,19 +178,18 @@ def _runtime_bytes(load: PackLoad, measured: Measured) -> int:
     if not load.cuda:
         return PROCESS_BYTES
     count = GRAPH_WORKSPACES if load.graph else WORKSPACES
-    context = context_bytes(load.strategy, load.world_size, measured)
+    context = context_bytes(load.strategy, load.quant.llm_int8, load.world_size, measured)
     return context + count * measured.workspace_bytes
 
 
 def context_bytes(
-    strategy: StrategyConfig, world_size: int = 1, measured: Measured = HOPPER
+    strategy: StrategyConfig, llm_int8: bool, world_size: int, measured: Measured = HOPPER
 ) -> int:
     """Of one worker, outside torch's allocator. DeepSpeed makes a group of one worker, too."""
-    partners = measured.partners_context_bytes if world_size > 1 else 0
-    if strategy.kind != "zero":
-        group = measured.group_context_bytes if world_size > 1 else 0
-    elif strategy.stage == 3 and strategy.offload_params == "none":
-        group = measured.gathering_context_bytes
-    else:
-        group = measured.group_context_bytes
-    return measured.context_bytes + group + partners
+    zero, shared = strategy.kind == "zero", world_size > 1
+    found = measured.context_bytes + (measured.group_context_bytes if zero or shared else 0)
+    if shared:
+        reduces = zero and strategy.stage != 3
+        found += measured.partners_context_bytes
+        found += measured.reducing_context_bytes if reduces else 0
+    return found + (measured.dividing_context_bytes if llm_int8 and strategy.stage == 3 else 0)

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import BitsAndBytesConfig
@@ -93,9 +94,13 @@ class Partitioner:
             failed.pop_all()
 
     def finish(self, model: nn.Module) -> None:
-        """Take those that waited to be tied, too."""
+        """Take those that waited to be tied, too; and 4-bit layers keep no codes between a forward
+        and its backward pass."""
         for parameter in model.parameters():
             self._take(parameter)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.register_forward_hook(_let_go_of_codes)
 
     def _on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         if not parameter.is_meta and module not in self._waiting:
@@ -109,6 +114,26 @@ class Partitioner:
         parameter.partition()  # type: ignore[attr-defined]
         # It is gathered to where it is while it is empty.
         parameter.data = parameter.data.to(self.place)
+
+
+class _CodesAtUse:
+    """Of a layer: those that are gathered when its input's gradient is computed."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        yield None  # the input, in bitsandbytes' pair
+        yield self._layer.weight.view(-1, 1)  # type: ignore[operator]
+
+
+def _let_go_of_codes(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """bitsandbytes keeps a view of the codes for the backward pass, as an attribute that
+    recomputation does not reach (0.50, MatMul4Bit.forward): every worker would hold those of all
+    layers, whatever DeepSpeed lets go of."""
+    node: Any = output.grad_fn
+    if hasattr(node, "tensors"):
+        node.tensors = _CodesAtUse(layer)
 
 
 class ReadInParts(BitsAndBytesConfig):  # type: ignore[misc]

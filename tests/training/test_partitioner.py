@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from orchestrator.config import QuantConfig, StrategyConfig, TrialConfig
 from orchestrator.records import BaseModel, GroupPlace, PackSpec
 from orchestrator.tracking.adapter_model import base_digest
-from orchestrator.training.base_model import load_base_model
+from orchestrator.training.base_model import load_base_model, probe
+from orchestrator.training.lanes import Served
 from orchestrator.training.pack import PackWorker
 from orchestrator.training.replicas import join
 from tests.tiny import make_base_model
@@ -154,3 +155,39 @@ def test_weights_that_are_tied_in_words_alone_stay_two(
     assert ready.baseline_eval_loss == pytest.approx(expected.baseline_eval_loss, rel=1e-6)
     assert ready.num_base_params == expected.num_base_params
     assert ready.base_bytes == expected.base_bytes
+
+
+@pytest.mark.parametrize("recomputation", [False, True])
+def test_codes_that_zero_lets_go_of_are_kept_by_nobody_until_the_backward_pass(
+    make_spec: MakeSpec, recomputation: bool
+) -> None:
+    spec = make_spec(
+        num_slots=1,
+        bit_width=4,
+        strategy=zero_strategy("stage 3"),
+        gradient_checkpointing=recomputation,
+    )
+    worker = PackWorker(spec)
+    worker.load()
+    words, _, positions = probe(worker.base)
+    engine: Any = worker.engine
+    engine.program.serve([Served(0, 1.0)])
+    hidden = engine.forward(lambda: worker.base.hidden(words, positions))
+    engine._engine.empty_partition_cache()
+    kept = [
+        tensor for node in nodes_before(hidden.grad_fn) for tensor in getattr(node, "tensors", ())
+    ]
+    codes = [tensor for tensor in kept if tensor is not None]
+    assert len(codes) > 7  # of two blocks' seven layers, of the first those that see an adapter
+    assert sum(tensor.untyped_storage().nbytes() for tensor in codes) == 0
+
+
+def nodes_before(last: Any) -> set[Any]:
+    """Of autograd's graph."""
+    found: set[Any] = set()
+    left = [last]
+    while left:
+        if (node := left.pop()) is not None and node not in found:
+            found.add(node)
+            left += [before for before, _ in node.next_functions]
+    return found

@@ -104,16 +104,16 @@ def test_llm_int8s_base_is_loaded_whole_however_many_share_it() -> None:
     assert shared >= memory_of(2, bit_width=8).base_bytes
 
 
-def test_zero_takes_more_outside_torchs_allocator_and_gathering_most() -> None:
-    alone, two, three = (
-        memory.runtime_bytes
-        for memory in (estimate_memory(LLAMA_8B, EAGER), memory_of(2), memory_of(3))
-    )
-    assert alone < two < three
-    partners = HOPPER.partners_context_bytes
+def test_what_a_worker_takes_outside_torchs_allocator_depends_on_its_group() -> None:
+    alone = estimate_memory(LLAMA_8B, EAGER).runtime_bytes
+    group, partners = HOPPER.group_context_bytes, HOPPER.partners_context_bytes
+    assert [memory_of(stage).runtime_bytes - alone for stage in (1, 2, 3)] == [group] * 3
+    eight = memory_of(3, bit_width=8).runtime_bytes
+    assert eight - alone == group + HOPPER.dividing_context_bytes
     parallel = estimate_memory(LLAMA_8B, replace(EAGER, world_size=2)).runtime_bytes
-    assert parallel == two + partners, "a data-parallel pack has a process group, too"
-    assert memory_of(3, world_size=2).runtime_bytes == three + partners
+    assert parallel - alone == memory_of(3, 2).runtime_bytes - alone == group + partners
+    reducing = partners + HOPPER.reducing_context_bytes
+    assert memory_of(2, 2).runtime_bytes - alone == group + reducing
 
 
 def test_zero_3_holds_llm_int8s_codes_twice() -> None:
