@@ -326,7 +326,7 @@ class ResourcesConfig(Strict):
 
     workers_per_pack: PositiveInt | None = None
     """Workers that train one pack together, each with a part of every step's blocks; null: one, or
-    on GPUs more where workers would be idle."""
+    on GPUs more where workers would be idle, and under ZeRO as many as hold the base."""
 
     dequantise_once: Switch | None = None
     """Keep the 4-bit base's values in memory as the arithmetic needs them, instead of making them
