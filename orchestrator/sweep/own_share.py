@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from orchestrator.planning.holding import least_workers
 from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.shares import Sizes
 from orchestrator.planning.waiting import indexed
@@ -105,9 +106,12 @@ def wanted_packs(view: SweepView) -> dict[str, Sizes]:
 
 
 def _sizes(plan: PackPlan, view: SweepView) -> list[int]:
-    """A pack for trials that have not begun takes as many workers as there are."""
+    """A pack for trials that have not begun takes as many workers as there are, but no fewer than
+    hold it."""
     half_trained = indexed(view.waiting, view.premises).among(view.had)
     kept = {view.had[trial.number] for trial in half_trained}
     if view.premises.resources.workers_per_pack is not None or plan.arithmetic in kept:
         return [plan.world_size]
-    return [1] * plan.world_size
+    kind = next(kind for kind in view.all_kinds if kind.name == plan.kind.name)
+    least = min(plan.world_size, least_workers(plan.key, kind, view.premises))
+    return [least, *[1] * (plan.world_size - least)]

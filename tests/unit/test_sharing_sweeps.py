@@ -317,6 +317,19 @@ def test_a_trial_that_has_begun_waits_for_as_many_workers_as_it_had() -> None:
     assert start.plan.world_size == 4
 
 
+def test_a_base_that_several_workers_hold_together_has_them_all_or_none() -> None:
+    """Half of them would wait for the other half, and so would another such sweep's."""
+    zero = {"kind": "zero", "stage": 3}
+    config = sweep_config(trial__batch_size=4, trial__strategy=zero, trial__quant__bit_width=16)
+    given = premises(config, "cuda", LLAMA_8B, 14 * GIB)
+    view = SweepView((TrialSpec(0, {}, config.trial),), (), NUM_WORKERS, given)
+    (start,) = decide(view)
+    assert isinstance(start, StartPack)
+    assert start.plan.fit.fits
+    assert wanted_packs(view) == {"": (4,)}
+    assert decide(replace(view, limits={"": 2})) == []
+
+
 FAST = WorkerKind("H200", 2, 140 * GIB, 1.0)
 SLOW = WorkerKind("L4", 2, 22 * GIB, 0.1)
 
