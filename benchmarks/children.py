@@ -103,17 +103,12 @@ def run_ranks(
     Returns their exit codes, None for one that was ended here, and the last words of each if one
     failed.
     """
-    method = f"tcp://127.0.0.1:{free_port()}"
     started: list[subprocess.Popen[bytes]] = []
     codes: list[int | None] = [None] * ranks
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(ranks)]
         try:
-            for rank, log in enumerate(logs):
-                own = [*words, f"--world-rank={rank}", f"--init-method={method}"]
-                place = os.environ | rank_environment(rank, gpus)
-                with log.open("wb") as file:
-                    started.append(start(own, env=place, stdout=file, stderr=file))
+            started = start_ranks(words, gpus, logs)
             ends = time.monotonic() + timeout_s
             while time.monotonic() < ends and None in codes and not any(codes):
                 time.sleep(POLL_S)
@@ -124,6 +119,20 @@ def run_ranks(
                 end(child)
         meanwhile()
         return codes, "; ".join(map(_last_line, logs)) if any(codes) else ""
+
+
+def start_ranks(
+    words: Sequence[str], gpus: int, logs: Sequence[Path]
+) -> list[subprocess.Popen[bytes]]:
+    """One for each log, to which it appends; one alone has the GPUs that this process has."""
+    method = f"tcp://127.0.0.1:{free_port()}"
+    started = []
+    for rank, log in enumerate(logs):
+        own = [*words, f"--world-rank={rank}", f"--init-method={method}"]
+        place = rank_environment(rank, gpus) if len(logs) > 1 else {}
+        with log.open("ab") as file:
+            started.append(start(own, env=os.environ | place, stdout=file, stderr=file))
+    return started
 
 
 def _last_line(log: Path) -> str:

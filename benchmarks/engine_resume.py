@@ -12,9 +12,7 @@ sweep does it.
 
 import argparse
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -119,9 +117,12 @@ def _run(options: argparse.Namespace, words: list[str], kill_after: int | None, 
     """Of the last attempt: its digest and where it began. `killed`: the world_rank."""
     folder = Path(words[-1].removeprefix("--attempts="))
     folder.mkdir(parents=True)
+    logs = [folder / f"log-{rank}" for rank in range(options.workers)]
+    command = [sys.executable, "-m", "benchmarks.engine_resume", "worker", *words]
+    command.append(f"--workers={options.workers}")
     ends = time.monotonic() + options.timeout
     for attempt in range(1, 3 if kill_after else 2):
-        workers = _start(options, [*words, f"--attempt={attempt}"], folder)
+        workers = children.start_ranks([*command, f"--attempt={attempt}"], options.gpus, logs)
         is_killed = False
         codes: list[int | None] = [None]
         while None in codes and not any(codes) and time.monotonic() < ends and not is_killed:
@@ -135,27 +136,9 @@ def _run(options: argparse.Namespace, words: list[str], kill_after: int | None, 
     result = folder / "result.json"
     if result.exists():
         return dict(json.loads(result.read_text()))
-    for log in sorted(folder.glob("log-*")):
+    for log in logs:
         print(log.read_text(errors="replace")[-1000:], flush=True)
     return {}
-
-
-def _start(
-    options: argparse.Namespace, words: list[str], folder: Path
-) -> list[subprocess.Popen[bytes]]:
-    """The workers of one attempt."""
-    method = f"tcp://127.0.0.1:{children.free_port()}"
-    workers = []
-    for rank in range(options.workers):
-        command = [sys.executable, "-m", "benchmarks.engine_resume", "worker", *words]
-        command += [f"--world-rank={rank}", f"--workers={options.workers}"]
-        env = dict(os.environ)
-        if options.workers > 1:
-            env |= children.rank_environment(rank, options.gpus)
-        with (folder / f"log-{rank}").open("ab") as log:
-            command.append(f"--init-method={method}")
-            workers.append(children.start(command, stdout=log, stderr=log, env=env))
-    return workers
 
 
 def _step(folder: Path) -> int:

@@ -6,11 +6,12 @@ and ZeRO train one slot, and run eagerly.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from benchmarks.models import Shape
+from benchmarks.recording import Row
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.memory import OPTIMIZER_BYTES, PackMemory, estimate_memory
@@ -103,6 +104,12 @@ def draw_cases(
     if world_size > 1:
         return cases
     return sorted(cases, key=lambda case: (case.shape, str(case.base), case.paged))
+
+
+def case_of(row: Row) -> Case:
+    """That a recorded row measured."""
+    names = {field.name for field in fields(Case)}
+    return Case(**{name: value for name, value in row.items() if name in names})
 
 
 def expected(case: Case, shape: Shape, device: Device) -> PackMemory:

@@ -16,12 +16,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import children
-from benchmarks.memory_cases import OUT_OF_MEMORY_EXIT, Case, draw_cases, expected, worker_rows
+from benchmarks.memory_cases import (
+    OUT_OF_MEMORY_EXIT,
+    Case,
+    case_of,
+    draw_cases,
+    expected,
+    worker_rows,
+)
 from benchmarks.models import SHAPES
 from benchmarks.recording import (
     Bar,
@@ -32,7 +39,6 @@ from benchmarks.recording import (
     read_rows,
     record,
 )
-from orchestrator.config import StrategyConfig
 from orchestrator.planning.memory import GIB, HOPPER, context_bytes
 from orchestrator.records import Device
 
@@ -127,8 +133,7 @@ def fit(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _expected_now(row: Row) -> Row:
-    names = {field.name for field in fields(Case)}
-    case = Case(**{name: value for name, value in row.items() if name in names})
+    case = case_of(row)
     device: Device = "cuda" if row["expected"]["host_bytes"] else "cpu"
     plan = expected(case, SHAPES[case.shape], device)
     return {"expected_bytes": plan.total_bytes, "expected": asdict(plan)}
@@ -151,8 +156,8 @@ def _contexts(rows: Sequence[Row]) -> dict[str, str]:
     for group in ("replicated", "zero", "reducing", "dividing"):
         if known := _known(rows, f"{group}, shared"):
             row = next(row for row in rows if _group(row) == f"{group}, shared")
-            llm_int8 = row["bit_width"] == 8
-            others = context_bytes(_strategy(row), llm_int8, row["world_size"]) - now
+            case = case_of(row)
+            others = context_bytes(case.strategy, case.bit_width == 8, case.world_size) - now
             value = statistics.median(known) - others
             words = f"{value / GIB:.3f} GiB ({now / GIB:.3f} now)"
             found[f"partners_context_bytes, {group}"] = words
@@ -199,14 +204,6 @@ def _group(row: Row) -> str:
     if (row["zero_stage"], row["bit_width"]) == (3, 8):
         return f"dividing{shared}"
     return ("reducing" if shared and row["zero_stage"] < 3 else "zero") + shared
-
-
-def _strategy(row: Row) -> StrategyConfig:
-    if row["zero_stage"] is None:
-        return StrategyConfig()
-    return StrategyConfig(
-        kind="zero", stage=row["zero_stage"], offload_params=row["offload_params"]
-    )
 
 
 def _outside(rows: Sequence[Row], group: str) -> int:

@@ -86,7 +86,7 @@ def least_workers(key: PackKey, kind: WorkerKind, premises: Premises, parts: int
 
 @lru_cache(maxsize=4096)
 def _least_workers(key: PackKey, kind: WorkerKind, premises: Premises, parts: int) -> int:
-    sizes = [size for size in range(1, kind.count + 1) if parts % size == 0]
+    sizes = _sizes(kind.count, parts)
     wishes = ((size, pack_wish(key, 1, 1, size, premises)) for size in sizes)
     return next((size for size, wish in wishes if _holds(kind, key, wish, premises)), 1)
 
@@ -146,8 +146,12 @@ def pack_sizes(
     if wanted is not None or trial.strategy.kind != "zero":
         return [wanted or 1]
     most = max((kind.count for kind in kinds), default=1)
-    blocks = trial.micro_batch_size or 1
-    return [size for size in range(1, most + 1) if trial.batch_size % (size * blocks) == 0]
+    return _sizes(most, trial.batch_size // (trial.micro_batch_size or 1))
+
+
+def _sizes(most: int, parts: int) -> list[int]:
+    """Numbers of workers that share so many parts of a step evenly."""
+    return [size for size in range(1, most + 1) if parts % size == 0]
 
 
 def pack_wish(

@@ -66,8 +66,8 @@ class Ledger:
         """`capacity` says how many units of each pool there are now."""
         self._capacity = capacity
         self._clock = clock
-        self._claims: dict[str, Claim] = {}
-        self._heard: dict[str, float] = {}
+        self._heard: dict[str, tuple[Claim, float]] = {}
+        """By sweep, its claim, and when that came."""
         self._lock = threading.Lock()
 
     def claim(self, claim: Claim) -> dict[str, PoolShare]:
@@ -75,25 +75,20 @@ class Ledger:
         could use more; a sweep alone may use all, whatever the cluster has lost."""
         with self._lock:
             now = self._clock()
-            self._claims[claim.sweep], self._heard[claim.sweep] = claim, now
-            for sweep in [s for s, heard in self._heard.items() if now - heard > EXPIRE_S]:
-                self._drop(sweep)
-            if len(self._claims) == 1:
+            self._heard[claim.sweep] = claim, now
+            self._heard = {s: (c, at) for s, (c, at) in self._heard.items() if now - at <= EXPIRE_S}
+            if len(self._heard) == 1:
                 return {}
-            shares = divide(list(self._claims.values()), self._capacity())
+            shares = divide([one for one, _ in self._heard.values()], self._capacity())
         return {pool: share for pool, share in shares[claim.sweep].items() if share.is_limited}
 
     def withdraw(self, sweep: str) -> None:
         with self._lock:
-            self._drop(sweep)
+            self._heard.pop(sweep, None)
 
     @property
     def is_empty(self) -> bool:
-        return not self._claims
-
-    def _drop(self, sweep: str) -> None:
-        self._claims.pop(sweep, None)
-        self._heard.pop(sweep, None)
+        return not self._heard
 
 
 @dataclass(frozen=True)
