@@ -50,6 +50,8 @@ RANK, TOKENS, OPTIMIZER = 64, 512, "paged_adamw_8bit"
 MOST_GIB = 46
 INITIAL_STD = 0.02
 SAMPLE_S = 0.001
+# The driver tells less of an idle GPU, and more of one with a worker on it.
+MOST_BEFORE_BYTES = GIB
 
 
 def main() -> None:
@@ -177,6 +179,8 @@ def _sampled() -> Iterator[list[int]]:
     used_before = _used_bytes()
     with driver_handle() as handle:
         before = used_before[pynvml.nvmlDeviceGetUUID(handle)]
+        if before > MOST_BEFORE_BYTES:  # what others give back meanwhile would be missing
+            raise SystemExit(f"another process has {before / GIB:.1f} GiB of the GPU: end it first")
 
         def sample() -> None:
             while not over.wait(SAMPLE_S):

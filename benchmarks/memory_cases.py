@@ -14,7 +14,12 @@ from benchmarks.models import Shape
 from benchmarks.recording import Row
 from orchestrator.config import QuantConfig, StrategyConfig
 from orchestrator.planning.load import PackLoad
-from orchestrator.planning.memory import OPTIMIZER_BYTES, PackMemory, estimate_memory
+from orchestrator.planning.memory import (
+    HOST_OPTIMIZER_BYTES,
+    OPTIMIZER_BYTES,
+    PackMemory,
+    estimate_memory,
+)
 from orchestrator.planning.shape import BaseShape, Linear
 from orchestrator.records import Device, StepProgram
 
@@ -130,6 +135,7 @@ def load_of(case: Case, device: Device) -> PackLoad:
         max_rank=case.rank,
         target_modules="all-linear",
         optimizer_bytes=OPTIMIZER_BYTES[case.optimizer],
+        host_optimizer_bytes=HOST_OPTIMIZER_BYTES[case.optimizer],
         micro_batch_size=case.micro_batch,
         evaluation_batch_size=1,
         block_length=case.tokens,

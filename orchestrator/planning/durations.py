@@ -60,6 +60,7 @@ def plan_load(plan: PackPlan, premises: Premises) -> PackLoad:
         max_rank=premises.max_rank,
         target_modules=premises.target_modules,
         optimizer_bytes=premises.optimizer_bytes,
+        host_optimizer_bytes=premises.host_optimizer_bytes,
         micro_batch_size=chosen.micro_batch_size,
         evaluation_batch_size=premises.evaluation_batch_size,
         block_length=premises.block_length,

@@ -21,6 +21,8 @@ class PackLoad:
     target_modules: Targets
     optimizer_bytes: float
     """Per adapter parameter: see memory.OPTIMIZER_BYTES."""
+    host_optimizer_bytes: float
+    """Where the host steps: see memory.HOST_OPTIMIZER_BYTES."""
     micro_batch_size: int
     """Blocks of each slot that this worker takes through one forward pass."""
     evaluation_batch_size: int

@@ -32,6 +32,15 @@ OPTIMIZER_BYTES = {
     "deepspeed_cpu_adam": 8.0,  # on the host, where the rules want it
 }
 """Of both moments, per adapter parameter, for fp32 rows."""
+# On a host bitsandbytes makes fp32 copies of moments, gradient and update, all at once: packs with
+# an offloaded optimizer (planner_memory.json) held 1.7 to 2 rows more with 32-bit states, and 4
+# more with 8-bit ones. With torch's AdamW they held none.
+HOST_OPTIMIZER_BYTES = OPTIMIZER_BYTES | {
+    "adamw_8bit": EIGHT_BIT_STATE_BYTES + 16,
+    "paged_adamw_8bit": EIGHT_BIT_STATE_BYTES + 16,
+    "paged_adamw_32bit": 8.0 + 8,
+}
+"""The same with what a step takes beside them, where both are on the host."""
 
 # cuBLAS takes a workspace for each thread and stream that multiplies: the loop's and autograd's
 # thread, and a third for cuBLASLt. A graph's warm-up and its recording have a stream of their own,

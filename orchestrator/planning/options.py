@@ -53,6 +53,8 @@ class Premises:
     dropout: bool
     optimizer_bytes: float
     """Per adapter parameter, of the largest optimizer in the search space."""
+    host_optimizer_bytes: float
+    """The same where the host steps."""
     block_length: int
     evaluation_batch_size: int
     resources: ResourcesConfig
@@ -161,6 +163,7 @@ def pack_load(premises: Premises, wish: PackWish, option: Option) -> PackLoad:
         max_rank=premises.max_rank,
         target_modules=premises.target_modules,
         optimizer_bytes=premises.optimizer_bytes,
+        host_optimizer_bytes=premises.host_optimizer_bytes,
         micro_batch_size=option.micro_batch_size,
         evaluation_batch_size=premises.evaluation_batch_size,
         block_length=premises.block_length,

@@ -54,13 +54,12 @@ def zero_memory(
     whole = shape.num_plain_params * load.dtype_bytes + linear_bytes
     base, base_on_host = _base_bytes(shape, load, whole, constants)
     own_states, place = _part(states, load), load.strategy.offload_optimizer
-    on_host = base_on_host + _adapter_on_host(row_length, load)
     return ZeroMemory(
         adapters_bytes=held,
         step_bytes=step,
         base_bytes=base,
         optimizer_bytes=own_states if place == "none" else 0,
-        host_bytes=on_host + (own_states if place == "cpu" else 0),
+        host_bytes=base_on_host + _adapter_on_host(row_length, load),
     )
 
 
@@ -87,14 +86,16 @@ def _adapter_bytes(row: int, load: PackLoad) -> tuple[int, int]:
 def _adapter_on_host(row_length: int, load: PackLoad) -> int:
     part_length = _part(row_length, load)
     part = part_length * MIN_ROW_VALUE_BYTES
-    on_host = part if load.strategy.offload_params != "none" else 0
+    locked = _locked_bytes(part)
+    on_host = {"none": 0, "nvme": part, "cpu": 2 * locked}[load.strategy.offload_params]
     if load.strategy.offload_optimizer == "nvme":  # a gradient, and buffers for a group
         return on_host + part + nvme_buffer_bytes(part_length)
     if load.strategy.offload_optimizer == "cpu":
-        # Stage 3: the partition, and its gradient in locked memory. Below it the partition, a
-        # buffer in the parameters' type and the gradient, all locked, and the sum of passes.
-        locked = 1 if load.strategy.stage == 3 else 3
-        on_host += part + locked * _locked_bytes(part)
+        on_host += round(part_length * load.host_optimizer_bytes)
+        if load.strategy.stage == 3:  # the partition, and locked the gradient and the passes' sum
+            on_host += part + 2 * locked
+        else:  # all locked; a buffer in the parameters' type, and the passes' sum at stage 2
+            on_host += (3 if load.strategy.stage == 1 else 4) * locked
     return on_host
 
 

@@ -258,6 +258,7 @@ def test_what_a_pass_keeps_for_it_is_what_the_planner_counts(
         max_rank=8,
         target_modules="all-linear",
         optimizer_bytes=8,
+        host_optimizer_bytes=8,
         micro_batch_size=2,
         evaluation_batch_size=1,
         block_length=64,

@@ -96,6 +96,7 @@ def test_the_speed_model_gives_the_rates_of_an_h200(row: dict[str, Any]) -> None
         max_rank=16,
         target_modules="all-linear",
         optimizer_bytes=8,
+        host_optimizer_bytes=8,
         micro_batch_size=1,
         evaluation_batch_size=1,
         block_length=row["tokens_per_adapter"],

@@ -28,6 +28,7 @@ LOAD = PackLoad(
     max_rank=16,
     target_modules="all-linear",
     optimizer_bytes=8,
+    host_optimizer_bytes=8,
     micro_batch_size=1,
     evaluation_batch_size=1,
     block_length=1024,

@@ -168,6 +168,24 @@ def test_the_model_still_expects_what_recorded_workers_used(
     assert -min(errors) < BARS["worst under-estimate"]
 
 
+@pytest.mark.parametrize(
+    ("record", "count"), [("planner_memory", 64), ("planner_memory_workers", 11)]
+)
+def test_the_model_expects_the_host_memory_that_recorded_workers_used(
+    record: str, count: int
+) -> None:
+    """Under ZeRO, as each of those had a process of its own."""
+    content = json.loads((RESULTS / f"{record}.json").read_text())["rows"]
+    errors = [
+        expected(case_of(row), SHAPES[row["shape"]], "cuda").host_bytes / row["host_bytes"] - 1
+        for row in content
+        if row["zero_stage"] is not None
+    ]
+    assert len(errors) >= count
+    assert -min(errors) < BARS["worst under-estimate"]
+    assert max(errors) < 0.1
+
+
 @pytest.mark.parametrize("documents", [1, 4])
 def test_blocks_have_as_many_documents_as_are_asked_for(documents: int, tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "model")

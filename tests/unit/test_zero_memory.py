@@ -1,6 +1,7 @@
 """The memory model of packs under ZeRO, alone and shared by several workers."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.config import QuantConfig, StrategyConfig
-from orchestrator.planning.memory import HOPPER, PackMemory, estimate_memory
+from orchestrator.planning.memory import HOPPER, HOST_OPTIMIZER_BYTES, PackMemory, estimate_memory
 from tests.sweeps import LLAMA_8B, LLAMA_HALF_B
 from tests.unit.test_memory import EAGER
 
@@ -19,9 +20,16 @@ LINEARS = LLAMA_8B.num_linear_params
 PLAIN_BYTES = LLAMA_8B.num_plain_params * 2
 
 
-def memory_of(stage: int, world_size: int = 1, bit_width: int = 16, **strategy: Any) -> PackMemory:
+def memory_of(
+    stage: int,
+    world_size: int = 1,
+    bit_width: int = 16,
+    host_optimizer_bytes: float = 8,
+    **strategy: Any,
+) -> PackMemory:
     load = replace(
         EAGER,
+        host_optimizer_bytes=host_optimizer_bytes,
         quant=QuantConfig.model_validate({"bit_width": bit_width}),
         strategy=StrategyConfig.model_validate({"kind": "zero", "stage": stage} | strategy),
         world_size=world_size,
@@ -35,12 +43,12 @@ def test_zero_holds_copies_of_the_adapter_and_offloads_them_to_the_host() -> Non
     assert (memory.lanes_bytes, memory.optimizer_bytes) == (0, 2 * ROW)
     offloading = memory_of(2, offload_optimizer="cpu")
     assert (offloading.adapters_bytes, offloading.optimizer_bytes) == (3 * ROW, 0)
-    # Partition, its copy in the parameters' type and gradient; the passes' sum, and both moments.
-    assert offloading.host_bytes - memory.host_bytes == 3 * LOCKED + 3 * ROW
+    # Partition, its copy in the parameters' type, gradient and the passes' sum; both moments.
+    assert offloading.host_bytes - memory.host_bytes == 4 * LOCKED + 2 * ROW
     keeping = memory_of(1, offload_optimizer="cpu")
     assert keeping.adapters_bytes == 4 * ROW  # its gradient stays until the step
     gathering = memory_of(3, offload_optimizer="cpu")
-    assert gathering.host_bytes - memory.host_bytes == LOCKED + 3 * ROW
+    assert gathering.host_bytes - memory.host_bytes == 2 * LOCKED + 3 * ROW
 
 
 @pytest.mark.parametrize(
@@ -60,8 +68,8 @@ def test_workers_of_a_pack_divide_what_their_stage_divides(
     offloading = memory_of(stage, world_size=4, offload_optimizer="cpu")
     left = 0 if stage == 1 else 1
     assert offloading.adapters_bytes == memory.adapters_bytes - (1 + left) * ROW // 4
-    locked = 1 if stage == 3 else 3
-    assert offloading.host_bytes - memory.host_bytes == (3 * ROW + locked * LOCKED) // 4
+    on_host = {1: 2 * ROW + 3 * LOCKED, 2: 2 * ROW + 4 * LOCKED, 3: 3 * ROW + 2 * LOCKED}[stage]
+    assert offloading.host_bytes - memory.host_bytes == on_host // 4
 
 
 def test_below_stage_3_every_worker_has_the_whole_base() -> None:
@@ -125,7 +133,19 @@ def test_zero_3_holds_llm_int8s_codes_twice() -> None:
 def test_offloaded_parameters_leave_a_part_of_the_base_on_the_gpu() -> None:
     offloading = memory_of(3, offload_params="cpu")
     assert offloading.base_bytes == 2 * 10**9 + EMBEDDINGS  # begun below the limit
-    assert offloading.host_bytes > memory_of(3).base_bytes
+    assert offloading.host_bytes > memory_of(3).base_bytes + 2 * LOCKED  # with the adapter's
+
+
+def test_a_host_that_steps_by_bitsandbytes_holds_what_a_step_makes() -> None:
+    offloading = partial(memory_of, 2, offload_optimizer="cpu")
+    plain, paged, eight_bit = (
+        offloading(host_optimizer_bytes=HOST_OPTIMIZER_BYTES[name]).host_bytes
+        for name in ("adamw", "paged_adamw_32bit", "adamw_8bit")
+    )
+    assert paged - plain == 2 * ROW
+    assert eight_bit - plain == pytest.approx((4 - 2 + 0.5) * ROW, rel=0.01)
+    on_gpu = (memory_of(2, host_optimizer_bytes=number).host_bytes for number in (8, 18))
+    assert len(set(on_gpu)) == 1
 
 
 def test_nvme_keeps_buffers_on_the_host_and_neither_states_nor_the_base() -> None:
