@@ -53,7 +53,7 @@ class QuantConfig(Strict):
     bit_width_pattern: dict[str, Literal[2, 3, 4, 8, 16]] = {}
     """Bits of single layers: name, ending or regular expression -> bits, as PEFT's rank_pattern. Of
     several that match the longest counts. With bit_width auto, the others are chosen around
-    these."""
+    these, of 4, 8 and 16 bits."""
 
     average_bits: Annotated[float, Field(gt=4, le=16)] | None = None
     """Only with bit_width auto: bits that a weight of a linear layer may take on average, constants

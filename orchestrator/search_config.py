@@ -12,8 +12,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from orchestrator.strict import NonNegativeInt, PositiveInt, Strict, Switch
 
 Scalar = bool | int | float | str
-Choice = Scalar | tuple[str, ...] | dict[str, int]
-"""One listed value of a searched field; a tuple of names for adapter.target_modules."""
+Choice = Scalar | tuple[str, ...] | dict[str, int | float]
+"""One listed value of a searched field; a tuple of names for adapter.target_modules, a mapping for
+its patterns."""
 
 BUDGETS = ("quant.average_bits", "quant.budget_gib")
 """Fields that only a trial of quant.bit_width auto reads."""
@@ -191,6 +192,15 @@ class SearchConfig(Strict):
     With several, the report shows the Pareto front. NaN never wins."""
 
     constraints: ConstraintsConfig = ConstraintsConfig()
+
+    @property
+    def continuous_fields(self) -> set[str]:
+        """From which no two draws are alike."""
+        return {
+            name
+            for name, values in self.space.items()
+            if isinstance(values, RangeConfig) and not values.integer
+        }
 
     @property
     def all_conditions(self) -> dict[str, dict[str, tuple[Choice, ...]]]:

@@ -81,11 +81,12 @@ def allocate(
     num_params = sum(layer.num_params for layer in layers)
     choices, costs, budget = _within_budget(quant, layers, plain_bytes, dtype_bytes)
     widths = _least_loss(layers, choices, costs, budget)
-    taken = sum(layer.num_params * costs[widths[layer.name]] for layer in layers)
+    bits = {width: stored_bits(quant, width, AVERAGE_DTYPE_BYTES) for width in WIDTHS}
+    average = sum(layer.num_params * bits[widths[layer.name]] for layer in layers) / num_params
     counts = Counter(widths.values())
     return Allocation(
         as_pattern(widths),
-        taken / num_params,
+        average,
         {str(bits): counts[bits] for bits in sorted(counts)},
         total_increase(layers, widths),
         {str(bits): total_increase(layers, dict.fromkeys(widths, bits)) for bits in WIDTHS},

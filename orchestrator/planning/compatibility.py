@@ -108,6 +108,16 @@ def _llm_int8_is_for_the_whole_base(trial: TrialConfig) -> Iterator[str]:
         )
 
 
+def _auto_measures_4_8_and_16_bits(trial: TrialConfig) -> Iterator[str]:
+    quant = trial.quant
+    if quant.bit_width == "auto" and not {4, 8, 16}.issuperset(quant.bit_width_pattern.values()):
+        bits = ", ".join(f"{name}: {bits}" for name, bits in quant.bit_width_pattern.items())
+        yield (
+            "quant.bit_width: auto weighs what layers lose at 4, 8 and 16 bits, but got "
+            f"quant.bit_width_pattern={{{bits}}}: give those layers 4, 8 or 16 bits"
+        )
+
+
 def _block_of_32_is_for_four_bits(trial: TrialConfig) -> Iterator[str]:
     quant = trial.quant
     if quant.block_size == 32 and has_bits(quant, 8) and not quant.llm_int8:
@@ -337,6 +347,11 @@ RULES: tuple[Rule[TrialConfig], ...] = (
         "it rounds activations too and finds outliers over the whole batch, which no pack, no "
         "compiled step and no graph allows; blockwise layers of the same base do",
         "bitsandbytes 0.50, nn.Linear8bitLt",
+    ),
+    Rule(
+        _auto_measures_4_8_and_16_bits,
+        "what a layer loses at 2 and 3 bits is not measured, nor do averages count HQQ's constants",
+        "orchestrator/planning/allocation.py",
     ),
     Rule(
         _block_of_32_is_for_four_bits,

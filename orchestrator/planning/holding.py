@@ -76,7 +76,7 @@ def _takers(
 
 def least_workers(key: PackKey, kind: WorkerKind, premises: Premises, parts: int = 0) -> int:
     """The fewest of this kind that a pack of this key may have. Where the number is not set, those
-    of a pack under ZeRO are as many as hold what they share, if any number does. `parts`: what
+    of a pack under ZeRO are as many as hold what they share, or come nearest to it. `parts`: what
     they must divide; 0: the key's batch."""
     wanted = premises.resources.workers_per_pack
     if wanted is not None or not key.zero or premises.device == "cpu":
@@ -86,9 +86,15 @@ def least_workers(key: PackKey, kind: WorkerKind, premises: Premises, parts: int
 
 @lru_cache(maxsize=4096)
 def _least_workers(key: PackKey, kind: WorkerKind, premises: Premises, parts: int) -> int:
-    sizes = _sizes(kind.count, parts)
-    wishes = ((size, pack_wish(key, 1, 1, size, premises)) for size in sizes)
-    return next((size for size, wish in wishes if _holds(kind, key, wish, premises)), 1)
+    needs: dict[int, int] = {}
+    for size in _sizes(kind.count, parts):
+        wish = pack_wish(key, 1, 1, size, premises)
+        if _holds(kind, key, wish, premises):
+            return size
+        memory = fit(premises_for(kind, premises, key), wish).memory
+        needs[size] = memory.total_bytes if memory else 0
+    # Estimates err: where none is expected to, those that need least may hold it all the same.
+    return min(needs, key=lambda size: needs[size], default=1)
 
 
 def why_too_large(trial: TrialConfig, kinds: Sequence[WorkerKind], premises: Premises) -> str:

@@ -16,6 +16,7 @@ ends with the same bits. A fresh one may join a pack of any.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -113,6 +114,7 @@ def plan_pack(
     free: Sequence[WorkerKind],
     premises: Premises,
     kinds: Sequence[WorkerKind] = (),
+    passed_over: AbstractSet[PackKey] = frozenset(),
 ) -> PackPlan | None:
     """The pack that the first of the free kinds should start next; None when nothing is to be
     started. `active` counts the packs of each key; `kinds` are all, the busy ones too.
@@ -126,6 +128,8 @@ def plan_pack(
         return None
     groups = {}
     for key in lines.keys:
+        if key in passed_over:
+            continue
         if group := _group(key, lines, kind, kinds, premises):
             groups[key] = group
     for key in sorted(
@@ -297,16 +301,17 @@ def plan_packs(
     """Packs for all free workers, and the trials in their slots."""
     active = dict(active)
     left = list(free)
+    too_long: set[PackKey] = set()  # for as many slots of this kind
     while left:
-        plan = plan_pack(lines, active, left, premises, kinds)
-        members: list[TrialSpec] = []
-        if plan is not None:
-            longest = longest_here(
-                plan.key, plan.kind, plan.num_slots, lines, kinds or free, premises
-            )
-            members = lines.take(plan.key, plan.arithmetic, plan.num_slots, longest)
-        if plan is None or not members:
+        plan = plan_pack(lines, active, left, premises, kinds, too_long)
+        if plan is None:
             left.pop(0)
+            too_long.clear()
+            continue
+        longest = longest_here(plan.key, plan.kind, plan.num_slots, lines, kinds or free, premises)
+        members = lines.take(plan.key, plan.arithmetic, plan.num_slots, longest)
+        if not members:
+            too_long.add(plan.key)
             continue
         yield plan, members
         active[plan.key] = active.get(plan.key, 0) + 1

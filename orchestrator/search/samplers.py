@@ -9,8 +9,9 @@ and takes those under way for bad ones (constant_liar); GP and NSGA-II learn fro
 only, and fields that a condition may leave out they draw at random.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 
 # Optuna's 50 is more than most sweeps have trials; no figure of ours says that 12 is best.
 NSGA2_POPULATION = 12
+NSGA2_GENERATION = "NSGAIISampler:generation"
 # Trials that a sampler draws at random, before it learns: Optuna's defaults, and NSGA-II's first
 # generation.
 STARTUP_TRIALS = {"tpe": 10, "gp": 10, "nsga2": NSGA2_POPULATION}
-# Of a trial, until its point is a new one that the rules allow; where none is found, the first
-# draw counts.
+# Of a trial, until its point is a new one that the rules allow. Then the points are gone through,
+# where the space has an end, as far as so many that are refused; else the first draw counts.
 MAX_DRAWS = 100
+MAX_REFUSED = 1000
 # Of these, NSGA-II's own, by other seeds: a child is nearer to what it found good than any point.
 NSGA2_DRAWS = 20
 
@@ -45,8 +48,8 @@ class Draw:
 
 Suggest = Callable[[Callable[[str, Values], Choice]], dict[str, Choice]]
 """Makes a point, given what draws one field."""
-Searched = Callable[[TrialSpec], dict[str, Choice]]
-"""Where a trial lies in the space as it is now."""
+Searched = Callable[[TrialSpec], dict[str, Choice] | None]
+"""Where a trial lies in the space as it is now, if it does."""
 Refused = Callable[[dict[str, Choice]], bool]
 """Whether a point cannot work."""
 Point = frozenset[tuple[str, Scalar]]
@@ -61,17 +64,19 @@ def draw(
     searched: Searched,
     refused: Refused,
     taken: Callable[[], AbstractSet[Point]],
+    points: Iterable[dict[str, Choice]],
 ) -> Draw:
     """Trial number len(known). Not for the grid. Points that are refused are drawn again, for TPE
     does not learn from trials that failed and would go on to draw them. So are those that are
-    `taken` by the known trials, for theirs would end with the very same adapters."""
+    `taken` by the known trials, for theirs would end with the very same adapters. `points`: all of
+    the space, or none where it has no end."""
     import optuna
 
     place = len(known)
     sampler = SAMPLERS[search.sampler](_seed(search.seed, place))
     # No two draws from a continuous range are alike; one that learns may draw an end of it again.
-    ranges = [values for values in search.space.values() if isinstance(values, RangeConfig)]
-    unlike = search.sampler == "random" and not all(values.integer for values in ranges)
+    everywhere = search.continuous_fields - search.all_conditions.keys()
+    unlike = search.sampler == "random" and bool(everywhere)
     barred: AbstractSet[Point] = frozenset() if unlike else taken()
     if search.sampler == "random":  # looks at no earlier trial, and adding a thousand takes long
         known = ()
@@ -80,8 +85,9 @@ def draw(
     study = optuna.create_study(directions=directions, sampler=sampler)
     by_number = {result.number: result for result in results}
     for spec in known:
-        for trial in _frozen(search, spec, by_number.get(spec.number), searched(spec)):
-            study.add_trial(trial)
+        if (lies_at := searched(spec)) is not None:
+            for trial in _frozen(search, spec, by_number.get(spec.number), lies_at):
+                study.add_trial(trial)
 
     def choose(name: str, values: Values) -> Choice:
         if not isinstance(values, RangeConfig):
@@ -108,7 +114,10 @@ def draw(
         if point not in barred and point not in not_again and not refused(params):
             return draws[-1]
         not_again.add(point)
-    return draws[0]
+    tried = barred | not_again
+    left = (params for params in points if point_set(params) not in tried)
+    allowed = (params for params in itertools.islice(left, MAX_REFUSED) if not refused(params))
+    return next((Draw(params, draws[0].notes) for params in allowed), draws[0])
 
 
 def _seed(*parts: int) -> int:
@@ -155,6 +164,9 @@ def _frozen(
             state = optuna.trial.TrialState.PRUNED
         else:
             state = optuna.trial.TrialState.FAIL
+    notes = dict(spec.notes)
+    if search.sampler == "nsga2":  # of another sampler's trials it takes for its first generation
+        notes.setdefault(NSGA2_GENERATION, 0)
     at_rung = result is not None and result.state == "pruned" and result.eval_loss is not None
     yield optuna.trial.create_trial(
         params={name: encoded(value) for name, value in point.items()},
@@ -163,7 +175,7 @@ def _frozen(
         values=values,
         intermediate_values={result.steps: result.eval_loss} if result and at_rung else {},
         constraints=constraints,
-        system_attrs=dict(spec.notes),
+        system_attrs=notes,
     )
 
 

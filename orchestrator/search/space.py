@@ -22,7 +22,7 @@ from orchestrator.planning.unread import unread
 from orchestrator.records import TrialResult, TrialSpec
 from orchestrator.search.objectives import MB
 from orchestrator.search.samplers import STARTUP_TRIALS, Draw, Point, draw, point_set
-from orchestrator.search_config import Choice, RangeConfig, SearchConfig, Values
+from orchestrator.search_config import Choice, RangeConfig, SearchConfig, Values, encoded
 
 NOT_READ = UnknownShape("its config is not read")
 
@@ -177,7 +177,7 @@ def ask(
     def suggest(choose: Callable[[str, Values], Choice]) -> dict[str, Choice]:
         return chosen(search, choose)
 
-    def searched(trial: TrialSpec) -> dict[str, Choice]:
+    def searched(trial: TrialSpec) -> dict[str, Choice] | None:
         return point_of(config, trial)
 
     def refused(params: dict[str, Choice]) -> bool:
@@ -186,7 +186,7 @@ def ask(
     def taken() -> AbstractSet[Point]:
         return points.taken(known)
 
-    drawn = draw(search, known, results, suggest, searched, refused, taken)
+    drawn = draw(search, known, results, suggest, searched, refused, taken, points.all)
     return _spec(config, len(known), drawn)
 
 
@@ -200,17 +200,23 @@ def chosen(search: SearchConfig, choose: Callable[[str, Values], Choice]) -> dic
     return point
 
 
-def point_of(config: SweepConfig, trial: TrialSpec) -> dict[str, Choice]:
+def point_of(config: SweepConfig, trial: TrialSpec) -> dict[str, Choice] | None:
     """Where a trial lies in the space, also one that was asked for in another space: what was asked
-    for, and elsewhere what is written under `trial`, which no resume changes. The trial's own
-    config will not do: of bit_width auto it holds what was chosen, not what was asked for."""
+    for, and elsewhere what is written under `trial`, which no resume changes. None where it had
+    another value of a field that is not searched there now. The trial's own config will not do: of
+    bit_width auto it holds what was chosen, not what was asked for."""
 
     def value(field: str, _: Values) -> Choice:
         if field in trial.params:
             return trial.params[field]
         return _value_at(config.trial, field)
 
-    return chosen(config.search, value)
+    point = chosen(config.search, value)
+    lies_in_space = all(
+        field in point or encoded(asked) == encoded(_value_at(config.trial, field))
+        for field, asked in trial.params.items()
+    )
+    return point if lies_in_space else None
 
 
 class KnownPoints:
@@ -230,9 +236,18 @@ class KnownPoints:
 
     def taken(self, known: Sequence[TrialSpec]) -> AbstractSet[Point]:
         new = known[self._num_known :]
-        self._taken.update(point_set(point_of(self._config, trial)) for trial in new)
+        known_points = (point_of(self._config, trial) for trial in new)
+        self._taken.update(point_set(point) for point in known_points if point is not None)
         self._num_known = len(known)
         return self._taken
+
+    @property
+    def all(self) -> Iterator[dict[str, Choice]]:
+        """None where ranges are continuous."""
+        search = self._config.search
+        if search.continuous_fields:
+            return iter(())
+        return _points(search, ordered_fields(search), {})
 
     def is_too_large(self, params: dict[str, Choice]) -> bool:
         """Whether the adapter would be larger than allowed, of a point that can work."""
@@ -298,7 +313,7 @@ def bounds(trial: TrialConfig, search: SearchConfig, asked: Iterable[TrialConfig
 
 def _max_rank(trial: TrialConfig, search: SearchConfig) -> int:
     ranks = search.space.get("adapter.rank", (trial.adapter.rank,))
-    patterns = _choices(search, "adapter.rank_pattern", trial.adapter.rank_pattern)
+    patterns = _choices(search, "adapter.rank_pattern", {**trial.adapter.rank_pattern})
     single = [rank for one in patterns if isinstance(one, dict) for rank in one.values()]
     return int(max(_highest(ranks), *single, 0))
 
@@ -392,7 +407,9 @@ def _points(
         yield from _points(search, fields[1:], point)
     else:
         values = search.space[fields[0]]
-        assert isinstance(values, tuple)
+        if isinstance(values, RangeConfig):
+            assert values.integer, f"{fields[0]} has no end"
+            values = tuple(range(int(values.low), int(values.high) + 1))
         for value in values:
             yield from _points(search, fields[1:], point | {fields[0]: value})
 

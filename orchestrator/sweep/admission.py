@@ -5,7 +5,7 @@ it, or None.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from orchestrator.errors import ConfigError
 from orchestrator.planning.compatibility import problems
@@ -29,21 +29,27 @@ class Admission:
     def refused_new(self, trial: TrialSpec) -> TrialResult | None:
         return self._refused(trial, self._premises.resources.workers_per_pack)
 
-    def refused_stored(self, trial: TrialSpec) -> TrialResult | None:
-        """Where its sweep was killed before it could say so."""
-        return self._refused(trial, None)
+    def refused_stored(self, trials: Sequence[TrialSpec]) -> list[TrialResult]:
+        """Of those that cannot work at all. A resume may change the resources, and the cluster may
+        be another one; stored trials were taken with the old ones, which may train them yet.
 
-    def check_stored(self, trials: Iterable[TrialSpec]) -> None:
-        """A resume may change the resources; stored trials were asked for with the old ones. Raises
-        ConfigError for those that do not suit the new ones."""
+        Raises:
+            ConfigError: trials do not suit the resources, or fit no worker that there is now.
+        """
         workers_per_pack = self._premises.resources.workers_per_pack
-        misfits = [
-            f"trial {trial.number}: {problem}"
-            for trial in trials
-            for problem in problems(trial.config, workers_per_pack)
-        ]
+        over, misfits = [], []
+        for trial in trials:
+            refused = self._refused(trial, None)
+            if refused is None:
+                found = problems(trial.config, workers_per_pack)
+                misfits += [f"trial {trial.number}: {problem}" for problem in found]
+            elif refused.reason == "out_of_memory":
+                misfits.append(f"trial {trial.number}: {refused.message}")
+            else:
+                over.append(refused)
         if misfits:
             raise ConfigError("\n".join(misfits))
+        return over
 
     def _refused(self, trial: TrialSpec, workers_per_pack: int | None) -> TrialResult | None:
         """Of a trial that breaks a rule, has no map of bits, cannot keep to the constraints or fits

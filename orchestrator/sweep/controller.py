@@ -162,7 +162,8 @@ class Controller:
         """
         for result in self._results.values():
             self._store.drop_files(result)  # where its sweep was killed before it could
-        self._check_trials()
+        for refused in self._admission.refused_stored(self._view().waiting):
+            self._end(refused)
         self._decided("start", "sweep", f"{len(self._results)} trials are over already")
         self._ask_for_trials()
         self._write_plan()
@@ -193,21 +194,16 @@ class Controller:
             check_none_waits(self._view().waiting, self._view().all_kinds)
         return self._stop_at is None
 
-    def _check_trials(self) -> None:
-        for trial in list(self._view().waiting):
-            if refused := self._admission.refused_stored(trial):
-                self._end(refused)
-        self._admission.check_stored(self._view().waiting)
-
     def _ask_for_trials(self) -> None:
         """Keep the sampler's supply ahead of free slots; `ask` says None when there is no more."""
         while trial := self._ask(list(self._trials.values()), list(self._results.values())):
-            self._store.add_trial(trial)
+            refused = self._admission.refused_new(trial)
+            self._store.add_trial(trial, refused)
             self._trials[trial.number] = trial
             self._moved = True
             self._pruning.add(trial)
-            if refused := self._admission.refused_new(trial):
-                self._end(refused)
+            if refused:
+                self._is_over(refused)
 
     def _judge(self) -> None:
         """Give the verdicts that are due at rungs, and end what they settle."""
@@ -467,6 +463,9 @@ class Controller:
             self._store.drop_files(result)
         else:
             saving.stopped.append(result)
+        self._is_over(result)
+
+    def _is_over(self, result: TrialResult) -> None:
         self._results[result.number] = result
         self._states[result.state] += 1
         self._moved = True

@@ -64,7 +64,8 @@ class Pace:
     def start(self, number: int, plan: PackPlan) -> None:
         self._enter(number)
         self._meters[number] = _Meter()
-        self._plans[plan.key] = plan
+        if self._is_known(plan):
+            self._plans[plan.key] = plan
 
     def take(
         self,
@@ -127,18 +128,17 @@ class Pace:
     ) -> float | None:
         """Seconds until the last trial is trained, if none is stopped at a rung; None where that is
         not known. Evaluations, loads and idle slots apart."""
-        plans = {key: plan for key, plan in self._plans.items() if self._is_known(plan)}
         # Of the whole cluster's seconds, for a block.
         speeds = {kind.name: kind.speed for kind in kinds}
         capacity = sum(kind.usable * kind.speed for kind in kinds)
-        if not plans or not capacity:
+        if not self._plans or not capacity:
             return None
         costs = {
             key: self._block_s(plan, plan.num_slots)
             / plan.num_slots
             * speeds.get(plan.kind.name, 1.0)
             / capacity
-            for key, plan in plans.items()
+            for key, plan in self._plans.items()
         }
         usual = sum(costs.values()) / len(costs)
         left = sum(waiting.work(key) * costs.get(key, usual) for key in waiting.keys)

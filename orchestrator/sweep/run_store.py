@@ -185,10 +185,17 @@ class RunStore:
     def trial_dir(self, number: int) -> Path:
         return self._path("trials", f"{number:03d}")
 
-    def add_trial(self, trial: TrialSpec) -> None:
+    def add_trial(self, trial: TrialSpec, refused: TrialResult | None = None) -> None:
+        """`refused`: the result of one that is not taken. It is there before the trial is, so that
+        a trial without a result is one that was taken."""
         path = self.trial_dir(trial.number) / "trial.json"
-        if not path.exists():
-            write_json(path, trial.to_json())
+        if path.exists():
+            return
+        result = path.with_name("result.json")
+        result.unlink(missing_ok=True)  # of a start that was killed between the two
+        if refused is not None:
+            write_json(result, refused.to_json())
+        write_json(path, trial.to_json())
 
     @property
     def trials(self) -> list[TrialSpec]:
@@ -276,7 +283,8 @@ class RunStore:
 
     @property
     def results(self) -> list[TrialResult]:
-        paths = (self.trial_dir(number) / "result.json" for number in self._numbers("result.json"))
+        numbers = set(self.trial_numbers).intersection(self._numbers("result.json"))
+        paths = (self.trial_dir(number) / "result.json" for number in sorted(numbers))
         return [TrialResult.from_json(read_json(path)) for path in paths]
 
     def _numbers(self, name: str) -> list[int]:

@@ -114,6 +114,13 @@ def test_layers_that_were_given_bits_keep_them() -> None:
     assert QuantConfig.model_validate(found.model_dump(mode="json")) == found
 
 
+def test_sixteen_bits_everywhere_are_an_average_of_sixteen_whatever_the_arithmetic() -> None:
+    some = layers(4)
+    quant = auto(budget_gib=1)
+    for dtype_bytes in (2, 4):
+        assert resolved(quant, allocate(quant, some, 0, dtype_bytes)).average_bits == 16
+
+
 def test_a_record_of_a_layer_comes_back_as_it_was() -> None:
     (one,) = layers(1)
     record = {"name": one.name, "num_params": one.num_params}

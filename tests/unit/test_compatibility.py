@@ -192,6 +192,11 @@ def test_every_rule_has_a_reason_and_a_source() -> None:
             "llm_int8 needs all layers at 8 bits",
         ),
         (
+            {"trial__quant": {"bit_width": "auto", "average_bits": 5,
+                              "bit_width_pattern": {"down_proj": 3}}},
+            "give those layers 4, 8 or 16 bits",
+        ),
+        (
             {"trial__quant": {"bit_width": 8, "int8_type": "blockwise", "block_size": 32}},
             "set quant.block_size: 64 or more",
         ),

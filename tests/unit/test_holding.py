@@ -9,7 +9,9 @@ import pytest
 
 from jobs.dry_run import show_plan
 from jobs.plan import show
+from orchestrator.config import SweepConfig
 from orchestrator.errors import ConfigError
+from orchestrator.loading import override_config
 from orchestrator.planning.capacity import Node
 from orchestrator.planning.gpus import GPUS
 from orchestrator.planning.holding import takers, why_too_large
@@ -18,15 +20,23 @@ from orchestrator.planning.memory import GIB
 from orchestrator.planning.packs import PackPlan, one_kind, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.planning.waiting import pack_key
-from orchestrator.records import PackSpec, TrialResult, TrialSpec
+from orchestrator.records import Checkpointed, Notice, PackSpec, TrialResult, TrialSpec
 from orchestrator.search.space import next_trial
-from orchestrator.sweep.controller import Controller
+from orchestrator.sweep.controller import Controller, Observer
 from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.forecast import forecast
 from orchestrator.sweep.lessons import heeding
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.simulated import SimulatedWorker
-from tests.sweeps import llama_shape, make_store, pack_spec, premises, sweep_config
+from tests.sweeps import (
+    LLAMA_8B,
+    llama_shape,
+    make_controller,
+    make_store,
+    pack_spec,
+    premises,
+    sweep_config,
+)
 from tests.unit.test_memory_plan import sweep_file
 
 __all__ = ["sweep_file"]  # a fixture
@@ -260,6 +270,51 @@ def test_a_base_that_no_gpu_holds_gets_as_many_as_hold_it(num_trials: int) -> No
     assert len(begun) == 1
     assert ("4 workers, as fewer do not hold it" in plan.reason) == (num_trials > 1)
     assert preview_packs(trials, 3, given)[0][0].fit.fits is False
+
+
+def test_where_no_number_is_expected_to_hold_a_base_the_one_that_comes_nearest_tries() -> None:
+    config = sweep_config(**SMALL_BATCH, **ZERO_3, trial__quant__bit_width=16)
+    trials = [TrialSpec(number, {}, config.trial) for number in range(4)]
+    needs = [
+        preview_packs(trials, 4, premises(replace_workers(config, size), "cuda", LLAMA_70B, 1))
+        for size in (1, 2, 4)
+    ]
+    totals = [packs[0][0].fit.memory.total_bytes for packs in needs if packs[0][0].fit.memory]
+    assert totals == sorted(totals, reverse=True)
+    given = premises(config, "cuda", LLAMA_70B, int(totals[-1] / 0.95))  # and 90 % are for plans
+    assert why_too_large(config.trial, one_kind(4, given), given) == ""
+    ((plan, _),) = preview_packs(trials, 4, given)
+    assert plan.world_size == 4
+
+
+def replace_workers(config: SweepConfig, size: int) -> SweepConfig:
+    return override_config(config, [f"resources.workers_per_pack={size}"])
+
+
+def test_a_resume_on_smaller_gpus_says_so_and_loses_nothing(tmp_path: Path) -> None:
+    config = sweep_config(
+        trial__steps=40, search__space={"adapter.rank": [4, 8, 16, 32]}, resources__slots_per_pack=2
+    )
+    store = make_store(tmp_path / "run", config)
+
+    def stop(notice: Notice) -> None:
+        if isinstance(notice, Checkpointed) and notice.step >= 30:
+            controller.request_stop()
+
+    def start(memory_bytes: int, observe: Observer = lambda notice: None) -> Controller:
+        given = premises(config, "cuda", LLAMA_8B, memory_bytes)
+        return make_controller(store, InProcessExecutor(SimulatedWorker), 1, observe, given=given)
+
+    controller = start(80 * GIB, stop)
+    assert not controller.run()
+    kept = [[path.name for path in store.checkpoints(number)] for number in range(4)]
+    assert kept[0]
+    with pytest.raises(ConfigError, match="trial 0: it does not fit: 4-bit .*5.0 GiB of each GPU"):
+        start(5 * GIB).run()
+    assert store.results == []
+    assert kept == [[path.name for path in store.checkpoints(number)] for number in range(4)]
+    assert start(80 * GIB).run()
+    assert states(store) == {"finished": [0, 1, 2, 3]}
 
 
 def test_a_base_goes_to_many_small_gpus_where_a_large_one_does_not_hold_it() -> None:

@@ -1,5 +1,6 @@
 """What a sweep learns of its packs' speed from their workers' reports, and what it leaves alone."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def the_plan(num_trials: int = 1) -> PackPlan:
 
 STEP_S = 2 * durations().block_s(the_plan(), 1)
 """As expected of a trial that is alone."""
+KINDS = one_kind(1, durations().premises)
 STEPS = round(2 * FIRST_AFTER_S / STEP_S)
 
 
@@ -136,6 +138,16 @@ def test_what_is_left_is_all_work_at_the_rates_that_were_measured() -> None:
         row = {"gpu": "H200", "base": plan.base, "tokens": 1, "expected_s": 1.0, "measured_s": 2.0}
         pace.learn(number, row)
     assert pace.left_s(waiting, [pack], TRIALS, 0, kinds) == pytest.approx(3200 * STEP_S)
+
+
+def test_what_is_left_is_known_though_the_last_pack_is_on_a_gpu_that_nobody_knows() -> None:
+    pace, plan = Pace(durations()), the_plan()
+    pace.start(0, plan)
+    known = pace.left_s(Waiting([TRIALS[1]]), [RunningPack(plan, {0: 1})], TRIALS, 0, KINDS)
+    pace.start(1, replace(plan, kind=replace(ALIKE, name="B300")))
+    packs = [RunningPack(plan, {0: 1})]
+    assert pace.left_s(Waiting([TRIALS[1]]), packs, TRIALS, 0, KINDS) == known
+    assert known is not None
 
 
 LONG: dict[str, Any] = {"trial__steps": 40, "resources__slots_per_pack": 1}

@@ -430,6 +430,18 @@ def test_a_slow_gpu_begins_nothing_that_a_fast_one_would_end_sooner() -> None:
     assert decide(view) == [ReleasePack(0, save=False), AssignTrial(1, 1)]
 
 
+def test_a_slow_gpu_passes_over_what_is_too_long_for_its_slots_for_what_is_not() -> None:
+    long = [TrialSpec(n, {}, sweep_config(trial__steps=1000).trial) for n in range(6)]
+    changes = {"trial__steps": 100, "trial__quant": {"bit_width": 16}}
+    short = [TrialSpec(6 + n, {}, sweep_config(**changes).trial) for n in range(12)]
+    given = premises(sweep_config(resources__slots_per_pack=4), "cuda", LLAMA_8B)
+    busy = replace(pack(pack_key(long[0].config), occupied=4, idle=False), kind="H200")
+    kinds = (LARGE, replace(LARGE, name="A100", speed=0.25))
+    view = SweepView((*long, *short), (busy,), 2, given, kinds=kinds)
+    (start,) = (action for action in decide(view) if isinstance(action, StartPack))
+    assert (start.plan.kind.name, start.plan.key.title) == ("A100", "16-bit")
+
+
 def test_a_slow_gpu_that_loads_holds_no_trial_back_from_faster_ones() -> None:
     """Which of them begins it was decided when its pack was started, and may look different now."""
     (long,) = (TrialSpec(0, {}, sweep_config(trial__steps=100).trial),)

@@ -54,8 +54,19 @@ def test_trials_and_results_come_in_the_order_of_their_numbers(tmp_path: Path) -
     assert [one.number for one in store.results] == [99, 101, 1000, 1001]
 
 
+def test_a_refusal_without_its_trial_is_of_a_start_that_was_killed(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    store.add_trial(trial(0), result(0, 1.5))
+    assert store.results == [result(0, 1.5)]
+    (store.trial_dir(0) / "trial.json").unlink()
+    assert store.results == []
+    store.add_trial(trial(0))  # which this start takes
+    assert (store.trials, store.results) == ([trial(0)], [])
+
+
 def test_a_finished_trial_never_changes(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
+    store.add_trial(trial(0))
     store.finish_trial(result(0, 1.5))
     with pytest.raises(RunFolderError, match="trial 0 is over"):
         store.finish_trial(result(0, 1.0))
