@@ -62,6 +62,8 @@ class BaseShape:
     """The output head's weights are the input embedding's."""
     activation: str = ""
     """Of its MLPs, as its config names it; empty: unknown."""
+    most_tokens: int | None = None
+    """See most_tokens_of."""
 
     def __hash__(self) -> int:
         # Of a few numbers: plans are remembered by it, and the layers are hundreds.
@@ -87,6 +89,8 @@ class UnknownShape:
     reason: str
     conv1d: bool = False
     """Whether its layers are transformers' Conv1D: GPT-2's kind."""
+    most_tokens: int | None = None
+    """See most_tokens_of."""
 
 
 def matching(names: Iterable[str], targets: Targets) -> list[str]:
@@ -112,7 +116,8 @@ def read_shape(folder: Path) -> BaseShape | UnknownShape:
     try:
         config = json.loads((folder / "config.json").read_text())
         if reason := _why_unknown(config):
-            return UnknownShape(reason, config.get("model_type") in CONV1D_FAMILIES)
+            conv1d = config.get("model_type") in CONV1D_FAMILIES
+            return UnknownShape(reason, conv1d, most_tokens_of(config))
         tensors = _tensor_shapes(folder)
     except (OSError, ValueError, LookupError, struct.error) as error:
         return UnknownShape(f"{folder} cannot be read: {error}")
@@ -163,7 +168,27 @@ def _shape(config: dict[str, Any], tensors: dict[str, Sequence[int]]) -> BaseSha
         num_plain_params=total - sum(linear.num_params for linear in linears),
         tied_embeddings=sum(_has_words(s, config["vocab_size"]) for s in tensors.values()) < 2,
         activation=config.get("hidden_act") or "",
+        most_tokens=most_tokens_of(config),
     )
+
+
+def most_tokens_of(config: dict[str, Any]) -> int | None:
+    """Of a sequence, up to which its positions are its own; None where they always are.
+
+    Beyond that transformers scales the positions of a whole batch by its longest sequence, and
+    those of later batches by what it has seen (modeling_rope_utils.py, dynamic_rope_update, 5.23).
+    """
+    config = config.get("text_config") or config
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    limits = []
+    for kind in (scaling, *(part for part in scaling.values() if isinstance(part, dict))):
+        name = kind.get("rope_type") or kind.get("type") or ""
+        if name in ("longrope", "su"):  # as Phi-3's first files call it
+            own = "original_max_position_embeddings"
+            limits.append(kind.get(own) or config.get(own) or config["max_position_embeddings"])
+        elif "dynamic" in name:
+            limits.append(config["max_position_embeddings"])
+    return min(limits, default=None)
 
 
 def _is_linear(name: str, shape: Sequence[int], vocab_size: int) -> bool:

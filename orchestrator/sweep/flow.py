@@ -264,9 +264,11 @@ def sweep_premises(
 
     Raises:
         ConfigError: the device cannot run the step program, target modules or patterns match no
-            layer of the base, or a budget of bits is less than the base takes at the fewest.
+            layer of the base, a budget of bits is less than the base takes at the fewest, or
+            sequences are longer than it keeps apart.
     """
     resources = config.resources
+    check_lengths(config, shape)
     if not isinstance(shape, UnknownShape):
         check_layers(config, shape)
         check_budgets(config, shape, compute_dtype)
@@ -303,6 +305,20 @@ def sweep_premises(
         in_turn=config.search.pruner.kind != "none",
     )
     return within(config.search.constraints, premises)
+
+
+def check_lengths(config: SweepConfig, shape: BaseShape | UnknownShape) -> None:
+    """Raises ConfigError where a sequence of the sweep may change what others in its batch are."""
+    task, most = config.evaluation.task, shape.most_tokens
+    length, names = config.data.block_length, "data.block_length"
+    if task is not None:
+        length, names = length + task.max_new_tokens, f"{names} + evaluation.task.max_new_tokens"
+    if most is not None and length > most:
+        raise ConfigError(
+            f"{names} must be at most {most} with this base model, but got {length}: beyond that "
+            "its positions are scaled by the longest sequence of a batch (its config's rope_type), "
+            "so that trials in a pack would not be the trials alone"
+        )
 
 
 def check_layers(config: SweepConfig, shape: BaseShape) -> None:

@@ -285,6 +285,7 @@ def check_family(base: LoadedBase, probed: tuple[Tensor, Tensor, Tensor]) -> Non
             hidden_changed = base.hidden(changed, position_ids)
             logits = base.model(**base.inputs(block, position_ids)).logits
             own_logits = base.head(hidden)
+            draws = _draws_in_training(base, block, position_ids)
         except (AttributeError, TypeError) as error:
             raise BaseModelError(
                 f"{family}: it does not take position_ids and give hidden states as others do: "
@@ -298,12 +299,32 @@ def check_family(base: LoadedBase, probed: tuple[Tensor, Tensor, Tensor]) -> Non
             f"hidden states by {leak:.2g} of their size): choose another base model, such as "
             "Llama, Qwen3 or Gemma 3"
         )
+    if draws:  # PhiMoE its experts
+        raise BaseModelError(
+            f"{family}: in training it draws something at random, which no resumed trial could "
+            "repeat: choose another base model"
+        )
     error_size = difference(own_logits[0], logits[0])
     if error_size > MAX_LOGITS_ERROR:
         raise BaseModelError(
             f"{family}: its output head does more than is known here (logits differ by "
             f"{error_size:.2g} of their size): choose another base model"
         )
+
+
+def _draws_in_training(base: LoadedBase, block: Tensor, position_ids: Tensor) -> bool:
+    """Whether a pass moves the process's generators, which stay as they are. What it draws may well
+    change nothing in so small a pass."""
+    base.model.train()
+    gpu = [base.device] if base.device.type == "cuda" else []
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpu)]
+
+    with torch.random.fork_rng(gpu):
+        before = states()
+        base.hidden(block, position_ids)
+        return not all(map(torch.equal, before, states()))
 
 
 @torch.no_grad()
@@ -344,7 +365,8 @@ def probe(base: LoadedBase) -> tuple[Tensor, Tensor, Tensor]:
 
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and each token's result independent of the other tokens under LLM.int8 too."""
+    """Eval mode until the end, or until it is changed, and each token's result independent of the
+    other tokens under LLM.int8 too."""
     # Above its threshold, one token's outlier takes that feature out of all tokens' int8 product:
     # on SmolLM2 a neighbour then changes hidden states by 0.07, without it by 0.
     states = [module.state for module in model.modules() if hasattr(module, "init_8bit_state")]

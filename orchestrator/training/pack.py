@@ -147,7 +147,7 @@ class PackWorker:
         for directive in directives:
             match directive:
                 case Leave(save):
-                    return self._leave(save)
+                    return opened + self._leave(save)
                 case Prune(trial):
                     self._prune(trial)
                 case Assign():

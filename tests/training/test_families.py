@@ -51,6 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax": {"num_local_experts": 2},
     "mixtral": {"num_local_experts": 4, "router_jitter_noise": 0.1, "attention_dropout": 0.1},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "phi": {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attention_dropout": 0.1},
     "qwen3_next": {
         "num_experts": 4,
@@ -97,6 +98,16 @@ def test_a_family_that_lets_documents_of_a_block_touch_is_refused(
     folder = make_family(name, tmp_path)
     with pytest.raises(BaseModelError, match=f"'{name}'.*kept apart.*another base model"):
         load(folder, bit_width, dtype)
+
+
+@pytest.mark.parametrize("bit_width", [4, 16])
+def test_a_family_that_draws_at_random_in_training_is_refused(
+    tmp_path: Path, bit_width: int
+) -> None:
+    folder, before = make_family("phimoe", tmp_path), torch.get_rng_state()
+    with pytest.raises(BaseModelError, match="'phimoe': in training it draws something at random"):
+        load(folder, bit_width)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_family_that_wants_weights_where_codes_are_is_refused(tmp_path: Path) -> None:

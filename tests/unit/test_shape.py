@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator.errors import ConfigError
 from orchestrator.planning.shape import UnknownShape, matching, read_shape
-from tests.sweeps import LLAMA_8B
+from tests.sweeps import LLAMA_8B, premises, sweep_config
 
 CONFIG = {
     "model_type": "llama",
@@ -42,6 +43,39 @@ def write_weights(path: Path, names: Sequence[str], prefix: str = "") -> None:
     header = {prefix + name: {"dtype": "BF16", "shape": TENSORS[name]} for name in names}
     text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({}, None),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, None),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, 2048),
+        ({"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 4096}, 4096),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 512}},
+            512,
+        ),
+        ({"rope_parameters": {"full": {"rope_type": "dynamic"}, "local": {}}}, 2048),
+    ],
+)
+def test_sequences_are_kept_to_the_length_at_which_positions_are_still_their_own(
+    tmp_path: Path, changes: dict[str, Any], most: int | None
+) -> None:
+    shape = read_shape(write_base(tmp_path, max_position_embeddings=2048, **changes))
+    assert shape.most_tokens == most
+    kept = {"train": "x", "block_length": 512}
+    task = {"max_new_tokens": 8}
+    premises(sweep_config(data=kept), "cuda", shape)
+    for longer in (
+        {"data": kept, "evaluation__task": task},
+        {"data": kept | {"block_length": 4104}},
+    ):
+        if most is None or (most > 512 and "evaluation__task" in longer):
+            premises(sweep_config(**longer), "cuda", shape)
+            continue
+        with pytest.raises(ConfigError, match=f"data.block_length.*at most {most} with this base"):
+            premises(sweep_config(**longer), "cuda", shape)
 
 
 def test_a_shape_is_read_from_the_headers_of_all_files(tmp_path: Path) -> None:
