@@ -115,15 +115,16 @@ def check_targets(targets: Targets, layers: Sequence[str]) -> None:
 def read_shape(folder: Path) -> BaseShape | UnknownShape:
     try:
         config = json.loads((folder / "config.json").read_text())
+        most_tokens = most_tokens_of(config)
         if reason := _why_unknown(config):
             conv1d = config.get("model_type") in CONV1D_FAMILIES
-            return UnknownShape(reason, conv1d, most_tokens_of(config))
+            return UnknownShape(reason, conv1d, most_tokens)
         tensors = _tensor_shapes(folder)
     except (OSError, ValueError, LookupError, struct.error) as error:
         return UnknownShape(f"{folder} cannot be read: {error}")
     if not tensors:
-        return UnknownShape("the base has no .safetensors files")
-    return _shape(config, tensors)
+        return UnknownShape("the base has no .safetensors files", most_tokens=most_tokens)
+    return _shape(config, tensors, most_tokens)
 
 
 def _why_unknown(config: dict[str, Any]) -> str:
@@ -146,7 +147,9 @@ def quantised_by(config: dict[str, Any]) -> str:
     return str(quantised.get("quant_method", "an unnamed method")) if quantised else ""
 
 
-def _shape(config: dict[str, Any], tensors: dict[str, Sequence[int]]) -> BaseShape:
+def _shape(
+    config: dict[str, Any], tensors: dict[str, Sequence[int]], most_tokens: int | None
+) -> BaseShape:
     if config.get("tie_word_embeddings"):
         tensors = {name: shape for name, shape in tensors.items() if "lm_head" not in name}
     linears = tuple(
@@ -168,7 +171,7 @@ def _shape(config: dict[str, Any], tensors: dict[str, Sequence[int]]) -> BaseSha
         num_plain_params=total - sum(linear.num_params for linear in linears),
         tied_embeddings=sum(_has_words(s, config["vocab_size"]) for s in tensors.values()) < 2,
         activation=config.get("hidden_act") or "",
-        most_tokens=most_tokens_of(config),
+        most_tokens=most_tokens,
     )
 
 
