@@ -45,9 +45,9 @@ class MortalStore(RunStore):
         if self.lives < 0:
             raise Killed
 
-    def add_trial(self, trial: TrialSpec) -> None:
+    def add_trial(self, trial: TrialSpec, refused: TrialResult | None = None) -> None:
         self._live()
-        super().add_trial(trial)
+        super().add_trial(trial, refused)
         self._live()
 
     def add_point(self, point: Progress | Evaluated) -> None:
