@@ -16,7 +16,6 @@ ends with the same bits. A fresh one may join a pack of any.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -114,7 +113,6 @@ def plan_pack(
     free: Sequence[WorkerKind],
     premises: Premises,
     kinds: Sequence[WorkerKind] = (),
-    passed_over: AbstractSet[PackKey] = frozenset(),
 ) -> PackPlan | None:
     """The pack that the first of the free kinds should start next; None when nothing is to be
     started. `active` counts the packs of each key; `kinds` are all, the busy ones too.
@@ -128,16 +126,23 @@ def plan_pack(
         return None
     groups = {}
     for key in lines.keys:
-        if key in passed_over:
-            continue
         if group := _group(key, lines, kind, kinds, premises):
             groups[key] = group
     for key in sorted(
         groups, key=lambda key: lines.work_left(key) / (1 + active.get(key, 0)), reverse=True
     ):
-        if plan := _planned(key, groups[key], lines, free, premises, len(groups)):
+        plan = _planned(key, groups[key], lines, free, premises, len(groups))
+        if plan is not None and _begins_one(plan, lines, kinds, premises):
             return plan
     return None
+
+
+def _begins_one(
+    plan: PackPlan, lines: Lines, kinds: Sequence[WorkerKind], premises: Premises
+) -> bool:
+    """Whether any waiting trial is short enough for as many slots as were chosen."""
+    longest = longest_here(plan.key, plan.kind, plan.num_slots, lines, kinds, premises)
+    return longest == math.inf or lines.shortest(plan.key) <= longest
 
 
 @dataclass(frozen=True)
@@ -301,17 +306,16 @@ def plan_packs(
     """Packs for all free workers, and the trials in their slots."""
     active = dict(active)
     left = list(free)
-    too_long: set[PackKey] = set()  # for as many slots of this kind
     while left:
-        plan = plan_pack(lines, active, left, premises, kinds, too_long)
-        if plan is None:
+        plan = plan_pack(lines, active, left, premises, kinds)
+        members: list[TrialSpec] = []
+        if plan is not None:
+            longest = longest_here(
+                plan.key, plan.kind, plan.num_slots, lines, kinds or free, premises
+            )
+            members = lines.take(plan.key, plan.arithmetic, plan.num_slots, longest)
+        if plan is None or not members:
             left.pop(0)
-            too_long.clear()
-            continue
-        longest = longest_here(plan.key, plan.kind, plan.num_slots, lines, kinds or free, premises)
-        members = lines.take(plan.key, plan.arithmetic, plan.num_slots, longest)
-        if not members:
-            too_long.add(plan.key)
             continue
         yield plan, members
         active[plan.key] = active.get(plan.key, 0) + 1
