@@ -81,8 +81,8 @@ def allocate(
     num_params = sum(layer.num_params for layer in layers)
     choices, costs, budget = _within_budget(quant, layers, plain_bytes, dtype_bytes)
     widths = _least_loss(layers, choices, costs, budget)
-    bits = {width: stored_bits(quant, width, AVERAGE_DTYPE_BYTES) for width in WIDTHS}
-    average = sum(layer.num_params * bits[widths[layer.name]] for layer in layers) / num_params
+    stored = {width: stored_bits(quant, width, AVERAGE_DTYPE_BYTES) for width in WIDTHS}
+    average = sum(layer.num_params * stored[widths[layer.name]] for layer in layers) / num_params
     counts = Counter(widths.values())
     return Allocation(
         as_pattern(widths),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from orchestrator.config import QuantConfig, SweepConfig, TrialConfig
+from orchestrator.planning.allocation import WIDTHS
 from orchestrator.planning.bits import bits_of
 from orchestrator.planning.ranks import idle_patterns
 from orchestrator.planning.shape import BaseShape, UnknownShape
@@ -110,7 +111,7 @@ def _llm_int8_is_for_the_whole_base(trial: TrialConfig) -> Iterator[str]:
 
 def _auto_measures_4_8_and_16_bits(trial: TrialConfig) -> Iterator[str]:
     quant = trial.quant
-    if quant.bit_width == "auto" and not {4, 8, 16}.issuperset(quant.bit_width_pattern.values()):
+    if quant.bit_width == "auto" and not {*quant.bit_width_pattern.values()} <= {*WIDTHS}:
         bits = ", ".join(f"{name}: {bits}" for name, bits in quant.bit_width_pattern.items())
         yield (
             "quant.bit_width: auto weighs what layers lose at 4, 8 and 16 bits, but got "

@@ -53,12 +53,12 @@ def zero_memory(
     constants = _constants_bytes(shape, load, linear_bytes)
     whole = shape.num_plain_params * load.dtype_bytes + linear_bytes
     base, base_on_host = _base_bytes(shape, load, whole, constants)
-    own_states, place = _part(states, load), load.strategy.offload_optimizer
+    offloaded = load.strategy.offload_optimizer != "none"
     return ZeroMemory(
         adapters_bytes=held,
         step_bytes=step,
         base_bytes=base,
-        optimizer_bytes=own_states if place == "none" else 0,
+        optimizer_bytes=0 if offloaded else _part(states, load),
         host_bytes=base_on_host + _adapter_on_host(row_length, load),
     )
 

@@ -85,9 +85,8 @@ def draw(
     study = optuna.create_study(directions=directions, sampler=sampler)
     by_number = {result.number: result for result in results}
     for spec in known:
-        if (lies_at := searched(spec)) is not None:
-            for trial in _frozen(search, spec, by_number.get(spec.number), lies_at):
-                study.add_trial(trial)
+        for trial in _frozen(search, spec, by_number.get(spec.number), searched(spec)):
+            study.add_trial(trial)
 
     def choose(name: str, values: Values) -> Choice:
         if not isinstance(values, RangeConfig):
@@ -146,11 +145,13 @@ def _frozen(
     search: SearchConfig,
     spec: TrialSpec,
     result: TrialResult | None,
-    point: Mapping[str, Choice],
+    point: Mapping[str, Choice] | None,
 ) -> "Iterator[optuna.trial.FrozenTrial]":
     """The trial as Optuna knows trials; nothing where it lies outside the space as it is now."""
     import optuna
 
+    if point is None:
+        return
     if not all(_contains(search.space[name], value) for name, value in point.items()):
         return
     state, values = optuna.trial.TrialState.RUNNING, None

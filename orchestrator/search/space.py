@@ -227,7 +227,7 @@ class KnownPoints:
     def __init__(self, config: SweepConfig, shape: BaseShape | UnknownShape = NOT_READ) -> None:
         self._config = config
         self._shape = shape
-        self._points = _points(config.search, ordered_fields(config.search), {})
+        self._points = _all_points(config.search)
         self._point: dict[str, Choice] | None = None
         """The first that may be free. None until one is asked for, which other samplers never do:
         their ranges have no points."""
@@ -245,9 +245,7 @@ class KnownPoints:
     def all(self) -> Iterator[dict[str, Choice]]:
         """None where ranges are continuous."""
         search = self._config.search
-        if search.continuous_fields:
-            return iter(())
-        return _points(search, ordered_fields(search), {})
+        return iter(()) if search.continuous_fields else _all_points(search)
 
     def is_too_large(self, params: dict[str, Choice]) -> bool:
         """Whether the adapter would be larger than allowed, of a point that can work."""
@@ -289,8 +287,7 @@ def is_searched(search: SearchConfig, field: str, point: Mapping[str, Choice]) -
 
 
 def grid_points(search: SearchConfig) -> Iterator[dict[str, Choice]]:
-    points = _points(search, ordered_fields(search), {})
-    return itertools.islice(points, search.num_trials)
+    return itertools.islice(_all_points(search), search.num_trials)
 
 
 def bounds(trial: TrialConfig, search: SearchConfig, asked: Iterable[TrialConfig] = ()) -> Bounds:
@@ -398,6 +395,10 @@ def _written(value: Choice) -> str:
     return f"[{', '.join(value)}]" if isinstance(value, list | tuple) else str(value)
 
 
+def _all_points(search: SearchConfig) -> Iterator[dict[str, Choice]]:
+    return _points(search, ordered_fields(search), {})
+
+
 def _points(
     search: SearchConfig, fields: Sequence[str], point: dict[str, Choice]
 ) -> Iterator[dict[str, Choice]]:
@@ -406,10 +407,10 @@ def _points(
     elif not is_searched(search, fields[0], point):
         yield from _points(search, fields[1:], point)
     else:
-        values = search.space[fields[0]]
+        values: Values | range = search.space[fields[0]]
         if isinstance(values, RangeConfig):
             assert values.integer, f"{fields[0]} has no end"
-            values = tuple(range(int(values.low), int(values.high) + 1))
+            values = range(int(values.low), int(values.high) + 1)  # of any length: not listed
         for value in values:
             yield from _points(search, fields[1:], point | {fields[0]: value})
 

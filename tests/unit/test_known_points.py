@@ -102,3 +102,10 @@ def test_patterns_of_fractions_can_be_searched() -> None:
     check_space(config)
     found = [trial.config.adapter.alpha_pattern for trial in first_trials(config)]
     assert found == patterns
+
+
+def test_where_every_point_is_refused_a_long_range_is_not_gone_through_to_its_end() -> None:
+    space = {"schedule.warmup_steps": {"low": 6, "high": 2**40, "integer": True}}  # of six steps
+    config = sweep_config(search={"space": space, "sampler": "random", "num_trials": 1})
+    (trial,) = first_trials(config)
+    assert trial.config.schedule.warmup_steps >= 6
