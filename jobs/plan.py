@@ -5,7 +5,6 @@ Imports no torch, transformers, ray or mlflow. It needs no GPU: `--gpus` says wh
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +21,6 @@ from orchestrator.planning.capacity import (
     worker_count,
     worker_memory_bytes,
 )
-from orchestrator.planning.compatibility import problems
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu, parse_gpus
 from orchestrator.planning.kinds import ALIKE, WorkerKind, known_gpus
@@ -31,11 +29,13 @@ from orchestrator.planning.memory import GIB, PackMemory
 from orchestrator.planning.packs import PackPlan, preview_packs
 from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.records import Device, TrialSpec
-from orchestrator.search.space import ask, check_space, first_batch, first_trials, num_trials
+from orchestrator.search.space import check_space, first_batch, first_trials, num_trials
+from orchestrator.sweep.admission import Admission
 from orchestrator.sweep.earlier import earlier_speeds
-from orchestrator.sweep.expectations import check_none_waits, refusal
+from orchestrator.sweep.expectations import check_none_waits
 from orchestrator.sweep.flow import auto_compute_dtype, sweep_premises
-from orchestrator.sweep.forecast import Forecast, forecast
+from orchestrator.sweep.forecast import Forecast
+from orchestrator.sweep.reach import best_reach, later_trials
 from orchestrator.wording import counted, ranges
 
 CHART_WIDTH = 64
@@ -43,8 +43,6 @@ FILE_WIDTH = 120
 WORDS = ("base", "GPUs", "trials")
 FIT = ("pack", "tokens/s", "from", "to")
 MOST_ROWS = 24
-# Of each trial that has to stand for one which is not known yet.
-MOST_DRAWS = 10
 PARTS = {
     "base_bytes": "base, as stored",
     "dequantised_bytes": "base, dequantised",
@@ -142,11 +140,13 @@ class _Shown:
             min(kind.memory_bytes for kind in kinds),
             gpu=known[kinds[0].name] if len(known) == 1 else None,
         )
+        self._admission = Admission(self._premises, config.search.constraints, kinds)
 
     def plan(self, given: Sequence[TrialSpec]) -> None:
-        trials = [*filter(self._is_trained, given), *self._later(given)]
+        trials = [trial for trial in given if self._is_trained(trial)]
+        trials += later_trials(self._config, len(given), lambda trial: not self._why_not(trial))
         if not trials:
-            raise ConfigError(f"no trial can be trained: {'; '.join(self._why_not(given[0]))}")
+            raise ConfigError(f"no trial can be trained: {self._why_not(given[0])}")
         for kind in self._kinds:
             memory = f" of {kind.memory_bytes / GIB:.1f} GiB" if kind.memory_bytes else ""
             self._say(f"workers: {kind.count} x {kind.name}{memory}")
@@ -161,42 +161,26 @@ class _Shown:
         measured = Factors(earlier_speeds(self._shape))
         durations = Durations(self._premises, self._shape, self._known, measured.factor)
         kinds = measured.speeds(self._kinds, self._known)
-        found = forecast(trials, kinds, self._premises, durations.block_s, durations.start_s)
+        chosen = best_reach(trials, kinds, self._premises, durations)
+        found = chosen.forecast
         check_none_waits(found.waiting, kinds)
         self._packs(found, durations)
         self._memory([pack.plan for pack in found.packs])
         self._chart(found)
         self._totals(found)
+        if chosen.reason:
+            self._say(chosen.reason)
         self._measured(found, measured)
 
     def _is_trained(self, trial: TrialSpec) -> bool:
         found = self._why_not(trial)
-        for problem in found:
-            self._say(f"trial {trial.number} will not be trained: {problem}")
+        if found:
+            self._say(f"trial {trial.number} will not be trained: {found}")
         return not found
 
-    def _why_not(self, trial: TrialSpec) -> list[str]:
-        workers_per_pack = self._config.resources.workers_per_pack
-        if found := problems(trial.config, workers_per_pack, self._shape):
-            return found
-        limits = self._config.search.constraints
-        refused = refusal(trial, limits, self._premises, now=0.0, kinds=self._kinds)
-        return [refused.message] if refused else []
-
-    def _later(self, first: Sequence[TrialSpec]) -> list[TrialSpec]:
-        """In place of those that a sampler will draw once it has results: any that can be trained.
-        Where few can, fewer."""
-        search = self._config.search
-        total = num_trials(search)
-        later: list[TrialSpec] = []
-        for number in range(len(first), MOST_DRAWS * total):
-            if len(first) + len(later) == total:
-                break
-            blind = search.model_copy(update={"sampler": "random", "seed": search.seed + number})
-            trial = ask(self._config.model_copy(update={"search": blind}), (), ())
-            if not self._why_not(trial):
-                later.append(replace(trial, number=len(first) + len(later)))
-        return later
+    def _why_not(self, trial: TrialSpec) -> str:
+        refused = self._admission.refused_new(trial)
+        return refused.message if refused else ""
 
     def _why_no_time(self) -> str:
         if isinstance(self._shape, UnknownShape):

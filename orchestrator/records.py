@@ -412,9 +412,9 @@ class Decision:
 
     time: float
     action: str
-    """start | share | start_pack | pack_queued | pack_ready | release_pack | yield_pack |
-    give_up_pack | assign | resume_trial | retry_trial | plan_less_memory | split_pack |
-    learn_speed | keep_trial | stop_trial | end_trial | select_winner | extend."""
+    """choose_reach | start | share | start_pack | pack_queued | pack_ready | release_pack |
+    yield_pack | give_up_pack | assign | resume_trial | retry_trial | plan_less_memory |
+    split_pack | learn_speed | keep_trial | stop_trial | end_trial | select_winner | extend."""
     subject: str
     reason: str
     facts: dict[str, Any] = field(default_factory=dict)

@@ -14,7 +14,7 @@ that comes back.
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from orchestrator.config import QuantConfig, Recomputation, ResourcesConfig, StrategyConfig
@@ -80,6 +80,9 @@ class Premises:
     """The workers', where its rates are known."""
     host_memory_bytes: int = 0
     """A GPU worker's part of its node's own memory; the least there is. 0: unknown."""
+    reach: float = field(default=1.0, compare=False)
+    """Times the length that kinds.longest_for finds, where workers are of several kinds: see
+    sweep/reach.py. What a pack takes does not depend on it, and is remembered by these premises."""
 
 
 class Option(NamedTuple):

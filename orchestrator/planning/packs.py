@@ -167,7 +167,7 @@ def _group(
         found = takers(key, kinds, premises, kept)
         if all(other.name != kind.name for other in found):
             continue
-        longest = longest_for(kind, 1, found, lines.all_work_left)
+        longest = premises.reach * longest_for(kind, 1, found, lines.all_work_left)
         if longest < math.inf and lines.shortest(key) > longest:
             continue
         if number := lines.count(key, kept):
@@ -235,7 +235,7 @@ def longest_here(
 ) -> float:
     """Blocks of the longest trial of this key that a pack of this kind should still begin."""
     found = takers(key, kinds, premises)
-    return longest_for(kind, num_slots, found, lines.all_work_left)
+    return premises.reach * longest_for(kind, num_slots, found, lines.all_work_left)
 
 
 def learn_from(

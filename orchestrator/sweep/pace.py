@@ -7,7 +7,7 @@ looks at it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.planning.durations import Durations
@@ -113,6 +113,13 @@ class Pace:
         """From a row that is in packs.jsonl. What to say of it, if anything."""
         measured = Measurement(row["tokens"], row["expected_s"], row["measured_s"])
         return self.factors.add(self._ids[number], row["gpu"], row["base"], measured)
+
+    @property
+    def durations(self) -> Durations | None:
+        """As far as they were measured; None where none are known."""
+        if self._durations is None:
+            return None
+        return replace(self._durations, factor=self.factors.factor)
 
     def speeds(self, kinds: Sequence[WorkerKind]) -> tuple[WorkerKind, ...]:
         """The kinds as fast as they are measured, the fastest first."""

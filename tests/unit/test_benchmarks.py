@@ -216,27 +216,36 @@ def test_a_seed_of_search_quality_is_another_order_of_the_same_points() -> None:
 
 
 RANK = """
-import sys, time
-rank = sys.argv[1].rpartition("=")[2]
-print("in", sys.argv[2].partition("=")[2], "as", rank, flush=True)
+import pathlib, sys, time
+rank = sys.argv[2].rpartition("=")[2]
+print("in", sys.argv[3].partition("=")[2], "as", rank, flush=True)
+spoken = pathlib.Path(sys.argv[1])
+(spoken / rank).touch()
+while len(list(spoken.iterdir())) < 2:
+    time.sleep(0.01)
 time.sleep(60 if rank == WAITS else 0)
 sys.exit(3 if rank == "0" and FAILS else 0)
 """
 
 
 @pytest.mark.parametrize(
-    ("waits", "fails", "codes", "words"),
+    ("waits", "fails", "timeout_s", "codes", "words"),
     [
-        ("nobody", False, [0, 0], []),
-        ("1", True, [3, None], ["in tcp://127.0.0.1:", "as 0", "as 1"]),
-        ("1", False, [0, None], []),  # over its time
+        ("nobody", False, 60, [0, 0], []),
+        ("1", True, 60, [3, None], ["in tcp://127.0.0.1:", "as 0", "as 1"]),
+        ("1", False, 5, [0, None], []),  # over its time
     ],
 )
 def test_ranks_run_until_all_have_ended_or_one_has_failed(
-    waits: str, fails: bool, codes: list[int | None], words: list[str]
+    waits: str,
+    fails: bool,
+    timeout_s: float,
+    codes: list[int | None],
+    words: list[str],
+    tmp_path: Path,
 ) -> None:
     code = RANK.replace("WAITS", repr(waits)).replace("FAILS", str(fails))
-    found, last = run_ranks([sys.executable, "-c", code], 2, 10 if fails else 2)
+    found, last = run_ranks([sys.executable, "-c", code, str(tmp_path)], 2, timeout_s)
     assert found == codes
     assert all(word in last for word in words)
     assert bool(last) == fails
