@@ -3,10 +3,13 @@
 In: what stands after --model. Out: a folder that may be loaded.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from orchestrator.data_config import DataConfig
 from orchestrator.errors import ConfigError
 from orchestrator.files import read_json
+from orchestrator.loading import data_config
 from orchestrator.tracking.model_files import ADAPTER_RECORD, ADAPTER_WEIGHTS, download_adapter
 
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_RECORD, ADAPTER_WEIGHTS)
@@ -35,3 +38,12 @@ def open_adapter(model: str, uri: str, scratch: Path) -> Path:
     except DamagedFiles as error:
         raise ConfigError(f"--model: {error}") from error
     return folder
+
+
+def rows_to_measure(adapter: Path, data: str, overrides: Sequence[str]) -> DataConfig:
+    """All rows of a file, read as the adapter's training read its own but for the overrides; older
+    adapters tell of its template alone."""
+    record = read_json(adapter / ADAPTER_RECORD)
+    read = record.get("reading") or {"template": record["template"]}
+    content = {"train": data, "held_out": data, "max_held_out_examples": None, **read}
+    return data_config(content, overrides)

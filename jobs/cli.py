@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from jobs.cluster_cli import jobs_app, submit
-from jobs.options import AdapterOption, RunsDir, TrackingUri, chosen_store
+from jobs.options import AdapterOption, ReadingOption, RunsDir, TrackingUri, chosen_store
 from jobs.registry_cli import registry_app
 from orchestrator.errors import (
     BaseModelError,
@@ -210,12 +210,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option(help="Examples, given like data.train; all rows are used.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="How to read the examples, such as format=chat."
-        ),
-    ] = None,
+    overrides: ReadingOption = None,
     exact_match: Annotated[
         bool, typer.Option(help="Generate each answer, and compare it with the example's.")
     ] = False,
@@ -261,6 +256,7 @@ def export(
         str | None,
         typer.Option(help="Examples to compare on; default: those that its sweep held out."),
     ] = None,
+    overrides: ReadingOption = None,
     max_loss_increase: Annotated[
         float, typer.Option(help="Nats of held-out loss that it may lose; more is refused.")
     ] = 0.02,
@@ -274,7 +270,10 @@ def export(
     from jobs.export import export_model
 
     uri = chosen_store(tracking_uri, runs_dir)
-    return export_model(model, to, form, dtype, data, max_loss_increase, min_agreement, uri)
+    changes = overrides or []
+    return export_model(
+        model, to, form, dtype, data, changes, max_loss_increase, min_agreement, uri
+    )
 
 
 @app.command()

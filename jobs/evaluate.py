@@ -14,14 +14,13 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from jobs.adapters import open_adapter
+from jobs.adapters import open_adapter, rows_to_measure
 from orchestrator.config import TaskConfig
 from orchestrator.data.prepare import prepare_examples
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import BaseModelError, ConfigError
 from orchestrator.expressions import check_answer_pattern
 from orchestrator.files import cache_dir, read_json, write_json
-from orchestrator.loading import data_config
 from orchestrator.tracking.bootstrap import paired_interval
 from orchestrator.tracking.example_losses import ExampleLosses
 from orchestrator.training.quiet import quiet_libraries
@@ -56,7 +55,7 @@ def evaluate_model(
     progress = _progress(sys.stderr)  # the libraries' silence is of standard error
     with tempfile.TemporaryDirectory() as temporary, quiet_libraries():
         folder = open_adapter(model, uri, Path(temporary))
-        config = _data_config(folder, data, overrides) if data else None
+        config = rows_to_measure(folder, data, overrides) if data else None
         if config and answers:
             from orchestrator.training.exact_match import check_has_answers
 
@@ -85,13 +84,6 @@ def answers_wanted(
     except ValueError as error:
         raise ConfigError(f"--answer-pattern: {error}") from error
     return TaskConfig(max_new_tokens=max_new_tokens, batch_size=batch_size, answer_pattern=pattern)
-
-
-def _data_config(folder: Path, data: str, overrides: list[str]) -> DataConfig:
-    """All rows of the file, as the adapter's training would have read them."""
-    template = read_json(folder / "orchestrator.json")["template"]
-    content = {"train": data, "held_out": data, "template": template, "max_held_out_examples": None}
-    return data_config(content, overrides)
 
 
 def _losses(folder: Path, config: DataConfig) -> Report:

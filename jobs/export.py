@@ -7,14 +7,12 @@ with export.json: its parity with the adapter on the base that it was trained on
 import tempfile
 from pathlib import Path
 
-from jobs.adapters import open_adapter
+from jobs.adapters import open_adapter, rows_to_measure
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.prepare import find_examples, prepare_examples
 from orchestrator.data.reader import BlockReader
-from orchestrator.data_config import DataConfig
 from orchestrator.errors import BaseModelError, ConfigError
 from orchestrator.files import cache_dir, read_json
-from orchestrator.loading import data_config
 from orchestrator.training.quiet import quiet_libraries
 
 
@@ -24,6 +22,7 @@ def export_model(
     form: str,
     dtype: str,
     data: str | None,
+    overrides: list[str],
     max_loss_increase: float,
     min_agreement: float,
     uri: str,
@@ -40,7 +39,7 @@ def export_model(
             base = base_source(record["base_model"])
         except (OSError, ValueError) as error:
             raise BaseModelError(str(error)) from error
-        reader = BlockReader(_examples(adapter, base, data))
+        reader = BlockReader(_examples(adapter, base, data, overrides))
         bounds = Bounds(max_loss_increase, min_agreement)
         exported = export_adapter(
             adapter,
@@ -61,11 +60,11 @@ def export_model(
     return 0
 
 
-def _examples(adapter: Path, base: str, data: str | None) -> Manifest:
+def _examples(adapter: Path, base: str, data: str | None, overrides: list[str]) -> Manifest:
     """The file's rows, or of the rows that the adapter's sweep held out."""
     record = read_json(adapter / "orchestrator.json")
     if data is not None:
-        return prepare_examples(_data_config(record["template"], data), Path(base), cache_dir())
+        return prepare_examples(rows_to_measure(adapter, data, overrides), Path(base), cache_dir())
     wanted = record["held_out_manifest"]
     if found := find_examples(cache_dir(), wanted):
         return load_manifest(found, "held_out")
@@ -73,8 +72,3 @@ def _examples(adapter: Path, base: str, data: str | None) -> Manifest:
         f"export: the held-out rows of this adapter ({wanted[:12]}) are not in {cache_dir()}: name "
         "examples to compare on with --data"
     )
-
-
-def _data_config(template: str, data: str) -> DataConfig:
-    content = {"train": data, "held_out": data, "template": template, "max_held_out_examples": None}
-    return data_config(content, [])

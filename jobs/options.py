@@ -14,6 +14,14 @@ TrackingUri = Annotated[
 AdapterOption = Annotated[
     str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or an adapter's folder.")
 ]
+ReadingOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Read the rows of --data otherwise than in training, such as format=chat.",
+    ),
+]
 
 
 def chosen_store(tracking_uri: str | None, runs_dir: Path) -> str:

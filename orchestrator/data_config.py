@@ -3,7 +3,7 @@
 In: a mapping. Out: a frozen DataConfig. Imports pydantic only.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -174,6 +174,20 @@ class DataConfig(Strict):
         if (first.format or self.format) == "chat":
             return "chat"
         return first.template or self.template
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How rows become examples, as fields of a DataConfig, for whoever reads others with an
+        adapter that was trained on these data: as the first source's did."""
+        first = self.train_sources[0]
+        return {
+            "format": first.format or self.format,
+            "template": first.template or self.template,
+            "fields": (first.fields or self.fields).model_dump(mode="json"),
+            "sample_by": self.sample_by,
+            "block_length": self.block_length,
+            "overlong": self.overlong,
+        }
 
     @model_validator(mode="after")
     def _templates_fit_formats(self) -> "DataConfig":

@@ -118,6 +118,8 @@ class PackSpec:
     """Of local disk, that may keep bases in codes."""
     kept_layers: int = 0
     """The last ones of the base, which gradient_checkpointing leaves out."""
+    reading: dict[str, Any] = field(default_factory=dict)
+    """How rows became examples (DataConfig.reading)."""
 
 
 @dataclass(frozen=True)

@@ -369,6 +369,7 @@ def pack_spec(
         micro_batch_size=plan.fit.micro_batch_size,
         gradient_checkpointing=plan.fit.gradient_checkpointing,
         kept_layers=plan.fit.kept_layers,
+        reading=config.data.reading,
         strategy=dict(plan.key.strategy),
         device=device_named(sweep.device),
         cpus=config.resources.cpus_per_worker,

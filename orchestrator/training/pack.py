@@ -440,6 +440,7 @@ class PackWorker:
         facts = {
             "compute_dtype": self.spec.quant["compute_dtype"],
             "template": self.spec.template,
+            "reading": self.spec.reading,
             "train_manifest": self.feed.reader.manifest.digest,
             "held_out_manifest": self.held_out_reader.manifest.digest,
         }

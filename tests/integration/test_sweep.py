@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.pre_stop import save
+from orchestrator.files import read_json
 from orchestrator.sweep.run_store import RunStore
 from tests.integration.conftest import Command, program, write_config
 
@@ -95,6 +96,10 @@ def test_the_champion_loads_with_plain_peft(finished: tuple[Path, str], tmp_path
     folder, _ = finished
     uri = f"sqlite:///{folder}/runs/mlflow.db"
     adapter = download_adapter(uri, "models:/sums@champion", tmp_path / "adapter")
+    assert (
+        read_json(adapter / "orchestrator.json")["reading"]
+        == store_of(folder).sweep.config.data.reading
+    )
     model = AutoPeftModelForCausalLM.from_pretrained(adapter)
     assert any("lora_A" in name for name, _ in model.named_parameters())
 

@@ -12,6 +12,7 @@ from jobs.cli import run
 from orchestrator.config import EvaluationConfig, TaskConfig
 from orchestrator.data.manifest import Manifest, load_manifest
 from orchestrator.data.reader import BlockReader
+from orchestrator.data_config import DataConfig
 from orchestrator.errors import BaseModelError, DataError
 from orchestrator.files import read_json
 from orchestrator.records import TrialDone
@@ -85,6 +86,35 @@ def test_examples_are_the_same_however_they_are_packed(
     assert by_key[0] == pytest.approx(by_key[1], rel=1e-4)
 
 
+def test_rows_are_read_as_in_training_unless_it_is_said_otherwise(
+    make_spec: MakeSpec,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+    source = {"path": "train.jsonl", "fields": {"prompt": "question", "completion": "answer"}}
+    trained_on = DataConfig.model_validate(
+        {"train": [source, "other.jsonl"], "block_length": 64, "overlong": "truncate"}
+    )
+    spec = make_spec(num_slots=1, reading=trained_on.reading)
+    _, events = train(spec, [trial_config(steps=1)], tmp_path)
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    lines[0]["completion"] *= 20  # more than a block holds
+    asked = [{"question": line["prompt"], "answer": line["completion"]} for line in lines]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    out = tmp_path / "out.json"
+    where = ["--model", done.adapter_dir, "--data", str(rows)]
+    assert run(["evaluate", *where, "--out", str(out)]) == 0
+    assert read_json(out)["examples"] == 5
+    assert run(["evaluate", *where, "--set", "overlong=error"]) == 2
+    assert "64" in capsys.readouterr().err
+    assert run(["evaluate", *where, "--set", "fields.completion=completion"]) == 2
+    assert "completion" in capsys.readouterr().err
+
+
 def test_an_evaluation_tells_loss_perplexity_and_exact_matches(
     rows: Path,
     trained: Path,
@@ -111,7 +141,6 @@ def test_an_evaluation_tells_loss_perplexity_and_exact_matches(
 
 def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> None:
     """The file's answers are what the adapter says."""
-    from orchestrator.config import DataConfig, TaskConfig
     from orchestrator.tracking.adapter_model import load
     from orchestrator.training.exact_match import answers_of_rows
 
