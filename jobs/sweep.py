@@ -65,6 +65,7 @@ from orchestrator.wording import counted
 
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "mlflow", "optuna")
 INTERRUPTED = 130
+DEVICES = {"cpu": "CPUs", "cuda": "GPUs"}
 # Training waits no longer for a tracking server; a new SQLite store takes 8 s to set up.
 CONNECT_TIMEOUT_S = 20.0
 # A driver whose node was taken away holds the run folder until it is ended.
@@ -340,7 +341,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _check_device(store: RunStore, found: str) -> None:
+    """What was begun on GPUs does not end with the same bits elsewhere, and the other way round."""
+    if found == (begun := store.sweep.device):
+        return
+    remedy = (
+        "resume it with --set resources.device=cpu"
+        if begun == "cpu"
+        else "see with `orchestrator doctor` why none is found, or resume it where there are some"
+    )
+    raise ConfigError(
+        f"{store.folder} was begun on {DEVICES[begun]}, but there are {DEVICES[found]} to go on "
+        f"with: {remedy}"
+    )
+
+
 def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
+    _check_device(store, backend.device)
     view = MlflowView(store, resolve_tracking_uri(store.sweep.config))
     beside_training = backend.name == "in_process"
     cpu_fraction = CPU_FRACTION_BESIDE_TRAINING if beside_training else CPU_FRACTION

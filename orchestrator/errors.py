@@ -7,6 +7,7 @@ OrchestratorError
 │   └── BaseModelUnreachable  the hub or the disk that has it does not answer, but may later
 ├── StrategyError      the machine lacks what trial.strategy or the optimizer needs there
 ├── RunFolderError     the run folder belongs to another sweep, is in use, or is damaged
+├── LoadingFailed      no worker can load a base now that was loaded before, or is elsewhere
 ├── DiskFull           a disk, a quota or a file-size limit is reached; carries the path
 ├── TrialFailed        reason: not_valid | loss_not_finite | not_trained | out_of_memory |
 │                      data_error | worker_lost | raised
@@ -69,6 +70,10 @@ class StrategyError(OrchestratorError):
 
 class RunFolderError(OrchestratorError):
     """The run folder cannot be used for this sweep."""
+
+
+class LoadingFailed(OrchestratorError):
+    """The trials on a base wait for another start of the sweep; nothing of them is lost."""
 
 
 class DiskFull(OrchestratorError):

@@ -64,14 +64,18 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def append_json_line(path: Path, record: Any) -> None:
-    """Append one record; a line cut short by a crash is skipped by `read_json_lines`."""
+def append_json_line(path: Path, record: Any, durable: bool = False) -> None:
+    """Append one record; a line cut short by a crash is skipped by `read_json_lines`. A `durable`
+    one is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, sort_keys=True) + "\n"
     with path.open("ab+") as file:
         if file.tell() and _last_byte(path) != b"\n":
             line = "\n" + line
         file.write(line.encode())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_json_lines(path: Path) -> list[Any]:

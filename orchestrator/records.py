@@ -320,6 +320,8 @@ class PackLost:
     message: str
     may_pass: bool = False
     """Whether it raised none of the project's errors: the machine may have been at fault."""
+    unreachable: bool = False
+    """Whether shards or a base that are elsewhere could not be read."""
 
 
 @dataclass(frozen=True)

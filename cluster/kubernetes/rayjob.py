@@ -159,22 +159,25 @@ def _for_cluster(config: SweepConfig, options: KubernetesOptions) -> SweepConfig
     """With the workers that are paid for, unless the file names fewer."""
     content = config.model_dump()
     resources = content["resources"]
-    room = options.gpus or options.num_nodes * (options.cpus // resources["cpus_per_worker"])
+    room = options.num_nodes * (options.cpus // resources["cpus_per_worker"])
+    if options.gpus:
+        room = min(room, options.gpus)
     wanted = "cuda" if options.gpus else "cpu"
     if resources["device"] not in ("auto", wanted):
         raise ConfigError(
             f"resources.device: {resources['device']}, but the sweep asks for {options.gpus} GPUs: "
             "set auto, or change --gpus"
         )
-    if not room or (resources["num_workers"] or 0) > room:
+    num_workers = resources["num_workers"] or options.gpus or max(1, room)
+    if num_workers > room:
         raise ConfigError(
-            f"resources.num_workers: {resources['num_workers'] or 1} workers of "
+            f"resources.num_workers: {num_workers} workers of "
             f"{resources['cpus_per_worker']} CPU cores, but the sweep asks for {options.num_nodes} "
             f"nodes of {options.cpus} cores and {options.gpus} GPUs in all: raise --gpus, --nodes "
-            "or --cpus-per-node"
+            "or --cpus-per-node, or lower resources.cpus_per_worker"
         )
     resources["device"] = wanted
-    resources["num_workers"] = resources["num_workers"] or room
+    resources["num_workers"] = num_workers
     content["runs_dir"] = f"{STORAGE}/runs"
     return SweepConfig.model_validate(content)
 

@@ -27,10 +27,16 @@ class WorkerKind:
     """A worker's part of its node's own memory, the least. 0: unknown."""
     limit: int | None = None
     """Of `count`, those that the sweep may use now, where others on its cluster claim some too."""
+    queued: int = 0
+    """Of `count`, those that packs wait for in Ray's queue: lost, or held by somebody else."""
 
     @property
     def usable(self) -> int:
         return self.count if self.limit is None else min(self.count, self.limit)
+
+    @property
+    def at_hand(self) -> int:
+        return max(0, self.usable - self.queued)
 
 
 def longest_for(
@@ -38,10 +44,10 @@ def longest_for(
 ) -> float:
     """Blocks of the longest trial that a pack of this kind should still begin: a longer one would
     end sooner if it waited until faster workers have trained all that waits before it."""
-    faster = [other for other in kinds if other.speed > kind.speed and other.usable]
+    faster = [other for other in kinds if other.speed > kind.speed and other.at_hand]
     if not faster:
         return math.inf
-    capacity = sum(other.usable * other.speed for other in faster)
+    capacity = sum(other.at_hand * other.speed for other in faster)
     best = max(other.speed for other in faster)
     return work_left / (capacity * num_slots * (1 / kind.speed - 1 / best))
 

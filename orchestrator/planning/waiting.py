@@ -259,11 +259,13 @@ class Lines:
         return self._waiting.all_work - self._work_taken.total()
 
     def shortest(self, key: PackKey) -> int:
-        """Work of the shortest trial of a key; 0 where one is half-trained, as that goes first."""
-        if self._half.get(key):
+        """Work of the shortest trial that is left of a key, which has some; 0 where one is
+        half-trained, as that goes first."""
+        if any(trial.number not in self._taken for trial in self._half.get(key, ())):
             return 0
         places = self._waiting.places(key)
-        return -max(places)[0] if self._waiting.in_turn else -places[-1][0]
+        left = (-work for work, number in reversed(places) if number not in self._taken)
+        return min(left) if self._waiting.in_turn else next(left)
 
     @property
     def all_left(self) -> int:

@@ -34,7 +34,8 @@ class Admission:
         be another one; stored trials were taken with the old ones, which may train them yet.
 
         Raises:
-            ConfigError: trials do not suit the resources, or fit no worker that there is now.
+            ConfigError: trials do not suit the resources, fit no worker that there is now, or need
+                more than the constraints allow with the number of workers that there is now.
         """
         workers_per_pack = self._premises.resources.workers_per_pack
         over, misfits = [], []
@@ -43,10 +44,13 @@ class Admission:
             if refused is None:
                 found = problems(trial.config, workers_per_pack)
                 misfits += [f"trial {trial.number}: {problem}" for problem in found]
-            elif refused.reason == "out_of_memory":
-                misfits.append(f"trial {trial.number}: {refused.message}")
-            else:
+            elif refused.reason == "not_valid":
                 over.append(refused)
+            else:
+                words = refused.message
+                if refused.reason == "constraint":
+                    words += " on the workers that there are now: resume with as many as before"
+                misfits.append(f"trial {trial.number}: {words}")
         if misfits:
             raise ConfigError("\n".join(misfits))
         return over

@@ -50,7 +50,7 @@ from orchestrator.sweep.admission import Admission
 from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.expectations import check_none_waits
 from orchestrator.sweep.lessons import heeding
-from orchestrator.sweep.losses import Loads, remedy, slot_limits
+from orchestrator.sweep.losses import Loads, check_none_held, remedy, slot_limits
 from orchestrator.sweep.own_share import OwnShare
 from orchestrator.sweep.pace import Pace
 from orchestrator.sweep.pack_views import Packs
@@ -64,9 +64,16 @@ from orchestrator.sweep.policy import (
     YieldPack,
     decide,
 )
+from orchestrator.sweep.reach import with_reach
 from orchestrator.sweep.results import failed_result, finished_result, pruned_result
-from orchestrator.sweep.run_store import RunStore, checkpoint_step
-from orchestrator.sweep.running import RunningPack, ready_notes, standing, why_resumed
+from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.running import (
+    RunningPack,
+    plan_record,
+    ready_notes,
+    standing,
+    why_resumed,
+)
 from orchestrator.sweep.sharing import Alone
 from orchestrator.sweep.silence import Silences
 from orchestrator.sweep.verdicts import recall_pruning, verdict_facts
@@ -164,6 +171,7 @@ class Controller:
             self._store.drop_files(result)  # where its sweep was killed before it could
         for refused in self._admission.refused_stored(self._view().waiting):
             self._end(refused)
+        self._premises = with_reach(self._store, self._premises, self._pace.durations, self._kinds)
         self._decided("start", "sweep", f"{len(self._results)} trials are over already")
         self._ask_for_trials()
         self._write_plan()
@@ -191,6 +199,8 @@ class Controller:
             self._give_up_hung()
             self._give_up_leaving()
         if self._stop_at is None:
+            unfinished = (t for n, t in self._trials.items() if n not in self._results)
+            check_none_held(self._loads.held, unfinished)
             check_none_waits(self._view().waiting, self._view().all_kinds)
         return self._stop_at is None
 
@@ -240,23 +250,16 @@ class Controller:
         packs = preview_packs(
             self._view().waiting, self._num_workers, self._premises, self._had, self._kinds
         )
-        self._store.write(
-            "plan",
-            {
-                "num_workers": self._num_workers,
-                "speed": self._pace.factors.to_json(),
-                "packs": [
-                    plan.to_json() | {"trials": [trial.number for trial in members]}
-                    for plan, members in packs
-                ],
-            },
-        )
+        self._store.write("plan", plan_record(packs, self._num_workers, self._pace.factors))
 
     def _view(self) -> SweepView:
         if self._moved:  # reports are many, and most move none
             taken = {number for pack in self._packs.values() for number in pack.attempts}
             over = self._results.keys() | self._done.keys()
-            self._waiting.keep_to(self._trials.keys() - taken - over, self._trials)
+            waiting = self._trials.keys() - taken - over
+            if held := self._loads.held:
+                waiting = {n for n in waiting if pack_key(self._trials[n].config) not in held}
+            self._waiting.keep_to(waiting, self._trials)
             self._moved = False
         self._views.keep_to({number: pack.view(number) for number, pack in self._packs.items()})
         view = SweepView(
@@ -264,9 +267,10 @@ class Controller:
             self._views,
             self._num_workers,
             self._premises,
-            self._stop_at is not None,
-            self._had,
-            self._kinds,
+            interrupted=self._stop_at is not None,
+            had=self._had,
+            kinds=self._kinds,
+            queued=frozenset(number for number, pack in self._packs.items() if pack.queued),
         )
         return self._own_share.limited(view)
 
@@ -299,22 +303,15 @@ class Controller:
                 self._end_pack(pack)
 
     def _assign(self, pack: RunningPack, trial: TrialSpec) -> None:
-        checkpoints = self._usable_checkpoints(trial.number)
+        # Not those beyond a rung whose report was lost: the trial must come by there again.
+        rung = self._pruning.first_open_rung(trial.number)
+        checkpoints = tuple(map(str, self._store.checkpoints(trial.number, before=rung)))
         attempt, folder = self._store.start_attempt(trial.number, pack.plan.arithmetic)
         pack.attempts[trial.number] = attempt
         self._moved = True
         rungs = self._pruning.rungs(trial.number)
         pack.directives.append(
             Assign(SlotTask(trial.number, attempt, trial.config, str(folder), checkpoints, rungs))
-        )
-
-    def _usable_checkpoints(self, trial: int) -> tuple[str, ...]:
-        """Not those beyond a rung whose report was lost: the trial must come by there again."""
-        rung = self._pruning.first_open_rung(trial)
-        return tuple(
-            str(path)
-            for path in self._store.checkpoints(trial)
-            if rung is None or checkpoint_step(path) < rung
         )
 
     def _let_packs_go_on(self, full: bool = False) -> None:
@@ -369,9 +366,12 @@ class Controller:
     def _apply(self, number: int, pack: RunningPack, event: Event) -> None:
         match event:
             case PackQueued():
+                pack.queued = True
                 self._decided("pack_queued", f"pack {number}", event.reason)
+            case PackPlaced():
+                pack.queued = False
             case PackReady():
-                pack.ready = True
+                pack.ready, pack.queued = True, False
                 self._loads.ready(pack.plan.key.unlimited)
                 self._happened(number, "ready")
                 for note in ready_notes(event):
@@ -417,9 +417,8 @@ class Controller:
 
     def _drop_stopped(self, pack: RunningPack) -> None:
         """Call it when nothing of the pack is at work."""
-        for result in pack.stopped:
-            self._store.drop_files(result)
-        pack.stopped.clear()
+        while pack.stopped:
+            self._store.drop_files(pack.stopped.pop())
 
     def _lost(self, event: PackLost) -> None:
         pack = self._packs[event.pack]
@@ -432,8 +431,7 @@ class Controller:
         if not pack.ready and not self._loads.may_go_on(key, self._next_pack, self._packs):
             # The base could not be loaded anywhere: whatever waits for it shares the loss. With
             # another pack of its kind at work, the machine was at fault, and the trials wait on.
-            key_waits = [t for t in self._view().waiting if pack_key(t.config) == key]
-            trials |= {trial.number: 0 for trial in key_waits}
+            trials |= {t.number: 0 for t in self._view().waiting if pack_key(t.config) == key}
         found = remedy(pack.plan, pack.attempts.keys(), at_work, event, self._premises, self._kinds)
         self._premises = found.premises
         if found.action:
@@ -444,7 +442,10 @@ class Controller:
                 self._end(failed_result(trial, attempt, event.reason, event.message))
             elif losses > self._max_restarts:
                 message = f"{event.message} ({losses} times, max_restarts={self._max_restarts})"
-                self._end(failed_result(trial, attempt, event.reason, message))
+                begun = (pack_key(self._trials[number].config) for number in self._had)
+                if pack.ready or not self._loads.hold(key, event, message, begun):
+                    self._end(failed_result(trial, attempt, event.reason, message))
+                self._moved = True
             else:
                 reason = f"its pack is lost: {event.reason}: {event.message}"
                 self._decided("retry_trial", f"trial {trial}", reason)

@@ -131,8 +131,9 @@ class InProcessExecutor:
 def _lost(pack: int, error: Exception) -> PackLost:
     if is_disk_full(error):
         return PackLost(pack, "disk_full", f"{error}: free space, then resume")
-    # A partner in the same pack; or shards, or a base, that are elsewhere.
-    if isinstance(error, ConnectionError | DataUnreachable | BaseModelUnreachable):
+    if isinstance(error, DataUnreachable | BaseModelUnreachable):
+        return PackLost(pack, "worker_lost", str(error), unreachable=True)
+    if isinstance(error, ConnectionError):  # a partner in the same pack
         return PackLost(pack, "worker_lost", str(error))
     if isinstance(error, TrialFailed):
         return PackLost(pack, error.reason, error.message)

@@ -49,7 +49,6 @@ from orchestrator.sweep.executor import Executor
 from orchestrator.sweep.expectations import within
 from orchestrator.sweep.own_share import OwnShare, one_worker_claimed
 from orchestrator.sweep.pace import Pace
-from orchestrator.sweep.reach import with_reach
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import Winner, select_winner
 from orchestrator.sweep.sharing import Alone, Sharing
@@ -210,7 +209,6 @@ def _train(
             services.host_memory_bytes,
         )
         pace = _pace(store, premises, services.gpus)
-        premises = with_reach(store, premises, pace.durations, pace.speeds(services.kinds))
         controller = Controller(
             store,
             executor,

@@ -15,14 +15,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.errors import LoadingFailed
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan, learn_from
-from orchestrator.planning.waiting import PackKey
-from orchestrator.records import PackLost
+from orchestrator.planning.waiting import PackKey, pack_key
+from orchestrator.records import PackLost, TrialSpec
 from orchestrator.sweep.lessons import LEARNT, lesson
 from orchestrator.sweep.running import RunningPack
-from orchestrator.wording import counted
+from orchestrator.wording import counted, ranges
 
 SPLIT = "split_pack"
 
@@ -84,9 +85,22 @@ class Loads:
 
     def __init__(self) -> None:
         self._since: dict[PackKey, int] = {}
+        self._loaded: set[PackKey] = set()
+        self.held: dict[PackKey, str] = {}
+        """Of bases that cannot be loaded now: why. Their trials wait for the sweep's next start."""
 
     def ready(self, key: PackKey) -> None:
         self._since.pop(key, None)
+        self._loaded.add(key)
+
+    def hold(
+        self, key: PackKey, lost: PackLost, message: str, half_trained: Iterable[PackKey]
+    ) -> bool:
+        """After max_restarts: whether its trials wait, rather than fail. What is elsewhere, or was
+        loaded before, is not at fault."""
+        if lost.unreachable or key in self._loaded or key in half_trained:
+            self.held[key] = message
+        return key in self.held
 
     def may_go_on(self, key: PackKey, next_pack: int, packs: Mapping[int, RunningPack]) -> bool:
         """One failed to load: whether others of its kind, which are there, may train its trials."""
@@ -98,6 +112,21 @@ class Loads:
             return True
         del self._since[key]  # all have failed; it takes as many again to count once more
         return False
+
+
+def check_none_held(held: Mapping[PackKey, str], unfinished: Iterable[TrialSpec]) -> None:
+    """Raises LoadingFailed for trials that wait for bases which cannot be loaded now."""
+    waits: dict[PackKey, list[int]] = {}
+    for trial in unfinished:
+        waits.setdefault(pack_key(trial.config), []).append(trial.number)
+    lines = [
+        f"no worker could load the {key.title} base: {why}; trials {ranges(sorted(waits[key]))} "
+        "wait with all that they have: see to the cause, then resume the sweep"
+        for key, why in held.items()
+        if key in waits
+    ]
+    if lines:
+        raise LoadingFailed("\n".join(lines))
 
 
 def slot_limits(decisions: Iterable[Mapping[str, Any]]) -> dict[int, int]:

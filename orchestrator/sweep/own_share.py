@@ -91,7 +91,7 @@ def wanted_packs(view: SweepView) -> dict[str, Sizes]:
     sizes: dict[str, Sizes] = {}
     for kind in view.all_kinds:
         others = {name: most for name, most in view.limits.items() if name != kind.name}
-        actions = decide(replace(view, limits=others, over_s=0.0))
+        actions = decide(replace(view, limits=others, over_s=0.0, queued=frozenset()))
         ended = {a.pack for a in actions if isinstance(a, ReleasePack | AbandonPack)}
         runs = [
             pack.arithmetic.world_size

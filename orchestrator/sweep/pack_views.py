@@ -4,6 +4,7 @@ what has changed and not what runs.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from orchestrator.planning.waiting import PackKey
@@ -53,6 +54,18 @@ class OpenPacks:
     def first(self) -> PackView:
         return self.views[min(self.views)]
 
+    def parted(self, numbers: AbstractSet[int]) -> tuple["OpenPacks", "OpenPacks"]:
+        """Those with other numbers, and those with these; either may be empty."""
+        others, these = OpenPacks(), OpenPacks()
+        for view in self:
+            (these if view.number in numbers else others).add(view)
+        return others, these
+
+    def add(self, view: PackView) -> None:
+        self.views[view.number] = view
+        self.free += view.free
+        self.loading += not view.ready
+
 
 class Packs:
     """By number, which are given in the order of their starts."""
@@ -82,10 +95,10 @@ class Packs:
         if view.idle:
             self._idle.add(view.number)
         elif view.free and not view.leaving:
-            group = self._open.setdefault(_alike(view), OpenPacks())
-            group.views[view.number] = view
-            group.free += view.free
-            group.loading += not view.ready
+            self._open.setdefault(_alike(view), OpenPacks()).add(view)
+
+    def __getitem__(self, number: int) -> PackView:
+        return self._views[number]
 
     def drop(self, number: int) -> None:
         view = self._views.pop(number)

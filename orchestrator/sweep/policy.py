@@ -6,7 +6,9 @@ In: SweepView. Out: actions, each with its reason. No clock, no Ray, no files.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
@@ -46,13 +48,22 @@ class SweepView:
     """Workers that the sweep may use now, of the kinds that others on its cluster claim too."""
     over_s: float = 0.0
     """How long its packs have had more than that."""
+    queued: AbstractSet[int] = frozenset()
+    """Packs whose workers are lost, or held by somebody who makes no claims: they wait in Ray's
+    queue."""
 
-    @property
+    @cached_property
     def all_kinds(self) -> tuple[WorkerKind, ...]:
         kinds = self.kinds or one_kind(self.num_workers, self.premises)
-        if not self.limits:
-            return kinds
-        return tuple(replace(kind, limit=self.limits.get(kind.name)) for kind in kinds)
+        if self.limits:
+            kinds = tuple(replace(kind, limit=self.limits.get(kind.name)) for kind in kinds)
+        if self.queued:
+            packs = indexed_packs(self.packs)
+            queued: Counter[str] = Counter()
+            for number in self.queued:
+                queued[packs[number].kind] += packs[number].arithmetic.world_size
+            kinds = tuple(replace(kind, queued=queued[kind.name]) for kind in kinds)
+        return kinds
 
 
 @dataclass(frozen=True)
@@ -109,10 +120,17 @@ def decide(view: SweepView) -> list[Action]:
         if pack.number not in gone:
             actions += _fill(view, pack, lines)
     open_packs = packs.open
-    if free or not _enough(open_packs, lines):
-        for alike in open_packs:
-            actions += [drop for drop in _reserve(view, alike, lines) if drop.pack not in gone]
-    return actions + _start(view, packs, lines, free)
+    if not free and _enough(open_packs, lines):
+        return actions
+    queued: list[OpenPacks] = []
+    if view.queued:  # workers that are there do not idle for packs that may wait for ever
+        parts = [alike.parted(view.queued) for alike in open_packs]
+        open_packs = [others for others, _ in parts if others.views]
+        queued = [these for _, these in parts if these.views]
+    dropped = [drop for alike in open_packs for drop in _reserve(view, alike, lines)]
+    started = _start(view, packs, lines, free)
+    dropped += [drop for alike in queued for drop in _reserve(view, alike, lines)]
+    return [*actions, *(drop for drop in dropped if drop.pack not in gone), *started]
 
 
 def _interrupt(view: SweepView) -> Sequence[Action]:
@@ -229,9 +247,10 @@ def _why_assigned(view: SweepView, pack: PackView, trial: TrialSpec) -> str:
 
 
 def _free_workers(view: SweepView, packs: Packs) -> list[WorkerKind]:
-    """Of each kind; empty where none is free."""
+    """Of each kind; empty where none is free. Beside a pack that Ray has no room for there is none
+    for another."""
     free = [
-        replace(kind, count=max(0, kind.usable - packs.workers[kind.name]))
+        replace(kind, count=max(0, kind.usable - packs.workers[kind.name]) * (not kind.queued))
         for kind in view.all_kinds
     ]
     return free if any(kind.count > 0 for kind in free) else []

@@ -8,6 +8,7 @@ trials wait. Where few do, what runs counts for as much, and a kind may idle for
 what all others wait for in the end; no closed form was found that is right about both.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from orchestrator.records import Decision, TrialSpec
 from orchestrator.search.space import ask, first_trials, num_trials
 from orchestrator.sweep.admission import Admission
 from orchestrator.sweep.forecast import Forecast, forecast
-from orchestrator.sweep.run_store import RunStore
+from orchestrator.sweep.run_store import RunStore, checkpoint_step
 
 ANY = 1e6  # no trial is as long
 WORDS = {
@@ -33,30 +34,42 @@ REACHES = tuple(WORDS)
 # Beyond it a sweep is within some percent of its lower bound (docs/performance.md), and four
 # forecasts would take seconds.
 MOST_TRIALS = 500
-# Of each trial that has to stand for one which is not known yet.
-MOST_DRAWS = 10
+# Drawn in a row without one that can be trained: then there are few, if any.
+MOST_REFUSED = 100
 
 
 def with_reach(
     store: RunStore, premises: Premises, durations: Durations | None, kinds: Sequence[WorkerKind]
 ) -> Premises:
     """Of a sweep that starts or goes on, where the rates of all its kinds are known."""
-    if durations is None or not kinds or any(kind.name not in durations.gpus for kind in kinds):
+    names = {kind.name for kind in kinds}
+    if len(names) < 2 or durations is None or not durations.gpus.keys() >= names:
         return premises
     config = store.sweep.config
+    over = {result.number for result in store.results} | store.done_events.keys()
+    if num_trials(config.search) - len(over) > MOST_TRIALS:
+        return premises
     admission = Admission(premises, config.search.constraints, kinds)
 
     def is_trained(trial: TrialSpec) -> bool:
         return admission.refused_new(trial) is None
 
-    over = {result.number for result in store.results}
     known = store.trials or first_trials(config, premises.shape)
-    trials = [trial for trial in known if trial.number not in over and is_trained(trial)]
-    trials += later_trials(config, len(known), is_trained)
+    trials = [_what_is_left(store, trial) for trial in known if trial.number not in over]
+    trials = [*filter(is_trained, trials), *later_trials(config, len(known), is_trained)]
     chosen = best_reach(trials, kinds, premises, durations)
     if chosen.reason:
         store.add_decision(Decision(time.time(), "choose_reach", "sweep", chosen.reason))
     return chosen.premises
+
+
+def _what_is_left(store: RunStore, trial: TrialSpec) -> TrialSpec:
+    """From its last checkpoint on."""
+    checkpoints = store.checkpoints(trial.number)
+    if not checkpoints:
+        return trial
+    steps = max(1, trial.config.steps - checkpoint_step(checkpoints[0]))
+    return replace(trial, config=trial.config.model_copy(update={"steps": steps}))
 
 
 @dataclass(frozen=True)
@@ -96,14 +109,17 @@ def later_trials(
 ) -> list[TrialSpec]:
     """In place of those that a sampler will draw once it has results: any that can be trained.
     Where few can, fewer."""
-    search = config.search
-    total = num_trials(search)
+    search, missing = config.search, num_trials(config.search) - num_known
     later: list[TrialSpec] = []
-    for number in range(num_known, MOST_DRAWS * total):
-        if num_known + len(later) >= total:
+    refused = 0
+    for draw in itertools.count(num_known):
+        if len(later) >= missing or refused == MOST_REFUSED:
             break
-        blind = search.model_copy(update={"sampler": "random", "seed": search.seed + number})
+        blind = search.model_copy(update={"sampler": "random", "seed": search.seed + draw})
         trial = ask(config.model_copy(update={"search": blind}), (), ())
         if is_trained(trial):
             later.append(replace(trial, number=num_known + len(later)))
+            refused = 0
+        else:
+            refused += 1
     return later

@@ -14,8 +14,11 @@ from orchestrator.sweep.run_store import RunStore
 def finished_result(store: RunStore, event: TrialDone) -> TrialResult:
     values = {**event.__dict__}
     number = values.pop("trial")
-    folder = Path(values.pop("adapter_dir")).relative_to(store.folder)
-    return TrialResult(number=number, state="finished", adapter_dir=str(folder), **values)
+    # The run folder may have been moved since the event, or be named by a link.
+    folder = store.attempt_dir(number, event.attempt) / Path(values.pop("adapter_dir")).name
+    return TrialResult(
+        number=number, state="finished", adapter_dir=str(folder.relative_to(store.folder)), **values
+    )
 
 
 def pruned_result(store: RunStore, verdict: Verdict, now: float) -> TrialResult:

@@ -168,7 +168,8 @@ class RunStore:
         return read_json(path) if path.exists() else None
 
     def add_decision(self, decision: Decision) -> None:
-        append_json_line(self._path("decisions.jsonl"), decision.to_json())
+        # With facts it is one that a resume goes by.
+        append_json_line(self._path("decisions.jsonl"), decision.to_json(), bool(decision.facts))
 
     @property
     def decisions(self) -> list[dict[str, Any]]:
@@ -184,6 +185,9 @@ class RunStore:
 
     def trial_dir(self, number: int) -> Path:
         return self._path("trials", f"{number:03d}")
+
+    def attempt_dir(self, number: int, attempt: int) -> Path:
+        return self.trial_dir(number) / "attempts" / str(attempt)
 
     def add_trial(self, trial: TrialSpec, refused: TrialResult | None = None) -> None:
         """`refused`: the result of one that is not taken. It is there before the trial is, so that
@@ -212,16 +216,21 @@ class RunStore:
     def start_attempt(self, number: int, arithmetic: Arithmetic) -> tuple[int, Path]:
         """The number and folder of a new attempt. Earlier attempts' folders stay as they are."""
         attempt = max(self._attempts(number), default=0) + 1
-        folder = self.trial_dir(number) / "attempts" / str(attempt)
+        folder = self.attempt_dir(number, attempt)
         folder.mkdir(parents=True)
         write_json(folder / "arithmetic.json", asdict(arithmetic))
         return attempt, folder
 
-    def checkpoints(self, number: int) -> list[Path]:
-        """Folders of complete checkpoints of all attempts, the furthest first."""
+    def checkpoints(self, number: int, before: int | None = None) -> list[Path]:
+        """Folders of complete checkpoints of all attempts, the furthest first; `before` a step."""
         folders = self.trial_dir(number).glob("attempts/*/checkpoint-*")
         return sorted(
-            (folder for folder in folders if (folder / "checkpoint.json").exists()),
+            (
+                folder
+                for folder in folders
+                if (folder / "checkpoint.json").exists()
+                and (before is None or checkpoint_step(folder) < before)
+            ),
             key=lambda folder: (folder.name, int(folder.parent.name)),
             reverse=True,
         )
@@ -248,7 +257,9 @@ class RunStore:
 
     def add_point(self, point: Progress | Evaluated) -> None:
         row = {"kind": type(point).__name__.lower(), **point.__dict__}
-        append_json_line(self.trial_dir(point.trial) / "progress.jsonl", row)
+        # Verdicts go by evaluations, and what is written after them is durable, too.
+        path = self.trial_dir(point.trial) / "progress.jsonl"
+        append_json_line(path, row, durable=isinstance(point, Evaluated))
 
     def all_points(self, number: int) -> list[dict[str, Any]]:
         """Of all attempts, as they came in."""
@@ -261,8 +272,7 @@ class RunStore:
 
     def add_done_event(self, event: TrialDone) -> None:
         """A trial that is trained to its end; whether it may stay so can be still undecided."""
-        folder = self.trial_dir(event.trial) / "attempts" / str(event.attempt)
-        write_json(folder / "done.json", asdict(event))
+        write_json(self.attempt_dir(event.trial, event.attempt) / "done.json", asdict(event))
 
     @property
     def done_events(self) -> dict[int, TrialDone]:

@@ -2,10 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.planning.measured import Factors
 from orchestrator.planning.packs import PackPlan
 from orchestrator.records import (
     Directive,
@@ -14,6 +15,7 @@ from orchestrator.records import (
     Standing,
     TrialOpened,
     TrialResult,
+    TrialSpec,
 )
 from orchestrator.sweep.pack_views import PackView
 
@@ -26,6 +28,8 @@ class RunningPack:
     ready: bool = False
     idle: bool = False
     at_rung: bool = False
+    queued: bool = False
+    """Its workers wait for room."""
     leave_by: float = math.inf
     """When it is given up if it has been told to leave; monotonic seconds."""
     directives: list[Directive] = field(default_factory=list)
@@ -92,6 +96,20 @@ def standing(num_trials: int, states: Counter[str], packs: Mapping[int, RunningP
         states["failed"],
         stand,
     )
+
+
+def plan_record(
+    packs: Iterable[tuple[PackPlan, Sequence[TrialSpec]]], num_workers: int, factors: Factors
+) -> dict[str, Any]:
+    """What plan.json tells of the packs that a start begins with."""
+    return {
+        "num_workers": num_workers,
+        "speed": factors.to_json(),
+        "packs": [
+            plan.to_json() | {"trials": [trial.number for trial in members]}
+            for plan, members in packs
+        ],
+    }
 
 
 def ready_notes(event: PackReady) -> list[str]:

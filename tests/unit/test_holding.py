@@ -22,6 +22,7 @@ from orchestrator.planning.shape import BaseShape, UnknownShape
 from orchestrator.planning.waiting import pack_key
 from orchestrator.records import Checkpointed, Notice, PackSpec, TrialResult, TrialSpec
 from orchestrator.search.space import next_trial
+from orchestrator.sweep.admission import Admission
 from orchestrator.sweep.controller import Controller, Observer
 from orchestrator.sweep.executor import InProcessExecutor
 from orchestrator.sweep.forecast import forecast
@@ -333,3 +334,19 @@ def test_too_few_workers_for_a_base_are_said_to_be_too_few() -> None:
     refused = why_too_large(config.trial, (replace(L40S, count=4),), given)
     assert "GiB of each of 2 workers" in refused
     assert "raise resources.workers_per_pack" in refused
+
+
+def test_a_resume_with_fewer_workers_loses_nothing_to_a_constraint(tmp_path: Path) -> None:
+    """What eight workers hold under the limit, one would not."""
+    changes = {"trial__batch_size": 8, "trial__quant__bit_width": 16, **ZERO_3}
+    config = sweep_config(**changes, search__constraints={"peak_memory_gib": 15})
+    given = premises(config, "cuda", LLAMA_8B, 140 * GIB)
+    trial = TrialSpec(0, {}, config.trial)
+
+    def admission(num_workers: int) -> Admission:
+        return Admission(given, config.search.constraints, one_kind(num_workers, given))
+
+    assert admission(8).refused_new(trial) is None
+    assert admission(8).refused_stored([trial]) == []
+    with pytest.raises(ConfigError, match=r"peak_memory_gib is .*: resume with as many as before"):
+        admission(1).refused_stored([trial])

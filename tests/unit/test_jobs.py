@@ -12,6 +12,7 @@ from jobs.environment import describe_environment
 from jobs.pre_stop import drivers, save
 from jobs.sweep import change_sweep, resume_sweep, settled
 from orchestrator.errors import ConfigError, RunFolderError
+from orchestrator.files import read_json, write_json
 from orchestrator.loading import override_config, trial_with
 from orchestrator.records import TrialSpec
 from orchestrator.sweep.run_store import RunStore, new_run_id
@@ -267,3 +268,14 @@ def test_a_driver_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     assert not save(ended.pid, tmp_path, patience_s=0)
+
+
+@pytest.mark.parametrize("settings", [[], ["resources.device=cpu"]])
+def test_a_sweep_that_was_begun_on_gpus_does_not_go_on_without(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config())
+    record = read_json(store.folder / "sweep.json")
+    write_json(store.folder / "sweep.json", record | {"device": "cuda", "backend": "in_process"})
+    with pytest.raises(ConfigError, match="was begun on GPUs, but there are CPUs to go on with"):
+        resume_sweep(store.folder, None, settings)

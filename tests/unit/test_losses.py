@@ -1,5 +1,6 @@
 """What becomes of the trials of a pack whose worker raised: only one that raises alone fails."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.errors import BaseModelError, BaseModelUnreachable, DataError, DataUnreachable
-from orchestrator.records import Decision, Event, GroupPlace, Notice, PackLost, PackSpec
+from orchestrator.errors import (
+    BaseModelError,
+    BaseModelUnreachable,
+    DataError,
+    DataUnreachable,
+    LoadingFailed,
+)
+from orchestrator.records import (
+    Checkpointed,
+    Decision,
+    Directive,
+    Event,
+    GroupPlace,
+    Notice,
+    PackLost,
+    PackReady,
+    PackSpec,
+)
 from orchestrator.sweep.executor import InProcessExecutor, Worker, answer
 from orchestrator.sweep.losses import Loads, remedy, slot_limits
 from orchestrator.sweep.run_store import RunStore
@@ -137,7 +154,6 @@ def test_out_of_memory_ends_a_sweep_whose_base_has_no_estimate(
     [
         (BaseModelError("tiny: it has no linear layer"), 1, "raised"),
         (DataError("shard 3: its digest is another"), 1, "data_error"),
-        (BaseModelUnreachable("the hub did not give it: 503"), 4, "worker_lost"),
         (RuntimeError("CUDA error: unspecified launch failure"), 4, "raised"),
     ],
 )
@@ -151,6 +167,79 @@ def test_one_that_cannot_work_fails_at_once_and_others_after_max_restarts(
     assert make_controller(store, InProcessExecutor(loading.worker), num_workers).run()
     assert states(store) == {reason: list(range(8))}
     assert loading.loads == tries * num_workers
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BaseModelUnreachable("the hub did not give it: 503"), DataUnreachable("s3://shards: 503")],
+    ids=repr,
+)
+def test_an_outage_fails_nobody_and_a_resume_goes_on(tmp_path: Path, error: Exception) -> None:
+    store = eight_trials(tmp_path / "run", resources__slots_per_pack=2)
+    loading = Loading(error, times=100)
+    with pytest.raises(LoadingFailed) as raised:
+        make_controller(store, InProcessExecutor(loading.worker), 2).run()
+    assert str(raised.value) == (
+        f"no worker could load the 4-bit nf4 base: {error} (4 times, max_restarts=3); trials 0-7 "
+        "wait with all that they have: see to the cause, then resume the sweep"
+    )
+    assert store.results == []
+    assert make_controller(store, InProcessExecutor(SimulatedWorker), 2).run()
+    assert states(store) == {"finished": list(range(8))}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_base_that_was_loaded_before_is_not_at_fault_if_it_cannot_be_later(
+    tmp_path: Path, resumed: bool
+) -> None:
+    """A GPU that fails takes no half-trained trial with it."""
+    store = eight_trials(tmp_path / "run", resources__slots_per_pack=1)
+    broken = False
+
+    class Breaking(SimulatedWorker):
+        def load(self) -> PackReady:
+            if broken:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return super().load()
+
+        def advance(self, directives: Sequence[Directive]) -> list[Event]:
+            if broken and not resumed:
+                raise ConnectionError("the GPU fell off the bus")
+            return super().advance(directives)
+
+    def break_after_a_checkpoint(notice: Notice) -> None:
+        nonlocal broken
+        if isinstance(notice, Checkpointed) and not broken:
+            broken = True
+            if resumed:
+                controller.request_stop()
+
+    executor = InProcessExecutor(Breaking)
+    controller = make_controller(store, executor, 1, break_after_a_checkpoint)
+    if resumed:
+        assert not controller.run()
+        controller = make_controller(store, executor, 1)
+    with pytest.raises(LoadingFailed, match="unspecified launch failure"):
+        controller.run()
+    assert store.results == []
+    assert store.checkpoints(0)
+    broken = False
+    assert make_controller(store, executor, 1).run()
+    assert states(store) == {"finished": list(range(8))}
+
+
+def test_other_bases_are_trained_while_one_cannot_be_read(tmp_path: Path) -> None:
+    config = sweep_config(search__space={"quant.bit_width": [4, 16], "adapter.rank": [2, 4]})
+    store = make_store(tmp_path / "run", config)
+
+    def worker(spec: PackSpec, place: GroupPlace) -> Worker:
+        if spec.quant["bit_width"] == 4:
+            raise BaseModelUnreachable("the hub did not give it: 503")
+        return SimulatedWorker(spec, place)
+
+    with pytest.raises(LoadingFailed, match="trials 0-1 wait"):
+        make_controller(store, InProcessExecutor(worker), 1).run()
+    assert states(store) == {"finished": [2, 3]}
 
 
 @pytest.mark.parametrize(

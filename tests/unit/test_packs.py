@@ -456,6 +456,29 @@ def test_a_slow_gpu_that_loads_holds_no_trial_back_from_faster_ones() -> None:
     assert start.plan.kind.name == "H200"
 
 
+def test_a_slow_gpu_begins_what_a_pack_on_a_faster_one_waits_for_in_vain() -> None:
+    """A node that is gone may not come back."""
+    (long,) = (TrialSpec(0, {}, sweep_config(trial__steps=100).trial),)
+    given = premises(sweep_config(), "cuda", LLAMA_8B)
+    loading = replace(pack(pack_key(long.config), 0, ready=False, idle=False), kind="H200")
+    slow = replace(SMALL, speed=0.1)
+    view = SweepView((long,), (loading,), 2, given, kinds=(LARGE, slow))
+    assert decide(view) == []
+    dropped, start = decide(replace(view, queued=frozenset({loading.number})))
+    assert dropped == AbandonPack(loading.number)
+    assert isinstance(start, StartPack)
+    assert start.plan.kind.name == "L4"
+
+
+def test_where_ray_has_no_room_for_a_pack_no_other_one_is_begun() -> None:
+    waiting = trials(4, 16)
+    loading = pack(pack_key(waiting[0].config), 0, ready=False, idle=False)
+    view = SweepView(tuple(waiting), (loading,), 2, premises(sweep_config()))
+    (start,) = decide(view)
+    assert isinstance(start, StartPack)
+    assert decide(replace(view, queued=frozenset({loading.number}))) == []
+
+
 def test_a_half_trained_trial_goes_on_where_its_arithmetic_fits() -> None:
     (trial,) = trials(4, trial__batch_size=8)
     had = Arithmetic(1, 8, False)  # 8 blocks at once do not fit the small kind

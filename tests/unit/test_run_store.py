@@ -18,10 +18,22 @@ from orchestrator.files import (
     write_file,
     write_json,
 )
-from orchestrator.records import Arithmetic, Evaluated, Progress, TrialResult, TrialSpec
+from orchestrator.records import (
+    Arithmetic,
+    Assign,
+    Evaluated,
+    GroupPlace,
+    Progress,
+    SlotTask,
+    TrialDone,
+    TrialResult,
+    TrialSpec,
+)
+from orchestrator.sweep.results import finished_result
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.sweep.selection import select_winner
-from tests.sweeps import make_store, sweep_config
+from orchestrator.sweep.simulated import SimulatedWorker
+from tests.sweeps import make_store, pack_plan, pack_spec, sweep_config
 
 
 def result(number: int, eval_loss: float | None, **changes: object) -> TrialResult:
@@ -240,3 +252,22 @@ def test_ties_go_to_fewer_bits_then_the_smaller_adapter_then_the_earlier_trial()
 def test_without_a_finite_loss_there_is_no_winner() -> None:
     assert select_winner([trial(0)], [result(0, math.inf)]) is None
     assert select_winner([], []) is None
+
+
+def test_a_trial_that_was_trained_before_its_run_folder_was_moved_is_finished_after(
+    tmp_path: Path,
+) -> None:
+    """Its verdict was due when the sweep ended."""
+    store = make_store(tmp_path / "run", sweep_config(trial__steps=2))
+    spec = trial(0)
+    store.add_trial(spec)
+    _, folder = store.start_attempt(0, Arithmetic(1, 1, False))
+    worker = SimulatedWorker(pack_spec(0, pack_plan(spec.config, 1)), GroupPlace(0, 1))
+    worker.advance([Assign(SlotTask(0, 1, spec.config, str(folder)))])
+    events = [event for _ in range(spec.config.steps) for event in worker.advance([])]
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    store.add_done_event(done)
+    store.folder.rename(tmp_path / "elsewhere")
+    moved = RunStore.open(tmp_path / "elsewhere")
+    result = finished_result(moved, moved.done_events[0])
+    assert (moved.folder / result.adapter_dir / "adapter_config.json").exists()

@@ -99,3 +99,18 @@ def test_workers_share_what_divides_the_batches_of_all_that_wait() -> None:
     assert lines.parts(key) == 4
     assert lines.take(key, Arithmetic(3, 1, False), 1) == [index.trial(0)]
     assert lines.parts(key) == 8
+
+
+def test_the_shortest_that_is_left_is_none_that_was_given_out() -> None:
+    key = pack_key(POOL[0].config)
+    mine = [t for t in POOL if pack_key(t.config) == key]
+    for index in (Waiting(mine), Waiting(mine, in_turn=True)):
+        lines = Lines(index, {mine[0].number: Arithmetic(1, 1, False)})
+        left = {trial.number: work(trial.config) for trial in mine}
+        assert lines.shortest(key) == 0, "one is half-trained"
+        while True:
+            for trial in lines.take(key, Arithmetic(1, 1, False), 1):
+                del left[trial.number]
+            if not left:
+                break
+            assert lines.shortest(key) == min(left.values())

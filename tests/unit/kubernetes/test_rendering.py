@@ -143,6 +143,8 @@ def test_a_template_of_the_users_own_keeps_what_it_adds(tmp_path: Path) -> None:
         (KubernetesOptions(gpus=1, image="trainer"), "a tag other than latest"),
         (KubernetesOptions(gpus=1, image="trainer:latest"), "a tag other than latest"),
         (KubernetesOptions(nodes=1, cpus_per_node=1), None),
+        (KubernetesOptions(gpus=8, gpus_per_node=4, cpus_per_node=3), "8 workers of 1 CPU cores"),
+        (KubernetesOptions(gpus=8, gpus_per_node=4, cpus_per_node=4), None),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(
