@@ -55,7 +55,6 @@ def load(adapter_dir: Path) -> tuple[Any, Any]:
         FileNotFoundError: the base model is not on this machine.
     """
     verify_adapter(adapter_dir)
-    from peft import PeftModel
     from transformers import AutoTokenizer
 
     record = json.loads((adapter_dir / RECORD).read_text())
@@ -65,7 +64,29 @@ def load(adapter_dir: Path) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=base["trust_remote_code"])
     if record["template"] == "plain":
         tokenizer.chat_template = None
-    return PeftModel.from_pretrained(model, str(adapter_dir)).eval(), tokenizer
+    return with_adapter(model, adapter_dir).eval(), tokenizer
+
+
+def with_adapter(model: Any, adapter_dir: Path) -> Any:
+    """By PEFT, which loads what it finds a place for, and warns of the rest.
+
+    Raises:
+        DamagedFiles: it has put the adapter's tensors elsewhere than they were trained.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    adapted = PeftModel.from_pretrained(model, str(adapter_dir))
+    with safe_open(adapter_dir / WEIGHTS, framework="pt") as file:
+        saved = set(file.keys())
+    loaded = set(get_peft_model_state_dict(adapted))
+    if loaded != saved:
+        raise DamagedFiles(
+            f"{adapter_dir}: PEFT has loaded {len(saved & loaded)} of its {len(saved)} tensors, "
+            f"and {len(loaded - saved)} others are as they began, so this is not what was trained: "
+            "use the version of PEFT that it was trained with"
+        )
+    return adapted
 
 
 def load_base(record: dict[str, Any], source: str) -> Any:

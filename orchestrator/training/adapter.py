@@ -4,14 +4,15 @@ In: the tensors of one slot. Out: a folder with adapter_config.json, adapter_mod
 orchestrator.json (base model, quantisation, template, digests of the other files).
 """
 
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.config import AdapterConfig, TrialConfig
-from orchestrator.errors import TrialFailed
+from orchestrator.errors import BaseModelError, TrialFailed
 from orchestrator.files import file_digest, read_json, whole_folder, write_file, write_json
 from orchestrator.planning.ranks import alpha_of, rank_of
 from orchestrator.planning.shape import Targets
@@ -101,6 +102,34 @@ def _target(layer: str, targets: Targets, names_elsewhere: AbstractSet[str]) -> 
     last = layer.rpartition(".")[2]
     all_of_that_name = targets == "all-linear" or last in targets
     return last if all_of_that_name and last not in names_elsewhere else layer
+
+
+def check_peft_keeps(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raises BaseModelError where PEFT would look for these layers' adapters elsewhere. It takes
+    the names of dense layers in a mixture of experts for those of the experts, whose weights were
+    single layers in earlier versions of transformers (peft 0.21, `_convert_peft_config_moe`)."""
+    if not any(".experts." in name for name, _ in model.named_parameters()):
+        return
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    names = {name.rpartition(".")[2] for name in layers}
+    moved = set()
+    for name in names:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=None)
+        except ValueError:  # one of several that are one weight now
+            moved.add(name)
+        if name not in (config.target_modules or ()):
+            moved.add(name)
+    if moved:
+        kind = getattr(model.config, "model_type", "this")
+        raise BaseModelError(
+            f"PEFT takes adapters on {', '.join(sorted(moved))} of a {kind} base for its experts', "
+            "so that what is trained would not be what is loaded: set adapter.target_modules to "
+            f"[{', '.join(sorted(names - moved))}]"
+        )
 
 
 def saved_config(folder: Path) -> AdapterConfig:

@@ -173,7 +173,7 @@ def load_base_model(
         if (failed := getattr(quantization, "failed", None)) is None:
             raise
         raise failed from error
-    except (AttributeError, KeyError, OSError, SafetensorError, ValueError) as error:
+    except (AttributeError, ImportError, KeyError, OSError, SafetensorError, ValueError) as error:
         # AttributeError: a family that draws first values for weights that are codes by now.
         if is_disk_full(error):
             raise

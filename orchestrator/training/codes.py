@@ -118,6 +118,12 @@ def quantise_hqq(weight: Tensor, bits: int, block_size: int) -> Codes:
             f"quant.bit_width: {bits} needs HQQ, which is not installed: "
             "DISABLE_CUDA=1 pip install -e '.[hqq]' in the project's folder, or set 4 bits or more"
         ) from error
+    if weight.numel() % block_size:
+        raise BaseModelError(
+            f"quant.block_size: {block_size} does not divide the {weight.numel()} values of a "
+            f"layer of {list(weight.shape)}, which {bits} bits need: set a smaller one, or keep "
+            "the layer at 4 bits or more with quant.bit_width_pattern"
+        )
     whole, meta = Quantizer.quantize(
         weight,
         nbits=bits,

@@ -67,6 +67,12 @@ def export_adapter(
     if to.exists():
         raise ExportRefused(f"{to} is there already: choose another --out")
     record = read_json(adapter_dir / "orchestrator.json")
+    if record["base_model"]["trust_remote_code"]:
+        raise ExportRefused(
+            f"the code of {record['base_model']['source']} is its repository's own, which plain "
+            "transformers does not run, so an export could not be compared: serve the adapter "
+            "itself, on its base"
+        )
     with whole_folder(to) as folder, quiet_libraries():
         reference = measure(load_adapted(adapter_dir, base_folder))
         merged = folder / "merged"
@@ -114,13 +120,10 @@ def why_refused(parity: Parity, bounds: Bounds) -> str:
 
 def load_adapted(adapter_dir: Path, base_folder: str) -> nn.Module:
     """The adapter on its quantised base, through PEFT and bitsandbytes: what is registered."""
-    from peft import PeftModel
-
-    from orchestrator.tracking.adapter_model import load_base
+    from orchestrator.tracking.adapter_model import load_base, with_adapter
 
     model = load_base(read_json(adapter_dir / "orchestrator.json"), base_folder)
-    adapted: nn.Module = PeftModel.from_pretrained(model, str(adapter_dir))
-    return _frozen(adapted)
+    return _frozen(with_adapter(model, adapter_dir))
 
 
 def load_plain(folder: Path) -> nn.Module:

@@ -91,7 +91,10 @@ class Updates:
 def _merged_tensors(
     model: nn.Module, updates: Updates, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight once, under the names of the model's own state."""
+    """Every weight once, and every buffer that is of the model's state, such as a router's bias, in
+    its own type; under the names of that state."""
+    from transformers.pytorch_utils import Conv1D
+
     seen: set[int] = set()
     for name, module in model.named_modules():
         values = _layer_values(module)
@@ -102,7 +105,13 @@ def _merged_tensors(
             seen.add(parameter.data_ptr())  # tied ones are written once
         for leaf, tensor in own.items():
             merged = updates.merged(name, tensor) if leaf == "weight" else tensor
+            if leaf == "weight" and getattr(module, "source_cls", None) is Conv1D:
+                merged = merged.T  # as GPT-2's files have it; bitsandbytes has turned it
             yield f"{name}.{leaf}".lstrip("."), merged.to("cpu", dtype).contiguous()
+        if values is None:  # constants of quantisation are buffers, too
+            for leaf, buffer in module.named_buffers(recurse=False):
+                if leaf not in module._non_persistent_buffers_set:
+                    yield f"{name}.{leaf}".lstrip("."), buffer.to("cpu").contiguous()
 
 
 def _layer_values(module: nn.Module) -> Tensor | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.config import BaseModelConfig
+from orchestrator.digests import known_file_digest
 from orchestrator.errors import (
     BaseModelError,
     BaseModelUnreachable,
@@ -28,7 +29,6 @@ from orchestrator.files import (
     read_json,
     record_digest,
     whole_folder,
-    write_json,
     write_text,
 )
 from orchestrator.planning.shape import quantised_by
@@ -298,20 +298,13 @@ def _is_alive(pid: int) -> bool:
 
 
 def folder_digest(folder: Path) -> str:
-    """Digest of all files that decide the model. Reading 1 GB takes about a second, so it is kept
-    in the cache under the files' sizes and times."""
+    """Digest of all files that decide the model."""
     files = sorted(
         path
         for path in folder.iterdir()
         if path.suffix in (*WEIGHT_SUFFIXES, ".json", ".model", ".jinja", ".py")
     )
-    stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    remembered = cache_dir() / "digests" / f"{record_digest([str(folder), stamp])[:32]}.json"
-    if remembered.exists():
-        return str(read_json(remembered)["digest"])
-    digest = record_digest([(path.name, file_digest(path)) for path in files])
-    write_json(remembered, {"folder": str(folder), "digest": digest})
-    return digest
+    return record_digest([(path.name, known_file_digest(path)) for path in files])
 
 
 def _first_line(error: Exception) -> str:

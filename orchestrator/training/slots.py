@@ -24,6 +24,7 @@ from orchestrator.config import AdapterConfig
 from orchestrator.errors import BaseModelError, TrialFailed
 from orchestrator.planning.ranks import idle_patterns, rank_of, scaling_of
 from orchestrator.planning.shape import Targets, check_targets, matching
+from orchestrator.training.adapter import check_peft_keeps
 from orchestrator.training.dora import lengths, squared_lengths
 from orchestrator.training.frozen import PackedLinear, decoder_modules, names_elsewhere
 from orchestrator.training.loftq import Correction
@@ -70,6 +71,7 @@ class Slots:
         self.max_rank = max_rank
         self.dora = dora
         self.layers = tuple(_layout(model, target_names(model, targets), max_rank, dora))
+        check_peft_keeps(model, (layer.name for layer in self.layers))
         self.names_elsewhere = names_elsewhere(model)
         self.rows = torch.zeros(num_slots, self.layers[-1].end, device=device, dtype=dtype)
         self.gradients = torch.zeros_like(self.rows)

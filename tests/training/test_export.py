@@ -1,17 +1,19 @@
 """Exports of a trained adapter: what was trained, in folders that plain transformers loads."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from orchestrator.data.manifest import load_manifest
 from orchestrator.data.reader import BlockReader
 from orchestrator.errors import ExportRefused
-from orchestrator.files import read_json
-from orchestrator.records import TrialDone
+from orchestrator.files import read_json, write_json
+from orchestrator.records import BaseModel, TrialDone
+from orchestrator.tracking.adapter_model import base_digest
 from orchestrator.training.export import (
     Bounds,
     Form,
@@ -21,7 +23,9 @@ from orchestrator.training.export import (
 )
 from orchestrator.training.merge import Updates
 from orchestrator.training.parity import Measured, Parity, compare, measure
+from tests.tiny import make_tokenizer
 from tests.training.conftest import MakeSpec, trial_config
+from tests.training.test_families import make_family
 from tests.training.test_pack import train
 
 LOOSE = Bounds(max_loss_increase=1.0, min_agreement_fraction=0.1)
@@ -101,6 +105,56 @@ def test_a_refused_export_leaves_nothing(
             adapters[4], str(base_folder), to, "nf4", lambda model: measure(model, reader), strict
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "targets"),
+    [
+        ("gpt2", 8, ("c_attn", "c_proj", "c_fc")),  # files that have weights turned
+        ("glm4_moe", 4, ("q_proj", "v_proj")),  # a router's bias is no parameter
+    ],
+)
+def test_an_export_is_whole_whatever_its_family_keeps_where(
+    make_spec: MakeSpec,
+    reader: BlockReader,
+    tmp_path: Path,
+    name: str,
+    bits: int,
+    targets: tuple[str, ...],
+) -> None:
+    base = make_tokenizer(make_family(name, tmp_path / "base"))
+    if name == "glm4_moe":
+        weights = load_file(base / "model.safetensors")
+        (bias,) = [key for key in weights if key.endswith("e_score_correction_bias")]
+        weights[bias] = torch.tensor([0.5, -0.5, 0.25, 0.0])
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    record = BaseModel("x", None, str(base), base_digest(base))
+    spec = make_spec(bits, base_model=record, num_slots=1, target_modules=targets)
+    trial = trial_config(steps=2, quant__bit_width=bits, adapter__target_modules=targets)
+    _, events = train(spec, [trial], tmp_path / "trial")
+    (done,) = [event for event in events if isinstance(event, TrialDone)]
+    exported = export_adapter(
+        Path(done.adapter_dir),
+        str(base),
+        tmp_path / "out",
+        "merged",
+        lambda model: measure(model, reader),
+        Bounds(max_loss_increase=0.005, min_agreement_fraction=0.9),
+    )
+    assert abs(exported.parity.loss_increase) < 0.005
+
+
+def test_a_base_with_code_of_its_own_is_refused_before_anything_is_loaded(
+    adapters: dict[int, Path], tmp_path: Path
+) -> None:
+    own = tmp_path / "adapter"
+    shutil.copytree(adapters[4], own)
+    record = read_json(own / "orchestrator.json")
+    record["base_model"]["trust_remote_code"] = True
+    write_json(own / "orchestrator.json", record)
+    with pytest.raises(ExportRefused, match="the code of tiny is its repository's own"):
+        export_adapter(own, "nowhere", tmp_path / "out", "merged", lambda model: 1 / 0, LOOSE)
+    assert not (tmp_path / "out").exists()
 
 
 def test_parity_counts_losses_and_likeliest_tokens() -> None:

@@ -41,6 +41,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_d_state": 16,
     },
     "gemma2": {"sliding_window": 8},
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
     "gpt_neox": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -200,6 +208,17 @@ def test_experts_that_stay_at_16_bits_are_told_of(tmp_path: Path) -> None:
     )
     assert load(make_family("llama", tmp_path / "llama"), 4).note == ""
     assert load(make_gemma3(tmp_path / "gemma3"), 4).note == ""
+
+
+def test_layers_that_peft_would_look_for_among_the_experts_are_refused(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    """Those of a dense first block, or shared by all tokens."""
+    folder = make_family("glm4_moe", tmp_path)
+    worker = PackWorker(make_spec(base_model=BaseModel("x", None, str(folder), "d")))
+    words = r"down_proj, gate_proj, up_proj of a glm4_moe base .*\[k_proj, o_proj, q_proj, v_proj"
+    with pytest.raises(BaseModelError, match=words):
+        worker.load()
 
 
 def test_a_class_without_sdpa_computes_with_its_eager_attention(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from jobs.generate import CHAT_HELP, chat, generate_text
 from orchestrator.errors import BaseModelError, ConfigError
+from orchestrator.files import file_digest, read_json, write_json
 from orchestrator.records import TrialDone
 from orchestrator.tracking.adapter_model import DamagedFiles, continued, encode, load, reply
 from tests.sweeps import with_changes
@@ -73,6 +74,19 @@ def test_changed_weights_are_never_loaded(adapter: Path) -> None:
         generate(adapter)
     with pytest.raises(DamagedFiles, match="is damaged"):
         load(adapter)
+
+
+def test_an_adapter_of_which_peft_would_leave_a_part_out_is_never_used(adapter: Path) -> None:
+    config = read_json(adapter / "adapter_config.json")
+    config["target_modules"].remove("q_proj")
+    write_json(adapter / "adapter_config.json", config)
+    files = read_json(adapter / "orchestrator.json")["files"]
+    found = file_digest(adapter / "adapter_config.json")
+    change_record(adapter, files=files | {"adapter_config.json": found})
+    with pytest.raises(DamagedFiles, match=r"PEFT has loaded \d+ of its \d+ tensors, and 0 others"):
+        load(adapter)
+    with pytest.raises(BaseModelError, match="PEFT has loaded"):
+        generate(adapter)
 
 
 def test_an_adapter_without_digests_is_not_trusted(adapter: Path) -> None:

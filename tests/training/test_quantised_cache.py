@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.config import QuantConfig, StrategyConfig
-from orchestrator.files import cache_dir, read_json
+from orchestrator.files import cache_dir, file_digest, read_json, record_digest, write_json
 from orchestrator.records import BaseModel, TrialDone
 from orchestrator.training.base_model import LoadedBase, load_base_model
 from orchestrator.training.loftq import Corrections
@@ -112,17 +112,19 @@ def test_a_base_read_back_has_the_bits_of_a_fresh_one(
 
 
 def test_layers_that_are_kept_are_not_read_from_the_bases_files(load: Load, source: Path) -> None:
-    """Zeroed there, with the time of the last change put back, they come out as they were."""
+    """Zeroed there, with the digest of what they were believed of them, they come out so."""
     fresh = load()
     weights = source / "model.safetensors"
-    times = weights.stat()
+    digest = file_digest(weights)
     from safetensors.torch import load_file, save_file
 
     content = load_file(weights)
     zeroed = {n: t.zero_() if n.endswith("_proj.weight") else t for n, t in content.items()}
     save_file(zeroed, weights, metadata={"format": "pt"})
-    assert weights.stat().st_size == times.st_size
-    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    now = weights.stat()
+    stamp = [now.st_size, now.st_ino, now.st_mtime_ns, now.st_ctime_ns]
+    believed = cache_dir() / "digests" / f"{record_digest(str(weights))[:32]}.json"
+    write_json(believed, {"path": str(weights), "stamp": stamp, "digest": digest})
     assert_same_bits(load(), fresh)
 
 
@@ -224,7 +226,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     load: Load, caplog: pytest.LogCaptureFixture
 ) -> None:
     fresh = load(cache_bytes=0)
-    (cache_dir() / "quantised").write_text("a file where the folder should be")
+    cache_dir().write_text("a file where the folder should be")
     assert_same_bits(load(), fresh)
     assert last_note(caplog).startswith("not kept: ")
 
