@@ -142,6 +142,11 @@ def test_an_export_is_whole_whatever_its_family_keeps_where(
         Bounds(max_loss_increase=0.005, min_agreement_fraction=0.9),
     )
     assert abs(exported.parity.loss_increase) < 0.005
+    before, after = load_plain(base), load_plain(tmp_path / "out")
+    kept = {n for n, _ in before.named_buffers()} & before.state_dict().keys()
+    assert bool(kept) == (name == "glm4_moe")
+    for buffer in kept:
+        assert torch.equal(before.get_buffer(buffer), after.get_buffer(buffer))
 
 
 def test_a_base_with_code_of_its_own_is_refused_before_anything_is_loaded(
