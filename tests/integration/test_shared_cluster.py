@@ -8,6 +8,8 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from cluster.ray_executor import RayExecutor
 from cluster.ray_runtime import ray_cluster
 from cluster.ray_sharing import RaySharing
@@ -37,6 +39,7 @@ def reasons(store: RunStore, action: str) -> list[str]:
     return [d["reason"] for d in store.decisions if d["action"] == action]
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_its_workers_to_one_of_higher_priority_and_has_them_back_when_that_is_killed(
     tmp_path: Path, environment: Mapping[str, str]
 ) -> None:
