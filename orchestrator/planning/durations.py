@@ -11,7 +11,7 @@ from orchestrator.config import StrategyConfig
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.lanes import fewest_lanes
 from orchestrator.planning.load import PackLoad
-from orchestrator.planning.options import DTYPE_BYTES, Premises
+from orchestrator.planning.options import Option, Premises, load_of
 from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.shape import BaseShape
 from orchestrator.planning.speed import start_time, step_time
@@ -51,28 +51,15 @@ class Durations:
 
 
 def plan_load(plan: PackPlan, premises: Premises) -> PackLoad:
-    """What each worker of the pack holds and computes."""
-    chosen, written = plan.fit, plan.key.quant.compute_dtype
-    return PackLoad(
-        quant=plan.key.quant,
-        dtype_bytes=DTYPE_BYTES[premises.compute_dtype if written == "auto" else written],
-        num_slots=chosen.num_slots,
-        max_rank=premises.max_rank,
-        target_modules=premises.target_modules,
-        optimizer_bytes=premises.optimizer_bytes,
-        host_optimizer_bytes=premises.host_optimizer_bytes,
-        micro_batch_size=chosen.micro_batch_size,
-        evaluation_batch_size=premises.evaluation_batch_size,
-        block_length=premises.block_length,
-        gradient_checkpointing=chosen.gradient_checkpointing,
-        dequantise_once=chosen.dequantise_once,
-        dropout=premises.dropout,
-        step_program=chosen.step_program,
-        cuda=premises.device == "cuda",
-        strategy=StrategyConfig.model_validate(dict(plan.key.strategy)),
-        dora=plan.key.dora,
-        world_size=plan.world_size,
-        generated_tokens=premises.generated_tokens,
-        generation_batch_size=premises.generation_batch_size,
+    key, chosen = plan.key, plan.fit
+    option = Option(
+        chosen.num_slots,
+        chosen.micro_batch_size,
+        chosen.gradient_checkpointing,
+        chosen.dequantise_once,
         kept_layers=chosen.kept_layers,
+    )
+    strategy = StrategyConfig.model_validate(dict(key.strategy))
+    return load_of(
+        premises, key.quant, strategy, key.dora, plan.world_size, option, chosen.step_program
     )

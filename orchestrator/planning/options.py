@@ -158,9 +158,23 @@ def pack_options(premises: Premises, wish: PackWish) -> list[Option]:
 
 
 def pack_load(premises: Premises, wish: PackWish, option: Option) -> PackLoad:
-    written = wish.quant.compute_dtype
+    program: StepProgram = "in_place" if option.in_place else step_program(premises, wish)
+    return load_of(premises, wish.quant, wish.strategy, wish.dora, wish.world_size, option, program)
+
+
+def load_of(
+    premises: Premises,
+    quant: QuantConfig,
+    strategy: StrategyConfig,
+    dora: bool,
+    world_size: int,
+    option: Option,
+    program: StepProgram,
+) -> PackLoad:
+    """What each worker of a pack holds and computes."""
+    written = quant.compute_dtype
     return PackLoad(
-        quant=wish.quant,
+        quant=quant,
         dtype_bytes=DTYPE_BYTES[premises.compute_dtype if written == "auto" else written],
         num_slots=option.num_slots,
         max_rank=premises.max_rank,
@@ -173,11 +187,11 @@ def pack_load(premises: Premises, wish: PackWish, option: Option) -> PackLoad:
         gradient_checkpointing=option.gradient_checkpointing,
         dequantise_once=option.dequantise_once,
         dropout=premises.dropout,
-        step_program="in_place" if option.in_place else step_program(premises, wish),
+        step_program=program,
         cuda=premises.device == "cuda",
-        strategy=wish.strategy,
-        dora=wish.dora,
-        world_size=wish.world_size,
+        strategy=strategy,
+        dora=dora,
+        world_size=world_size,
         generated_tokens=premises.generated_tokens,
         generation_batch_size=premises.generation_batch_size,
         kept_layers=option.kept_layers,
