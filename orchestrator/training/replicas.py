@@ -85,10 +85,12 @@ def join(place: GroupPlace, device: Device, timeout_s: float = PARTNER_TIMEOUT_S
 
 
 def agree(replicas: Replicas, number: int, device: torch.device) -> bool:
-    """Whether all workers, which must all call this, have the same number."""
-    total = torch.tensor([float(number)], dtype=torch.float64, device=device)
-    replicas.sum(total)
-    return float(total) == number * replicas.world_size
+    """Whether all workers, which must all call this, have the same number; they all get the same
+    answer. Numbers are alike exactly if they do not vary: the sum alone may be that of others."""
+    sums = torch.tensor([number, number**2], dtype=torch.float64, device=device)
+    replicas.sum(sums)
+    total, squares = sums.tolist()
+    return bool(squares * replicas.world_size == total**2)
 
 
 class Alone:

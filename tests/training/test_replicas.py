@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from orchestrator.records import ALONE, GroupPlace
 from orchestrator.training.process_group import leave_group
-from orchestrator.training.replicas import join
+from orchestrator.training.replicas import Alone, agree, join
 
 TIMEOUT_S = 60.0
 SHORT_TIMEOUT_S = 2.0
@@ -165,3 +166,26 @@ def test_a_partner_that_never_comes_is_an_error(world_rank: int) -> None:
     with pytest.raises(ConnectionError, match=f"worker {world_rank} of 2 has lost a partner"):
         join(GroupPlace(world_rank, 2, free_address()), "cpu", SHORT_TIMEOUT_S)
     assert not torch.distributed.is_initialized()
+
+
+class Beside(Alone):
+    """A worker beside others that ask with numbers of their own."""
+
+    def __init__(self, *others: int) -> None:
+        self.world_size = 1 + len(others)
+        self._others = others
+
+    def sum(self, tensor: Tensor) -> None:
+        for number in self._others:
+            tensor += torch.tensor([number, number**2], dtype=tensor.dtype)
+
+
+@pytest.mark.parametrize(
+    ("number", "others", "same"),
+    [(7, (), True), (7, (7, 7), True), (0, (0,), True), (2, (1, 3), False), (1, (2, 3), False)],
+)
+def test_workers_agree_on_a_number_only_if_all_have_it(
+    number: int, others: tuple[int, ...], same: bool
+) -> None:
+    """The one in the middle, too."""
+    assert agree(Beside(*others), number, torch.device("cpu")) == same
