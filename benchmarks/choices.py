@@ -16,7 +16,15 @@ from benchmarks import children
 from benchmarks.memory_cases import Case, base_shape, load_of
 from benchmarks.models import SHAPES
 from benchmarks.own import RANK
-from benchmarks.recording import Bar, Row, add_record_action, append_row, read_rows, record
+from benchmarks.recording import (
+    Bar,
+    Row,
+    add_record_action,
+    append_row,
+    parser_of_actions,
+    read_rows,
+    record,
+)
 from orchestrator.planning.gpus import GPUS, MEASURED
 from orchestrator.planning.speed import tokens_per_s
 
@@ -154,10 +162,7 @@ def _error(row: Row) -> float:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--shape", default="1.5b")
     run.add_argument("--slots", type=int, default=16)

@@ -33,6 +33,7 @@ from benchmarks.recording import (
     add_record_action,
     append_row,
     environment,
+    parser_of_actions,
     read_rows,
     record,
 )
@@ -210,10 +211,7 @@ def _used_bytes() -> dict[str, int]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--shape", default="70b")
     run.add_argument("--program", default="in_place")

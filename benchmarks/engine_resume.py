@@ -29,6 +29,7 @@ from benchmarks.recording import (
     add_record_action,
     append_row,
     environment,
+    parser_of_actions,
     read_rows,
     record,
 )
@@ -217,10 +218,7 @@ def _work(options: argparse.Namespace) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--shape", default="small")
     run.add_argument("--seed", type=int, default=0)

@@ -24,6 +24,7 @@ from benchmarks.recording import (
     add_record_action,
     append_row,
     environment,
+    parser_of_actions,
     read_rows,
     record,
 )
@@ -143,10 +144,7 @@ def _bars(speeds: Sequence[Row], losses: Sequence[Row]) -> dict[str, Bar]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     losses = actions.add_parser("losses")
     losses.add_argument("--shape", default="0.5b")
     losses.add_argument("--tokens", type=int, default=1024)

@@ -30,6 +30,7 @@ from benchmarks.recording import (
     append_row,
     command,
     environment,
+    parser_of_actions,
     read_rows,
     record,
 )
@@ -169,10 +170,7 @@ def _tell(to: Path, rows: Path, told: int) -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--shape", default="small")
     run.add_argument("--bits", type=int, nargs="+", default=list(BITS))

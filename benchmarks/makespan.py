@@ -27,6 +27,7 @@ from benchmarks.recording import (
     add_record_action,
     append_row,
     environment,
+    parser_of_actions,
     read_rows,
     record,
 )
@@ -156,10 +157,7 @@ def _bars(rows: list[Row]) -> dict[str, Bar]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--shape", default="0.5b")
     run.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)

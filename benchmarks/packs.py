@@ -28,7 +28,14 @@ from typing import Any
 
 from benchmarks import children
 from benchmarks.pack_bars import bars, with_ratios
-from benchmarks.recording import Row, add_record_action, append_row, read_rows, record
+from benchmarks.recording import (
+    Row,
+    add_record_action,
+    append_row,
+    parser_of_actions,
+    read_rows,
+    record,
+)
 
 PARTS = ("matmul", "stock", "stock-plain", "pack", "shared", "frozen")
 DEFAULT_PARTS = ("matmul", "stock", "pack", "shared")
@@ -111,10 +118,7 @@ TIMES = ("train_s", "wall_s", "load_s", "warm_up_s")
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--shape", required=True)
     run.add_argument("--bits", type=int, nargs="+", default=[4])

@@ -29,6 +29,7 @@ from benchmarks.recording import (
     add_record_action,
     append_row,
     environment,
+    parser_of_actions,
     read_rows,
     record,
 )
@@ -145,10 +146,7 @@ def bars(rows: list[Row]) -> dict[str, Bar]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--shape", default="0.5b")
     run.add_argument("--tokens", type=int, default=512, help="in a block")

@@ -36,6 +36,7 @@ from benchmarks.recording import (
     add_record_action,
     append_row,
     command,
+    parser_of_actions,
     read_rows,
     record,
 )
@@ -315,10 +316,7 @@ def _part(
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPE_NAMES)
     run.add_argument("--count", type=int, default=48, help="configurations, of all shapes")

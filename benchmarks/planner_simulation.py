@@ -17,16 +17,24 @@ from when a base can first be loaded to the last second, and no load after the f
 """
 
 import argparse
-import platform
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.memory_cases import base_shape
 from benchmarks.models import SHAPES
-from benchmarks.recording import Bar, Row, add_record_action, append_row, read_rows, record
+from benchmarks.recording import (
+    Bar,
+    Row,
+    add_record_action,
+    append_row,
+    light_environment,
+    parser_of_actions,
+    read_rows,
+    record,
+)
 from orchestrator.config import SweepConfig
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import GPUS
@@ -60,19 +68,19 @@ def main() -> None:
         return
     for num_trials in options.trials:
         row = simulated(num_trials, max(2, num_trials // TRIALS_PER_GPU), options.seed)
-        append_row(options.rows[0], row | {"environment": _environment()})
+        append_row(options.rows[0], row | {"environment": light_environment()})
 
 
 def simulated(num_trials: int, num_gpus: int, seed: int) -> Row:
     config = _config()
-    kinds = _kinds(num_gpus)
+    kinds = kinds_of(dict(zip(KINDS, (num_gpus - num_gpus // 2, num_gpus // 2), strict=True)))
     shape = base_shape(SHAPES[SHAPE])
     least = min(kind.memory_bytes for kind in kinds)
     premises = sweep_premises(config, "cuda", "bfloat16", shape, least)
     gpus = {name: GPUS[name] for name in KINDS}
     expected = Durations(premises, shape, gpus)
     durations = Durations(premises, shape, gpus, lambda gpu, base: OFF[gpu])
-    trials = draw_trials(config, num_trials, seed)
+    trials = draw_trials(config, num_trials, random.Random(seed))
     undisturbed = forecast(trials, kinds, premises, durations.block_s, durations.start_s)
     losses = _losses(kinds, undisturbed.makespan_s, seed)
     started = time.perf_counter()
@@ -147,10 +155,15 @@ def bars(rows: Sequence[Row]) -> dict[str, Bar]:
     }
 
 
-def draw_trials(config: SweepConfig, count: int, seed: int) -> list[TrialSpec]:
-    drawn = random.Random(seed)
+def draw_trials(
+    config: SweepConfig,
+    count: int,
+    drawn: random.Random,
+    bit_widths: Sequence[int] = BIT_WIDTHS,
+    steps: tuple[int, int] = STEPS,
+) -> list[TrialSpec]:
     quants = {
-        bits: config.trial.quant.model_copy(update={"bit_width": bits}) for bits in BIT_WIDTHS
+        bits: config.trial.quant.model_copy(update={"bit_width": bits}) for bits in bit_widths
     }
     return [
         TrialSpec(
@@ -158,14 +171,23 @@ def draw_trials(config: SweepConfig, count: int, seed: int) -> list[TrialSpec]:
             {},
             config.trial.model_copy(
                 update={
-                    "quant": quants[drawn.choice(BIT_WIDTHS)],
+                    "quant": quants[drawn.choice(bit_widths)],
                     "batch_size": drawn.choice(BATCHES),
-                    "steps": drawn.randint(*STEPS),
+                    "steps": drawn.randint(*steps),
                 }
             ),
         )
         for number in range(count)
     ]
+
+
+def kinds_of(counts: Mapping[str, int]) -> tuple[WorkerKind, ...]:
+    """Of GPUs by name, the fastest first, as fast as their products."""
+    fastest = max(GPUS[name].tflops for name in counts)
+    return tuple(
+        WorkerKind(name, count, GPUS[name].memory_bytes, GPUS[name].tflops / fastest)
+        for name, count in counts.items()
+    )
 
 
 def _config() -> SweepConfig:
@@ -176,15 +198,6 @@ def _config() -> SweepConfig:
             "data": {"train": "none", "block_length": 1024},
             "search": {"space": {"quant.bit_width": list(BIT_WIDTHS)}},
         }
-    )
-
-
-def _kinds(num_gpus: int) -> tuple[WorkerKind, ...]:
-    counts = (num_gpus - num_gpus // 2, num_gpus // 2)
-    fastest = GPUS[KINDS[0]].tflops
-    return tuple(
-        WorkerKind(name, count, GPUS[name].memory_bytes, GPUS[name].tflops / fastest)
-        for name, count in zip(KINDS, counts, strict=True)
     )
 
 
@@ -243,19 +256,8 @@ def _ms(seconds: float) -> float:
     return round(1000 * seconds, 3)
 
 
-def _environment() -> Row:
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": "CPU, 1 thread",
-        "versions": {"python": platform.python_version()},
-    }
-
-
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--trials", type=int, nargs="+", default=SIZES, help="ten for each GPU")
     run.add_argument("--seed", type=int, default=0)

@@ -5,6 +5,7 @@ leaves what it measured. `record` merges such rows into benchmarks/results/NAME.
 documents quote.
 """
 
+import argparse
 import json
 import platform
 import sys
@@ -63,6 +64,23 @@ def append_row(path: Path, row: Row) -> None:
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+def light_environment() -> Row:
+    """As `environment`, of what computes on one core and needs no library."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": "CPU, 1 thread",
+        "versions": {"python": platform.python_version()},
+    }
+
+
+def parser_of_actions(description: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """And its actions, one of which must be given."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return parser, parser.add_subparsers(dest="action", required=True)
 
 
 def add_record_action(actions: Any, name: str) -> None:

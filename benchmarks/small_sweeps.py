@@ -10,22 +10,27 @@ durations, to which real ones come within some percent.
 """
 
 import argparse
-import platform
 import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.memory_cases import base_shape
 from benchmarks.models import SHAPES
-from benchmarks.recording import Row, add_record_action, append_row, read_rows, record
+from benchmarks.planner_simulation import draw_trials, kinds_of
+from benchmarks.recording import (
+    Row,
+    add_record_action,
+    append_row,
+    light_environment,
+    parser_of_actions,
+    read_rows,
+    record,
+)
 from orchestrator.config import SweepConfig
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import GPUS
-from orchestrator.planning.kinds import WorkerKind
-from orchestrator.records import TrialSpec
 from orchestrator.sweep.flow import sweep_premises
 from orchestrator.sweep.forecast import forecast
 from orchestrator.sweep.reach import best_reach
@@ -40,27 +45,19 @@ def main() -> None:
         rows = read_rows(options.rows)
         print(record(options.name, rows, bars={}, summary=summary(rows)))
         return
-    environment = {
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": "CPU, 1 thread",
-        "versions": {"python": platform.python_version()},
-    }
     for seed in range(options.sweeps):
-        append_row(options.rows[0], simulated(seed) | {"environment": environment})
+        append_row(options.rows[0], simulated(seed) | {"environment": light_environment()})
 
 
 def simulated(seed: int) -> Row:
     """The rule alone may be chosen, so it is never ahead by these durations."""
     drawn = random.Random(seed)
     names = sorted(drawn.sample(NAMES, 2), key=lambda name: -GPUS[name].tflops)
-    fastest = GPUS[names[0]].tflops
-    kinds = tuple(
-        WorkerKind(name, drawn.randint(1, 4), GPUS[name].memory_bytes, GPUS[name].tflops / fastest)
-        for name in names
-    )
+    kinds = kinds_of({name: drawn.randint(1, 4) for name in names})
     base, slots = drawn.choice(BASES), drawn.choice((None, 1, 2, 4))
     config = _config(base, slots)
-    trials = _draw_trials(config, drawn)
+    widths, steps = drawn.choice(((4,), (4, 16))), drawn.choice(((300, 300), (100, 500)))
+    trials = draw_trials(config, drawn.randint(3, 40), drawn, widths, steps)
     shape = base_shape(SHAPES[base])
     least = min(kind.memory_bytes for kind in kinds)
     premises = sweep_premises(config, "cuda", "bfloat16", shape, least)
@@ -106,32 +103,8 @@ def _config(base: str, slots: int | None) -> SweepConfig:
     )
 
 
-def _draw_trials(config: SweepConfig, drawn: random.Random) -> list[TrialSpec]:
-    widths = drawn.choice(((4,), (4, 16)))
-    steps = drawn.choice(((300, 300), (100, 500)))
-    quants = [config.trial.quant.model_copy(update={"bit_width": bits}) for bits in widths]
-    one = TrialSpec(0, {}, config.trial)
-    return [
-        replace(
-            one,
-            number=number,
-            config=config.trial.model_copy(
-                update={
-                    "quant": drawn.choice(quants),
-                    "batch_size": drawn.choice((2, 4, 8)),
-                    "steps": drawn.randint(*steps),
-                }
-            ),
-        )
-        for number in range(drawn.randint(3, 40))
-    ]
-
-
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
+    parser, actions = parser_of_actions(__doc__)
     run = actions.add_parser("run")
     run.add_argument("--sweeps", type=int, default=300)
     run.add_argument("--rows", type=Path, nargs=1, required=True)
