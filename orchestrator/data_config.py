@@ -170,10 +170,8 @@ class DataConfig(Strict):
     def prompt_template(self) -> TemplateName:
         """How a prompt is written for an adapter that was trained on these data: as the first
         source's were."""
-        first = self.train_sources[0]
-        if (first.format or self.format) == "chat":
-            return "chat"
-        return first.template or self.template
+        read = self.reading
+        return "chat" if read["format"] == "chat" else read["template"]
 
     @property
     def reading(self) -> dict[str, Any]:

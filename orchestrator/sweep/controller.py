@@ -171,9 +171,9 @@ class Controller:
             self._store.drop_files(result)  # where its sweep was killed before it could
         for refused in self._admission.refused_stored(self._view().waiting):
             self._end(refused)
-        self._premises = with_reach(self._store, self._premises, self._pace.durations, self._kinds)
         self._decided("start", "sweep", f"{len(self._results)} trials are over already")
         self._ask_for_trials()
+        self._premises = with_reach(self._store, self._view(), self._pace.durations)
         self._write_plan()
         while True:
             self._judge()

@@ -18,9 +18,10 @@ from orchestrator.planning.durations import Durations
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.planning.options import Premises
 from orchestrator.records import Decision, TrialSpec
-from orchestrator.search.space import ask, first_trials, num_trials
+from orchestrator.search.space import ask, num_trials
 from orchestrator.sweep.admission import Admission
 from orchestrator.sweep.forecast import Forecast, forecast
+from orchestrator.sweep.policy import SweepView
 from orchestrator.sweep.run_store import RunStore, checkpoint_step
 
 ANY = 1e6  # no trial is as long
@@ -38,25 +39,20 @@ MOST_TRIALS = 500
 MOST_REFUSED = 100
 
 
-def with_reach(
-    store: RunStore, premises: Premises, durations: Durations | None, kinds: Sequence[WorkerKind]
-) -> Premises:
-    """Of a sweep that starts or goes on, where the rates of all its kinds are known."""
+def with_reach(store: RunStore, view: SweepView, durations: Durations | None) -> Premises:
+    """Of a sweep that starts or goes on, by the trials that wait and those that it will ask for,
+    where the rates of all its kinds are known."""
+    premises, kinds = view.premises, view.kinds
     names = {kind.name for kind in kinds}
     if len(names) < 2 or durations is None or not durations.gpus.keys() >= names:
         return premises
     config = store.sweep.config
-    over = {result.number for result in store.results} | store.done_events.keys()
-    if num_trials(config.search) - len(over) > MOST_TRIALS:
+    trials = [_what_is_left(store, trial) for trial in view.waiting]
+    num_known = len(store.trial_numbers)
+    if len(trials) + num_trials(config.search) - num_known > MOST_TRIALS:
         return premises
     admission = Admission(premises, config.search.constraints, kinds)
-
-    def is_trained(trial: TrialSpec) -> bool:
-        return admission.refused_new(trial) is None
-
-    known = store.trials or first_trials(config, premises.shape)
-    trials = [_what_is_left(store, trial) for trial in known if trial.number not in over]
-    trials = [*filter(is_trained, trials), *later_trials(config, len(known), is_trained)]
+    trials += later_trials(config, num_known, lambda trial: admission.refused_new(trial) is None)
     chosen = best_reach(trials, kinds, premises, durations)
     if chosen.reason:
         store.add_decision(Decision(time.time(), "choose_reach", "sweep", chosen.reason))

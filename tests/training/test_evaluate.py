@@ -37,6 +37,11 @@ def held_out(make_spec: MakeSpec) -> Manifest:
     return load_manifest(make_spec().data_place, "held_out")
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
@@ -70,9 +75,8 @@ def test_a_saved_adapter_answers_as_it_did_in_training(
 
 
 def test_examples_are_the_same_however_they_are_packed(
-    rows: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: Path, trained: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     found = []
     for length in (64, 96):
         out = tmp_path / f"{length}.json"
@@ -90,10 +94,8 @@ def test_rows_are_read_as_in_training_unless_it_is_said_otherwise(
     make_spec: MakeSpec,
     rows: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     source = {"path": "train.jsonl", "fields": {"prompt": "question", "completion": "answer"}}
     trained_on = DataConfig.model_validate(
         {"train": [source, "other.jsonl"], "block_length": 64, "overlong": "truncate"}
@@ -119,10 +121,8 @@ def test_an_evaluation_tells_loss_perplexity_and_exact_matches(
     rows: Path,
     trained: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "out.json"
     where = ["--model", str(trained), "--data", str(rows), "--out", str(out)]
     assert run(["evaluate", *where, "--exact-match", "--max-new-tokens", "3"]) == 0
@@ -160,11 +160,9 @@ def test_bad_rows_are_skipped_for_losses_and_answers_where_the_data_say_so(
     rows: Path,
     trained: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The answers skip one more: it has nothing that the pattern finds."""
-    monkeypatch.setenv("ORCHESTRATOR_CACHE", str(tmp_path / "cache"))
     with rows.open("a") as file:
         file.write('{broken\n{"prompt": "Why?"}\n{"prompt": "Why?", "completion": "No number."}\n')
     out = tmp_path / "out.json"

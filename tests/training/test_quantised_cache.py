@@ -222,11 +222,14 @@ def test_entries_used_longest_ago_make_room(load: Load, caplog: pytest.LogCaptur
     assert {entry.name for entry in entries()} == left
 
 
+@pytest.mark.parametrize("place", ["", "quantised"])
 def test_a_cache_that_cannot_be_written_stops_nothing(
-    load: Load, caplog: pytest.LogCaptureFixture
+    load: Load, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
     fresh = load(cache_bytes=0)
-    cache_dir().write_text("a file where the folder should be")
+    if place:
+        cache_dir().mkdir()
+    (cache_dir() / place).write_text("a file where the folder should be")
     assert_same_bits(load(), fresh)
     assert last_note(caplog).startswith("not kept: ")
 

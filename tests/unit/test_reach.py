@@ -15,8 +15,8 @@ from orchestrator.planning.gpus import GPUS
 from orchestrator.planning.kinds import WorkerKind
 from orchestrator.records import TrialSpec
 from orchestrator.sweep.forecast import forecast
+from orchestrator.sweep.policy import SweepView
 from orchestrator.sweep.reach import MOST_TRIALS, REACHES, Chosen, best_reach, with_reach
-from orchestrator.sweep.results import failed_result
 from tests.sweeps import make_store, premises, sweep_config
 
 SMALL_BASE = base_shape(SHAPES["0.5b"])
@@ -88,14 +88,14 @@ def test_a_sweep_says_what_it_chose_and_a_resume_chooses_for_what_is_left(tmp_pa
     config = config_of(trial__steps=300, search__space=RATES)
     store = make_store(tmp_path / "sweep", config)
     durations = durations_of(config, (FAST, SLOW))
-    given = durations.premises
-    assert with_reach(store, given, durations, (FAST, SLOW)).reach == 2.0
+    trials = trials_of([300] * 4)
+    view = SweepView(trials, (), 2, durations.premises, kinds=(FAST, SLOW))
+    for trial in trials:
+        store.add_trial(trial)
+    assert with_reach(store, view, durations).reach == 2.0
     (decision,) = store.decisions
     assert (decision["action"], decision["subject"]) == ("choose_reach", "sweep")
-    for trial in trials_of([300] * 4):
-        store.add_trial(trial)
-        store.finish_trial(failed_result(trial.number, 1, "raised", "a test"))
-    assert with_reach(store, given, durations, (FAST, SLOW)).reach == 1.0
+    assert with_reach(store, replace(view, waiting=()), durations).reach == 1.0
     assert len(store.decisions) == 1
 
 
@@ -104,6 +104,7 @@ def test_nothing_is_chosen_for_gpus_whose_rates_are_not_known(tmp_path: Path) ->
     store = make_store(tmp_path / "sweep", config)
     durations = durations_of(config, (FAST,))
     kinds = (FAST, replace(SLOW, name="X1"))
-    assert with_reach(store, durations.premises, durations, kinds).reach == 1.0
-    assert with_reach(store, durations.premises, None, (FAST, SLOW)).reach == 1.0
+    view = SweepView(trials_of([300] * 4), (), 2, durations.premises, kinds=kinds)
+    assert with_reach(store, view, durations).reach == 1.0
+    assert with_reach(store, replace(view, kinds=(FAST, SLOW)), None).reach == 1.0
     assert store.decisions == []
