@@ -1,8 +1,11 @@
-"""RayJobs for tests, the folder of the custom resources' definitions, and changes to manifests."""
+"""RayJobs for tests, the custom resources' definitions, and changes to manifests."""
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from cluster.kubernetes.crds import CustomResources
 from cluster.kubernetes.options import KubernetesOptions
@@ -12,11 +15,20 @@ from tests.sweeps import sweep_config
 
 # Beside the repository, where they are kept for all who work on it; not part of the project.
 CRDS = Path(__file__).parents[2] / "shared" / "crds"
-NO_CRDS = f"the custom resources' definitions are not at {CRDS}"
 
 
+@functools.cache
 def definitions() -> CustomResources | None:
+    """Read when a test first asks for them, as that takes seconds."""
     return CustomResources(CRDS) if CRDS.is_dir() else None
+
+
+def known() -> CustomResources:
+    """A test that asks for them is skipped where there are none."""
+    found = definitions()
+    if found is None:
+        pytest.skip(f"the custom resources' definitions are not at {CRDS}")
+    return found
 
 
 def hub_sweep(**changes: Any) -> SweepConfig:

@@ -22,7 +22,6 @@ from jobs.submit import Sending, submit_sweep
 from jobs.terminal import Terminal
 from tests.manifests import definitions, hub_sweep
 
-KNOWN = definitions()
 NAME = "test"
 CLUSTER = "test-abcde"
 RAY_TOKEN = "ray-token-value"
@@ -44,7 +43,7 @@ class Stage:
     now: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        self.cluster = StandIn(KNOWN)
+        self.cluster = StandIn(definitions())
         self.ray = RayStandIn(token=RAY_TOKEN)
         self.started = self.now
         self._scenes: Iterator[Scene] = iter(())

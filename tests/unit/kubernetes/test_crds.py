@@ -8,18 +8,10 @@ import pytest
 from cluster.kubernetes.crds import CustomResources
 from cluster.kubernetes.quantities import quantity
 from orchestrator.errors import ConfigError
-from tests.manifests import NO_CRDS, changed, definitions, rendered
+from tests.manifests import changed, known, rendered
 
-KNOWN = definitions()
 GROUP = "spec/rayClusterSpec/workerGroupSpecs/0"
 CONTAINER = f"{GROUP}/template/spec/containers/0"
-
-
-@pytest.fixture(scope="module")
-def known() -> CustomResources:
-    if KNOWN is None:
-        pytest.skip(NO_CRDS)
-    return KNOWN
 
 
 @pytest.mark.parametrize(
@@ -38,10 +30,8 @@ def known() -> CustomResources:
         ("spec/deletionStrategy", {"onSuccess": {"policy": "DeleteSelf"}}, "BOTH onSuccess and"),
     ],
 )
-def test_what_the_api_server_refuses_is_refused(
-    known: CustomResources, path: str, value: Any, words: str
-) -> None:
-    problems = known.problems(changed(rendered().rayjob, path, value))
+def test_what_the_api_server_refuses_is_refused(path: str, value: Any, words: str) -> None:
+    problems = known().problems(changed(rendered().rayjob, path, value))
     assert any(words in problem for problem in problems), problems
 
 
@@ -54,22 +44,20 @@ def test_what_the_api_server_refuses_is_refused(
         (f"{GROUP}/minReplicas", ...),  # required, but with a default
     ],
 )
-def test_what_the_api_server_accepts_is_accepted(
-    known: CustomResources, path: str, value: Any
-) -> None:
-    assert known.problems(changed(rendered().rayjob, path, value)) == []
+def test_what_the_api_server_accepts_is_accepted(path: str, value: Any) -> None:
+    assert known().problems(changed(rendered().rayjob, path, value)) == []
 
 
-def test_kueues_kinds_are_known_by_their_version(known: CustomResources) -> None:
+def test_kueues_kinds_are_known_by_their_version() -> None:
     queue = {
         "apiVersion": "kueue.x-k8s.io/v1beta2",
         "kind": "LocalQueue",
         "metadata": {"name": "team"},
         "spec": {"clusterQueue": "gpus"},
     }
-    assert known.problems(queue) == []
-    assert known.problems({**queue, "spec": {"clusterQueue": "Not A Name!"}}) != []
-    assert not known.knows({**queue, "apiVersion": "kueue.x-k8s.io/v1"})
+    assert known().problems(queue) == []
+    assert known().problems({**queue, "spec": {"clusterQueue": "Not A Name!"}}) != []
+    assert not known().knows({**queue, "apiVersion": "kueue.x-k8s.io/v1"})
 
 
 def test_a_folder_without_definitions_is_refused(tmp_path: Path) -> None:

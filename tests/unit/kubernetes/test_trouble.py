@@ -10,10 +10,9 @@ from jobs.cli import EXIT_CODES
 from jobs.submit import Sending
 from jobs.submitted import show_log
 from orchestrator.errors import OrchestratorError
-from tests.manifests import NO_CRDS
+from tests.manifests import known
 from tests.stage import (
     CLUSTER,
-    KNOWN,
     NAME,
     Scene,
     Stage,
@@ -106,11 +105,9 @@ def test_a_queue_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert code == 4
 
 
-@pytest.mark.skipif(KNOWN is None, reason=NO_CRDS)
 def test_an_operator_that_is_too_old_is_named_with_the_field_that_it_lacks(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
-    assert KNOWN is not None
-    stage.cluster.definitions = KNOWN.without("RayJob", "spec.preRunningDeadlineSeconds")
+    stage.cluster.definitions = known().without("RayJob", "spec.preRunningDeadlineSeconds")
     code, said = outcome(stage)
     assert "unknown field" in said
     assert "preRunningDeadlineSeconds" in said
