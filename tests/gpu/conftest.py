@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.training.conftest import base_folder, make_spec
+from tests.training.conftest import async_io, base_folder, make_spec
 
-__all__ = ["base_folder", "make_spec"]
+__all__ = ["async_io", "base_folder", "make_spec"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,11 +12,9 @@ import torch
 
 from benchmarks.children import rank_environment
 from orchestrator.config import QuantConfig, StrategyConfig, TrialConfig
-from orchestrator.errors import StrategyError
 from orchestrator.records import BaseModel, GroupPlace, PackSpec, TrialDone
 from orchestrator.tracking.adapter_model import base_digest
 from orchestrator.training.base_model import load_base_model
-from orchestrator.training.deepspeed_ops import load_op
 from orchestrator.training.optimizers import OPTIMIZERS
 from orchestrator.training.pack import PackWorker
 from orchestrator.training.replicas import join
@@ -82,14 +80,6 @@ def test_offloaded_parameters_lie_on_the_host(make_spec: MakeSpec, bit_width: in
     for parameter in worker.base.model.parameters():
         assert parameter.numel() == 0
         assert parameter.ds_tensor.device.type == "cpu"  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-def async_io() -> None:
-    try:
-        load_op("async_io")
-    except StrategyError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.usefixtures("async_io")

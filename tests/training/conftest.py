@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.config import EvaluationConfig, QuantConfig, TrialConfig
 from orchestrator.data.prepare import prepare
+from orchestrator.errors import StrategyError
 from orchestrator.records import BaseModel, PackSpec
 from orchestrator.tracking.adapter_model import base_digest
 from tests.sweeps import sweep_config, with_changes
@@ -57,6 +58,17 @@ def make_spec(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ma
         return replace(spec, **changes)
 
     return make
+
+
+@pytest.fixture
+def async_io() -> None:
+    """A test that swaps to a disk is skipped where DeepSpeed's op for it cannot be made."""
+    from orchestrator.training.deepspeed_ops import load_op
+
+    try:
+        load_op("async_io")
+    except StrategyError as error:
+        pytest.skip(str(error))
 
 
 def trial_config(**changes: Any) -> TrialConfig:

@@ -23,6 +23,7 @@ from tests.training.test_zero import train_until
 pytestmark = [
     pytest.mark.slow,  # compiling async_io takes minutes where the cache does not hold it
     pytest.mark.filterwarnings("ignore:`torch.distributed"),
+    pytest.mark.usefixtures("async_io"),
 ]
 
 NVME_STRATEGIES: dict[str, dict[str, Any]] = {

@@ -78,6 +78,7 @@ def test_two_workers_killed_and_resumed_end_with_the_same_adapter_bytes(
 
 
 @slow
+@pytest.mark.usefixtures("async_io")
 def test_two_workers_train_a_trial_on_nvme_as_one_does_replicated(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
@@ -93,6 +94,7 @@ def test_two_workers_train_a_trial_on_nvme_as_one_does_replicated(
 
 
 @slow
+@pytest.mark.usefixtures("async_io")
 def test_two_workers_on_nvme_killed_and_resumed_end_with_the_same_adapter_bytes(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
