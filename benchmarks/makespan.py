@@ -46,6 +46,7 @@ def main() -> None:
         print(record(options.name, rows, _bars(rows)))
         return
     children.end_on_sigterm()
+    options.folder = options.folder.resolve()  # Tune's trials run in folders of their own
     base = options.folder / options.shape
     children.call("benchmarks.models", options.shape, str(base))
     for side in options.sides:
