@@ -1,4 +1,4 @@
-"""What rows of `benchmarks.packs` amount to: ratios, shares of the card's rate, and issue 4's bars.
+"""What rows of `benchmarks.packs` amount to: ratios, shares of the card's rate, and the bars.
 
 Pure: rows in, rows and bars out.
 """

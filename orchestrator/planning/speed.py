@@ -8,7 +8,7 @@ however few tokens there are, partly while products are computed; the elementwis
 each kept activation some times; the slots' rows. The constants were fitted, within 4 %, to a run of
 the 25 packs of benchmarks/results/packs_gpu.json and engine_single.json, in graphs (H200; 0.5B,
 1.5B and 8B, 256 to 65,536 tokens, 16 bits and 4 dequantised once). The run recorded there now, on
-another such card, they give within 5.4 %, for the same pack differs by up to 5 % from one machine
+another such card, they give within 4.7 %, for the same pack differs by up to 5 % from one machine
 to another. Other GPUs are taken to reach the same parts of their data sheets' rates: not measured.
 """
 
