@@ -256,8 +256,7 @@ def _written_budget_problems(config: SweepConfig) -> Iterable[Mistake]:
 
 
 def _widths(config: SweepConfig) -> tuple[Any, ...]:
-    values = config.search.space.get("quant.bit_width", (config.trial.quant.bit_width,))
-    return values if isinstance(values, tuple) else ()  # a range of it is a mistake of its own
+    return config.search.values_of("quant.bit_width", config.trial.quant.bit_width)
 
 
 def _range_problem(config: SweepConfig, field: str, values: RangeConfig) -> str:

@@ -214,6 +214,13 @@ class SearchConfig(Strict):
             if name in self.space
         }
 
+    def values_of(self, field: str, written: Any) -> tuple[Any, ...]:
+        """What trials may have of a field that is `written` under `trial`; of a range, its ends.
+        The written value too, where a condition decides whether the field is searched."""
+        values = self.space.get(field, (written,))
+        found = (values.low, values.high) if isinstance(values, RangeConfig) else values
+        return (*found, written) if field in self.all_conditions else tuple(found)
+
     @model_validator(mode="after")
     def _sampler_fits_space(self) -> "SearchConfig":
         ranges = [name for name, values in self.space.items() if isinstance(values, RangeConfig)]

@@ -17,7 +17,7 @@ def sweep_problems(config: SweepConfig) -> list[str]:
 
 
 def _fields_that_are_set_are_read(config: SweepConfig) -> Iterator[str]:
-    yield from unread_in_space(config.trial.quant, config.search.space)
+    yield from unread_in_space(config.trial.quant, config.search)
 
 
 def _a_task_score_has_a_task(config: SweepConfig) -> Iterator[str]:
@@ -64,8 +64,8 @@ def _answers_are_whole(config: SweepConfig) -> Iterator[str]:
 
 
 def _answers_are_generated_on_a_whole_base(config: SweepConfig) -> Iterator[str]:
-    kinds = config.search.space.get("strategy.kind", (config.trial.strategy.kind,))
-    if config.evaluation.task is not None and isinstance(kinds, tuple) and "zero" in kinds:
+    kinds = config.search.values_of("strategy.kind", config.trial.strategy.kind)
+    if config.evaluation.task is not None and "zero" in kinds:
         yield (
             "evaluation.task needs strategy.kind: replicated, but got strategy.kind=zero: leave "
             "evaluation.task out, and measure adapters with `orchestrator evaluate --exact-match`"

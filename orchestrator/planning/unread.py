@@ -9,12 +9,12 @@ space does; what the space itself varies is refused wherever it would only make 
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.config import QuantConfig
-from orchestrator.search_config import RangeConfig, Values
+from orchestrator.search_config import SearchConfig
 
 # What decides whether the others are read.
 DECIDING = ("bit_width", "bit_width_pattern", "int8_type")
@@ -70,24 +70,23 @@ def unread(quant: QuantConfig, fields: Iterable[str]) -> list[str]:
     ]
 
 
-def unread_in_space(quant: QuantConfig, space: Mapping[str, Values]) -> list[str]:
+def unread_in_space(quant: QuantConfig, search: SearchConfig) -> list[str]:
     """The same of fields that no trial of a space reads, whether they are written or searched."""
-    lists = [_listed(quant, space, name) for name in DECIDING]
+    lists = [_values(quant, search, name) for name in DECIDING]
     points = [
         quant.model_copy(update=dict(zip(DECIDING, point, strict=True)))
         for point in itertools.product(*lists)
     ]
     found = []
     for name, reader in READERS.items():
-        values = [one for one in _listed(quant, space, name) if one != _default(name)]
+        values = [one for one in _values(quant, search, name) if one != _default(name)]
         if values and not any(reader.reads(point) for point in points):
             found.append(_message(name, values[0], points[0], EVERYWHERE))
     return found
 
 
-def _listed(quant: QuantConfig, space: Mapping[str, Values], name: str) -> tuple[Any, ...]:
-    values = space.get(f"quant.{name}", (getattr(quant, name),))
-    return (values.low, values.high) if isinstance(values, RangeConfig) else values
+def _values(quant: QuantConfig, search: SearchConfig, name: str) -> tuple[Any, ...]:
+    return search.values_of(f"quant.{name}", getattr(quant, name))
 
 
 def _default(name: str) -> Any:

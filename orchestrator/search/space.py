@@ -88,7 +88,7 @@ def _check_rungs(config: SweepConfig) -> None:
     if pruner.kind == "none":
         return
     rungs = pruner.rungs or (pruner.min_steps or 1,)
-    longest = int(_highest(search.space.get("steps", (config.trial.steps,))))
+    longest = int(_highest(search.values_of("steps", config.trial.steps)))
     searched = "steps" in search.space
     # Where lengths are searched, a rung may lie beyond the end of the shorter trials.
     late = [step for step in rungs if step >= longest]
@@ -294,51 +294,28 @@ def bounds(trial: TrialConfig, search: SearchConfig, asked: Iterable[TrialConfig
     """Of the space and of trials `asked` for while it may have been another one."""
     asked = list(asked)
     adapters = [one.adapter for one in asked]
-    dropouts = search.space.get("adapter.dropout", (trial.adapter.dropout,))
-    inits = {*_choices(search, "adapter.init", trial.adapter.init), *(a.init for a in adapters)}
-    names = [*_optimizers(trial, search), *(one.optimizer.name for one in asked)]
+    targets = search.values_of("adapter.target_modules", trial.adapter.target_modules)
+    dropouts = search.values_of("adapter.dropout", trial.adapter.dropout)
+    inits = search.values_of("adapter.init", trial.adapter.init)
+    optimizers = search.values_of("optimizer.name", trial.optimizer.name)
     return Bounds(
         max_rank=max([_max_rank(trial, search), *map(largest_rank, adapters)]),
-        target_modules=_all_targets(
-            [_target_modules(trial, search), *(adapter.target_modules for adapter in adapters)]
-        ),
+        target_modules=_all_targets([*targets, *(adapter.target_modules for adapter in adapters)]),
         dropout=_highest(dropouts) > 0 or any(adapter.dropout > 0 for adapter in adapters),
-        optimizers=tuple(dict.fromkeys(names)),
-        loftq="loftq" in inits,
+        optimizers=tuple(dict.fromkeys([*optimizers, *(one.optimizer.name for one in asked)])),
+        loftq="loftq" in (*inits, *(adapter.init for adapter in adapters)),
     )
 
 
 def _max_rank(trial: TrialConfig, search: SearchConfig) -> int:
-    ranks = search.space.get("adapter.rank", (trial.adapter.rank,))
-    patterns = _choices(search, "adapter.rank_pattern", {**trial.adapter.rank_pattern})
+    ranks = search.values_of("adapter.rank", trial.adapter.rank)
+    patterns = search.values_of("adapter.rank_pattern", {**trial.adapter.rank_pattern})
     single = [rank for one in patterns if isinstance(one, dict) for rank in one.values()]
     return int(max(_highest(ranks), *single, 0))
 
 
-def _choices(search: SearchConfig, field: str, written: Choice) -> tuple[Choice, ...]:
-    values = search.space.get(field, (written,))
-    assert isinstance(values, tuple), f"{field} is no number"
-    return values
-
-
-def _highest(values: Values) -> float:
-    if isinstance(values, RangeConfig):
-        return values.high
+def _highest(values: Iterable[Choice]) -> float:
     return max(value for value in values if isinstance(value, int | float))
-
-
-def _optimizers(trial: TrialConfig, search: SearchConfig) -> tuple[str, ...]:
-    choices = search.space.get("optimizer.name", (trial.optimizer.name,))
-    assert isinstance(choices, tuple)
-    return tuple(choice for choice in choices if isinstance(choice, str))
-
-
-def _target_modules(
-    trial: TrialConfig, search: SearchConfig
-) -> tuple[str, ...] | Literal["all-linear"]:
-    choices = search.space.get("adapter.target_modules", (trial.adapter.target_modules,))
-    assert isinstance(choices, tuple)
-    return _all_targets(choices)
 
 
 def _all_targets(choices: Iterable[Choice]) -> tuple[str, ...] | Literal["all-linear"]:

@@ -143,8 +143,7 @@ def _only_auto(config: SweepConfig) -> bool:
 
 
 def _widths(config: SweepConfig) -> tuple[Any, ...]:
-    widths: Any = config.search.space.get("quant.bit_width", (config.trial.quant.bit_width,))
-    return tuple(widths)
+    return config.search.values_of("quant.bit_width", config.trial.quant.bit_width)
 
 
 def _key(quant: QuantConfig) -> str:
@@ -154,7 +153,7 @@ def _key(quant: QuantConfig) -> str:
 def check_hqq(config: SweepConfig) -> None:
     """Raises ConfigError if trials of 2 or 3 bits are asked for and HQQ is not installed here."""
     written = config.trial.quant.bit_width_pattern
-    patterns: Any = config.search.space.get("quant.bit_width_pattern", (written,))
+    patterns = config.search.values_of("quant.bit_width_pattern", written)
     found = {*_widths(config), *itertools.chain(*(pattern.values() for pattern in patterns))}
     if found & set(HQQ_BITS) and importlib.util.find_spec("hqq") is None:
         raise ConfigError(

@@ -324,9 +324,9 @@ def check_lengths(config: SweepConfig, shape: BaseShape | UnknownShape) -> None:
 def check_layers(config: SweepConfig, shape: BaseShape) -> None:
     """Raises ConfigError for a target module that the base does not have, and for a key of a
     pattern that matches none of its layers, or none that an adapter is put on."""
-    trial, space = config.trial, config.search.space
+    trial, search = config.trial, config.search
     layers = [linear.name for linear in shape.linears]
-    choices: Any = space.get("adapter.target_modules", (trial.adapter.target_modules,))
+    choices = search.values_of("adapter.target_modules", trial.adapter.target_modules)
     for choice in choices:
         check_targets(choice, layers)
     targets = [linear.name for choice in choices for linear in shape.targets(choice)]
@@ -336,7 +336,7 @@ def check_layers(config: SweepConfig, shape: BaseShape) -> None:
         "adapter.alpha_pattern": (trial.adapter.alpha_pattern, targets, "that takes an adapter"),
     }
     for name, (own, names, kind) in written.items():
-        patterns: Any = space.get(name, (own,))
+        patterns = search.values_of(name, own)
         for idle in itertools.chain(*(unmatched(pattern, names) for pattern in patterns)):
             known = ", ".join(sorted({layer.rpartition(".")[2] for layer in names}))
             raise ConfigError(f"{name}: {idle!r} matches no linear layer {kind}; these are {known}")

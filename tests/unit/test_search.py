@@ -343,6 +343,36 @@ def test_slots_have_room_for_the_largest_rank_of_the_space() -> None:
     assert bounds(config.trial, sweep_config().search).max_rank == 16
 
 
+def test_what_is_written_counts_too_where_a_condition_decides_whether_a_field_is_searched() -> None:
+    """Where it does not hold, a trial is as written."""
+    search = {
+        "space": {
+            "quant.bit_width": [4, 16],
+            "adapter.rank": [2, 4],
+            "adapter.target_modules": [["q_proj"]],
+            "adapter.dropout": [0.0],
+            "adapter.init": ["default"],
+            "optimizer.name": ["adamw_8bit"],
+        },
+        "conditions": {
+            field: {"quant.bit_width": [16]}
+            for field in (
+                "adapter.rank", "adapter.target_modules", "adapter.dropout", "adapter.init",
+                "optimizer.name",
+            )
+        },
+    }  # fmt: skip
+    written = {"rank": 16, "target_modules": ["v_proj"], "dropout": 0.1, "init": "loftq"}
+    config = sweep_config(search=search, trial={"adapter": written, "optimizer": {"name": "adamw"}})
+    room = bounds(config.trial, config.search)
+    assert room.max_rank == 16
+    assert room.target_modules == ("q_proj", "v_proj")
+    assert room.dropout and room.loftq
+    assert set(room.optimizers) == {"adamw_8bit", "adamw"}
+    unconditional = config.search.model_copy(update={"conditions": {}})
+    assert bounds(config.trial, unconditional).target_modules == ("q_proj",)
+
+
 def test_slots_have_room_for_trials_that_were_asked_for_in_a_wider_space() -> None:
     wide = {"rank": 64, "target_modules": ["k_proj"], "dropout": 0.1, "init": "loftq"}
     asked = sweep_config(trial__adapter=wide, trial__optimizer={"name": "adamw_8bit"}).trial
