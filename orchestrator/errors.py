@@ -19,6 +19,7 @@ OrchestratorError
 ├── ReportError        the report's pictures cannot be drawn
 ├── ExportRefused      the exported model would differ too much from the adapter, or has no place
 └── RegistryError      the model registry said no
+    └── RegistryUnreachable   it does not answer, but may later
 
 Instances hold plain strings only, so that they survive pickling on their way through Ray.
 """
@@ -129,6 +130,10 @@ class ExportRefused(OrchestratorError):
 
 class RegistryError(OrchestratorError):
     """The model registry cannot be reached or refused a call."""
+
+
+class RegistryUnreachable(RegistryError):
+    """It does not answer now, so nothing is known of what it holds."""
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -37,6 +37,16 @@ class Recipe:
     def digest(self) -> str:
         return record_digest(asdict(self))
 
+    def templates(self, role: str) -> set[str]:
+        """How the examples of a role are written: by each source's own setting, else the data's."""
+        settings = self.settings
+        sources = settings["sources"][role] or settings["sources"]["train"]
+        chat = [(source["format"] or settings["format"]) == "chat" for source in sources]
+        return {
+            "chat" if is_chat else source["template"] or settings["template"]
+            for is_chat, source in zip(chat, sources, strict=True)
+        }
+
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Recipe":
         files = {

@@ -76,7 +76,7 @@ def reader_of(file: str) -> Reader:
 
 
 def _extension(file: str) -> str:
-    path = PurePosixPath(path_part(file))
+    path = PurePosixPath(path_part(file).lower())
     inner = PurePosixPath(path.stem).suffix
     if path.suffix in COMPRESSIONS and inner in DATASET_READERS:
         return inner if DATASET_READERS[inner].may_be_compressed else path.suffix

@@ -87,7 +87,7 @@ def open_decompressed(file: str) -> Iterator[IO[bytes]]:
 
 
 def compression(file: str) -> str | None:
-    ending = PurePosixPath(path_part(file)).suffix
+    ending = PurePosixPath(path_part(file)).suffix.lower()
     return ending if ending in COMPRESSIONS else None
 
 

@@ -75,10 +75,43 @@ def _rows(batch: Any, max_row_bytes: int) -> Iterable[Row | RowProblem]:
 
 
 def _row(batch: Any, max_row_bytes: int) -> Row | RowProblem:
+    batch = _by_itself(batch)
     if batch.nbytes > max_row_bytes:
         return too_long(max_row_bytes)
     rows = _converted(batch)
     return rows if isinstance(rows, RowProblem) else rows[0]
+
+
+def _by_itself(row: Any) -> Any:
+    """A row whose bytes are its own: one that refers to a dictionary, or to buffers of values that
+    it views, counts them whole."""
+    import pyarrow
+
+    columns = []
+    for column in row.columns:
+        try:
+            columns.append(column.cast(_plain_type(column.type)))
+        except pyarrow.ArrowException:  # left as it is, and counted so
+            columns.append(column)
+    return pyarrow.RecordBatch.from_arrays(columns, names=row.schema.names)
+
+
+def _plain_type(of: Any) -> Any:
+    from pyarrow import binary, large_list, list_, string, struct, types
+
+    if types.is_dictionary(of):
+        return _plain_type(of.value_type)
+    if types.is_string_view(of):
+        return string()
+    if types.is_binary_view(of):
+        return binary()
+    if types.is_list(of):
+        return list_(_plain_type(of.value_type))
+    if types.is_large_list(of):
+        return large_list(_plain_type(of.value_type))
+    if types.is_struct(of):
+        return struct([field.with_type(_plain_type(field.type)) for field in of])
+    return of
 
 
 def _converted(batch: Any) -> list[Row] | RowProblem:

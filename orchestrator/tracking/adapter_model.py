@@ -62,9 +62,36 @@ def load(adapter_dir: Path) -> tuple[Any, Any]:
     source = base_source(base)
     model = load_base(record, source)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=base["trust_remote_code"])
+    end_where_taught(model, tokenizer)
     if record["template"] == "plain":
         tokenizer.chat_template = None
     return with_adapter(model, adapter_dir).eval(), tokenizer
+
+
+def end_where_taught(model: Any, tokenizer: Any) -> None:
+    """Let texts end with the tokens that end them in training, beside the base's own: the
+    tokenizer's, and the one with which the chat template closes a turn. A base that was not taught
+    to chat often ends texts with another one (Qwen2.5: <|endoftext|>, its turns <|im_end|>)."""
+    own = model.generation_config.eos_token_id
+    found = {*(own if isinstance(own, list) else [own])}
+    found |= {tokenizer.eos_token_id, _closing_token(tokenizer)}
+    model.generation_config.eos_token_id = sorted(found - {None}) or None
+
+
+def _closing_token(tokenizer: Any) -> int | None:
+    """Of the assistant's turn, where it is a token of its own."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        # A line end after it belongs to the next turn.
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    except TemplateError:  # it wants other turns
+        return None
+    last: int = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+    return last if last in tokenizer.added_tokens_decoder else None
 
 
 def with_adapter(model: Any, adapter_dir: Path) -> Any:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from orchestrator.config import GateConfig, GateMetric, TaskConfig
 from orchestrator.data.manifest import fetch_manifest
 from orchestrator.data.prepare import find_examples
-from orchestrator.errors import OrchestratorError, RegistryError
+from orchestrator.errors import OrchestratorError, RegistryError, RegistryUnreachable
 from orchestrator.files import cache_dir
 from orchestrator.tracking.alias_history import (
     Action,
@@ -151,6 +151,8 @@ class Gate:
         losses, why_no_losses = None, ""
         try:
             losses = ExampleLosses.from_json(read_evaluation(self._uri, version))
+        except RegistryUnreachable:  # what it does not give now may be there
+            raise
         except RegistryError as error:
             why_no_losses = str(error)
         sizes = {
@@ -190,6 +192,8 @@ class Gate:
                 uri = f"models:/{name}/{champion.version}"
                 folder = download_adapter(self._uri, uri, Path(scratch) / "adapter")
                 evaluation, _ = self._evaluate(folder, place, task)
+        except RegistryUnreachable:
+            raise
         except OrchestratorError as error:
             why = f"version {champion.version} could not be measured on the same examples ({error})"
             return replace(champion, losses=None, why_no_losses=why)

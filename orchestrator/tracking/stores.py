@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from orchestrator.config import SweepConfig
-from orchestrator.errors import OrchestratorError, TrackingError, TrackingUnreachable
+from orchestrator.errors import (
+    OrchestratorError,
+    RegistryError,
+    RegistryUnreachable,
+    TrackingError,
+    TrackingUnreachable,
+)
 from orchestrator.garbage import without_collections
 
 if TYPE_CHECKING:
@@ -135,8 +141,11 @@ def mlflow_calls(uri: str, error: type[OrchestratorError] = TrackingError) -> It
     except _mlflow_failures() as failure:
         cause = (str(failure).strip() or type(failure).__name__).splitlines()[0]
         remedy = next((text for rule, text in REMEDIES if re.search(rule, cause)), DEFAULT_REMEDY)
-        if error is TrackingError and re.search(UNREACHABLE, cause):
-            error = TrackingUnreachable
+        if re.search(UNREACHABLE, cause):
+            error = {
+                TrackingError: TrackingUnreachable,
+                RegistryError: RegistryUnreachable,
+            }.get(error, error)
         raise error(
             f"MLflow at {without_password(uri)}: {cause[:MAX_CAUSE_CHARS]}: {remedy}"
         ) from failure

@@ -86,12 +86,11 @@ def _load_rows(base: LoadedBase, adapter_dir: Path) -> tuple[Slots, float | tupl
 
 
 def _check_examples(manifest: Manifest, template: str, folder: str) -> None:
-    settings = manifest.recipe.settings
-    used = "chat" if settings["format"] == "chat" else settings["template"]
-    if used != template:
+    used = manifest.recipe.templates(manifest.role)
+    if template not in used:
         raise DataError(
-            f"the examples were prepared with template {used}, the adapter was trained with "
-            f"{template}: prepare them with the same"
+            f"the examples were prepared with template {' and '.join(sorted(used))}, the adapter "
+            f"was trained with {template}: prepare them with the same"
         )
     if manifest.recipe.tokenizer != tokenizer_digest(Path(folder)):
         raise DataError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.config import TaskConfig
 from orchestrator.data.fields import text_field
+from orchestrator.data.formats import row_format, segments
 from orchestrator.data.questions import answered_together, compared, expected_answer
 from orchestrator.data.slices import RowProblem, read_options
 from orchestrator.data.sources import PlanTask, no_rows, place, plan_file, read_slice, source_files
@@ -51,7 +52,7 @@ def answers_of_rows(
     from orchestrator.tracking.adapter_model import continued, encode
 
     pattern = task.answer_pattern
-    rows, bad_rows = _read(config, pattern)
+    rows, bad_rows = _read(config, tokenizer, pattern)
     prompts = [encode(tokenizer, prompt) for prompt, _, _ in rows]
     texts: dict[int, str] = {}
     observe(0, len(rows))
@@ -67,21 +68,29 @@ def answers_of_rows(
     return found, bad_rows
 
 
-def _read(config: DataConfig, pattern: str | None) -> tuple[list[tuple[str, str, str]], int]:
-    """Of each row prompt, answer, and what is compared of it; and how many were skipped."""
-    fields = config.fields
-    files = [file for source in config.train_sources for file in source_files(source)]
-    parts = [part for file in files for part in plan_file(PlanTask(file, config.slice_bytes))]
+def _read(
+    config: DataConfig, tokenizer: Any, pattern: str | None
+) -> tuple[list[tuple[str, str, str]], int]:
+    """Of each row prompt, answer as training has it (a template may begin it with an empty
+    thought), and what is compared of it; and how many were skipped."""
+    parts = [
+        (part, row_format(config, source))
+        for source in config.train_sources
+        for file in source_files(source)
+        for part in plan_file(PlanTask(file, config.slice_bytes))
+    ]
     if not parts:
         raise no_rows(config.train_name)
     rows, bad_rows = [], 0
-    for part in parts:
+    for part, form in parts:
         for number, row in read_slice(part, read_options(config)):
             try:
                 if isinstance(row, RowProblem):
                     raise row
-                prompt = text_field(row, "prompt", fields.prompt)
-                answer = text_field(row, "completion", fields.completion)
+                prompt = text_field(row, "prompt", form.fields.prompt)
+                learned = "".join(s.text for s in segments(row, form, tokenizer) if s.has_loss)
+                ids = tokenizer(learned, add_special_tokens=False)["input_ids"]
+                answer = tokenizer.decode(ids, skip_special_tokens=True)
                 rows.append((prompt, answer, expected_answer(answer, pattern)))
             except RowProblem as problem:
                 if config.on_bad_row == "error":

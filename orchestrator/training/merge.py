@@ -38,6 +38,8 @@ def merge(adapter_dir: Path, base_folder: str, to: Path, dtype: ExportType) -> N
     """Base plus adapter in 16 bits, files of at most 2 GiB, with all that transformers needs."""
     from transformers import AutoTokenizer
 
+    from orchestrator.tracking.adapter_model import end_where_taught
+
     record = read_json(adapter_dir / "orchestrator.json")
     quant = QuantConfig.model_validate(record["quant"] | {"compute_dtype": record["compute_dtype"]})
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,9 +57,10 @@ def merge(adapter_dir: Path, base_folder: str, to: Path, dtype: ExportType) -> N
         del config.quantization_config
     config.dtype = DTYPES_16[dtype]
     config.save_pretrained(to)
-    model.generation_config.save_pretrained(to)
     trust = record["base_model"]["trust_remote_code"]
     tokenizer = AutoTokenizer.from_pretrained(base_folder, trust_remote_code=trust)
+    end_where_taught(model, tokenizer)
+    model.generation_config.save_pretrained(to)
     if record["template"] == "plain":
         tokenizer.chat_template = None
     tokenizer.save_pretrained(to)

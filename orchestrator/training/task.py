@@ -40,8 +40,11 @@ class Task:
         replicas: Replicas,
     ) -> None:
         """Raises DataError: see held_out_questions."""
+        from orchestrator.tracking.adapter_model import end_where_taught
+
         self._config = config
         self._tokenizer = load_tokenizer(tokenizer_dir)
+        end_where_taught(base.model, self._tokenizer)
         self.questions = held_out_questions(reader, self._tokenizer, config)
         prompts = [question.prompt_ids for question in self.questions]
         self._batches = answered_together(prompts, config.batch_size)

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator.config import GateConfig, TaskConfig
-from orchestrator.errors import BaseModelError, RegistryError
+from orchestrator.errors import BaseModelError, RegistryError, RegistryUnreachable
 from orchestrator.files import read_json
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.alias_history import AliasEvent, carried_out, read_events
@@ -263,6 +263,26 @@ def test_a_champion_that_cannot_be_measured_stays_and_says_why(
     assert "the base model is not in /models" in registration.reason
     assert "registry promote --force" in registration.reason
     assert aliases(client, name) == {"candidate": 2, "champion": 1}
+
+
+def test_nothing_is_decided_while_the_registry_does_not_answer(
+    make_run: MakeRun, uri: str, client: MlflowClient
+) -> None:
+    """A verdict would stand though its reason has passed."""
+
+    def evaluate(
+        adapter: Path, data_place: str, task: TaskConfig | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        raise RegistryUnreachable("timed out")
+
+    name = register(make_run(gain=1.0, params=ONE_TRIAL), uri).model_name
+    better = other_examples(make_run, gain=1.2)
+    with pytest.raises(RegistryUnreachable):
+        register(better, uri, evaluate=evaluate)
+    assert aliases(client, name) == {"candidate": 1, "champion": 1}
+    again = register(better, uri, evaluate=lambda adapter, *_: measured(adapter.parent, 2.6))
+    assert again.champion
+    assert aliases(client, name) == {"candidate": 2, "champion": 2}
 
 
 def test_the_decision_stands_on_the_version_and_in_the_run(

@@ -11,12 +11,14 @@ import pytest
 from jobs.cli import run
 from orchestrator.config import EvaluationConfig, TaskConfig
 from orchestrator.data.manifest import Manifest, load_manifest
+from orchestrator.data.prepare import prepare
 from orchestrator.data.reader import BlockReader
 from orchestrator.data_config import DataConfig
 from orchestrator.errors import BaseModelError, DataError
 from orchestrator.files import read_json
 from orchestrator.records import TrialDone
 from orchestrator.training.adapter_evaluation import evaluate_adapter
+from tests.tiny import CHAT_TEMPLATE, make_base_model
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import train
 
@@ -156,6 +158,24 @@ def test_an_exact_match_is_found(rows: Path, trained: Path, tmp_path: Path) -> N
     assert [answer.exact for answer in found] == [False] + [True] * 4
 
 
+def test_an_answer_is_what_was_taught_also_where_the_template_begins_it(
+    rows: Path, tmp_path: Path
+) -> None:
+    """As Qwen 3's does, with an empty thought."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    from orchestrator.training.exact_match import answers_of_rows
+
+    model = LlamaForCausalLM.from_pretrained(make_base_model(tmp_path / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "{{m.content}}", "{% if m.role == 'assistant' %}[]\n{% endif %}{{m.content}}"
+    )
+    config = DataConfig(train=str(rows), template="chat")
+    found, _ = answers_of_rows(model, tokenizer, config, TaskConfig(max_new_tokens=1))
+    assert [answer.expected for answer in found] == [f"[]\nIt is {n + 1}." for n in range(5)]
+
+
 def test_bad_rows_are_skipped_for_losses_and_answers_where_the_data_say_so(
     rows: Path,
     trained: Path,
@@ -229,6 +249,20 @@ def test_examples_of_another_template_or_tokenizer_are_refused(
     (adapter / "orchestrator.json").write_text(json.dumps(record | {"template": "chat"}))
     with pytest.raises(DataError, match="template plain, the adapter was trained with chat"):
         evaluate_adapter(adapter, held_out)
+
+
+def test_the_template_of_examples_is_that_of_their_own_source(
+    trained: Path, base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    def examples(train: str, held_out: str) -> Manifest:
+        sources = {"train": {"path": str(rows), "template": train}}
+        sources |= {"held_out": {"path": str(rows), "template": held_out}}
+        config = DataConfig.model_validate(sources | {"block_length": 64})
+        return prepare(config, base_folder, tmp_path / "cache").held_out
+
+    evaluate_adapter(trained, examples(train="chat", held_out="plain"))
+    with pytest.raises(DataError, match="with template chat, the adapter was trained with plain"):
+        evaluate_adapter(trained, examples(train="plain", held_out="chat"))
 
 
 def test_an_adapter_that_does_not_fit_its_base_is_refused(

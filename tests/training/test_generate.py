@@ -12,8 +12,16 @@ from jobs.generate import CHAT_HELP, chat, generate_text
 from orchestrator.errors import BaseModelError, ConfigError
 from orchestrator.files import file_digest, read_json, write_json
 from orchestrator.records import TrialDone
-from orchestrator.tracking.adapter_model import DamagedFiles, continued, encode, load, reply
+from orchestrator.tracking.adapter_model import (
+    DamagedFiles,
+    continued,
+    encode,
+    end_where_taught,
+    load,
+    reply,
+)
 from tests.sweeps import with_changes
+from tests.tiny import make_base_model
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import train
 
@@ -176,3 +184,19 @@ def by_hand(model: Any, ids: list[int], count: int, end: int) -> list[int]:
         logits = model(input_ids=torch.tensor([ids + found])).logits
         found.append(int(logits[0, -1].argmax()))
     return found
+
+
+def test_a_text_ends_where_the_chat_template_closes_a_turn(tmp_path: Path) -> None:
+    """An adapter was taught that end, whatever ends the texts of its base."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(make_base_model(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.eos_token, model.generation_config.eos_token_id = "<|pad|>", 2
+    end_where_taught(model, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id) == [
+        "<|pad|>", "<|end|>", "<|system|>"
+    ]  # fmt: skip
+    tokenizer.chat_template, model.generation_config.eos_token_id = None, None
+    end_where_taught(model, tokenizer)
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]

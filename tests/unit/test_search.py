@@ -367,7 +367,8 @@ def test_what_is_written_counts_too_where_a_condition_decides_whether_a_field_is
     room = bounds(config.trial, config.search)
     assert room.max_rank == 16
     assert room.target_modules == ("q_proj", "v_proj")
-    assert room.dropout and room.loftq
+    assert room.dropout
+    assert room.loftq
     assert set(room.optimizers) == {"adamw_8bit", "adamw"}
     unconditional = config.search.model_copy(update={"conditions": {}})
     assert bounds(config.trial, unconditional).target_modules == ("q_proj",)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -105,6 +106,28 @@ def test_bad_row_is_told_and_reading_goes_on(
     assert problem in problems[0][1]
     num_good_after = 0 if rows[-1] == problems[0] else 1
     assert len(rows) == 2 + num_good_after
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "view", "nested dictionary"])
+def test_a_row_is_as_long_as_its_own_values_wherever_these_lie(tmp_path: Path, kind: str) -> None:
+    """Those of a dictionary, and those that are viewed, lie beside the rows'."""
+    texts = [f"{number} " + "x" * 100 for number in range(50)]
+    values = pyarrow.array([*texts, LONG])
+    if kind == "view":
+        column = values.cast(pyarrow.string_view())
+    else:
+        column = values.dictionary_encode()
+        if kind == "nested dictionary":
+            column = pyarrow.StructArray.from_arrays([column], names=["text"])
+    table = pyarrow.table({"a": column})
+    path = tmp_path / "rows.arrow"
+    with pyarrow.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    *rows, (where, problem) = read_file(path, 1 << 30, ReadOptions(max_row_bytes=2000))
+    values_read = [row if isinstance(row, str) else row["a"] for _, row in rows]
+    assert values_read == ([{"text": text} for text in texts] if "nested" in kind else texts)
+    assert where == "51"
+    assert "data.max_row_bytes=2000" in str(problem)
 
 
 def test_long_paragraphs_and_documents_are_bad_rows(tmp_path: Path) -> None:

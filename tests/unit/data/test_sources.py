@@ -52,8 +52,8 @@ def _write(folder: Path, *names: str) -> list[str]:
 
 
 def test_folder_gives_its_known_files_sorted(tmp_path: Path) -> None:
-    _write(tmp_path, "b.jsonl", "a/c.json", "README.md", ".cache/x.jsonl", "a/.x.jsonl")
-    assert _files(tmp_path) == [str(tmp_path / "a/c.json"), str(tmp_path / "b.jsonl")]
+    _write(tmp_path, "b.JSONL", "a/c.json", "README.md", ".cache/x.jsonl", "a/.x.jsonl")
+    assert _files(tmp_path) == [str(tmp_path / "a/c.json"), str(tmp_path / "b.JSONL")]
 
 
 def test_glob_gives_what_it_matches(tmp_path: Path) -> None:

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import TrackingError
+from orchestrator.errors import (
+    OrchestratorError,
+    RegistryError,
+    RegistryUnreachable,
+    TrackingError,
+    TrackingUnreachable,
+)
 from orchestrator.tracking.stores import (
     artifact_location,
     default_store,
     environment,
+    mlflow_calls,
     resolve_tracking_uri,
     ui_command,
     without_password,
@@ -71,3 +78,16 @@ def test_environment_changes_end_with_the_block(monkeypatch: pytest.MonkeyPatch)
         assert (os.environ["A_SET_VARIABLE"], os.environ["AN_UNSET_VARIABLE"]) == ("2", "3")
     assert os.environ["A_SET_VARIABLE"] == "1"
     assert "AN_UNSET_VARIABLE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("kind", "silent"),
+    [(TrackingError, TrackingUnreachable), (RegistryError, RegistryUnreachable)],
+)
+def test_who_does_not_answer_is_told_from_who_says_no(
+    kind: type[OrchestratorError], silent: type[OrchestratorError]
+) -> None:
+    for cause, found in ((ConnectionError("timed out"), silent), (OSError("denied"), kind)):
+        with pytest.raises(kind) as raised, mlflow_calls("http://server", kind):
+            raise cause
+        assert type(raised.value) is found
