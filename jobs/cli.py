@@ -308,7 +308,7 @@ def sync(
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="Of this machine.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Of this machine.")] = 5000,
     runs_dir: RunsDir = Path("runs"),
     tracking_uri: TrackingUri = None,
 ) -> int:
@@ -420,9 +420,12 @@ def run(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            print(f"error: the disk is full: {error}: free space and run again", file=sys.stderr)
+        elif error.filename is not None:  # a path that somebody named
+            print(f"error: {error}", file=sys.stderr)
+        else:
             raise
-        print(f"error: the disk is full: {error}: free space and run again", file=sys.stderr)
         return 1
     except typer.Abort:
         return 130

@@ -10,15 +10,19 @@ import typer
 from orchestrator.errors import ConfigError
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+LONGEST_S = 2**31 - 1  # RayJob's fields have 32 bits
 
 jobs_app = typer.Typer(help="Sweeps that were submitted to a cluster.", no_args_is_help=True)
 
 
 def seconds(option: str, text: str) -> int:
     found = re.fullmatch(r"(\d+)([smhd]?)", text)
-    if found is None or not int(found[1]):
-        raise ConfigError(f"{option} must be a time such as 90s, 30m, 24h or 7d, but got {text}")
-    return int(found[1]) * UNITS[found[2] or "s"]
+    time_s = int(found[1]) * UNITS[found[2] or "s"] if found else 0
+    if not 0 < time_s <= LONGEST_S:
+        raise ConfigError(
+            f"{option} must be a time such as 90s, 30m, 24h or 7d, at most 24855d, but got {text}"
+        )
+    return time_s
 
 
 TargetOption = Annotated[

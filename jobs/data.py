@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.inputs import check_sources
-from jobs.sweep import settled
+from jobs.settled import settled
 from orchestrator.config import SweepConfig
 from orchestrator.data.formats import Tokenizer
 from orchestrator.data.inspection import Figures, ShownBlock, read_figures, show_block

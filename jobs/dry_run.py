@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.inputs import check_files
+from jobs.settled import settled
 from orchestrator.config import SweepConfig
 from orchestrator.data.sources import estimate_slices
 from orchestrator.data_config import MIB
@@ -79,7 +80,7 @@ def show_plan(
     shape = base_shape(config)
     shards = _shards(config)
     if run_dir is not None:
-        RunStore(run_dir).check_free(config)
+        RunStore(run_dir).check_free(settled(config))
     placement = _placement(config, ray_address or os.environ.get("RAY_ADDRESS"), machine)
     if not isinstance(shape, UnknownShape):
         check_budgets(config, shape, auto_compute_dtype(_device(placement)))

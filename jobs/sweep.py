@@ -10,21 +10,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from glob import glob
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from jobs.ahead import packs_come_first, tokenizer_ahead
 from jobs.display import SweepDisplay, command_name, results_table, shown_path
 from jobs.environment import describe_environment
 from jobs.inputs import check_inputs, check_tracking
 from jobs.interrupts import Interrupts, await_the_end, ignore_eviction
+from jobs.settled import settled
 from orchestrator import __version__
-from orchestrator.config import SweepConfig, has_password
+from orchestrator.config import SweepConfig
 from orchestrator.data.prepare import RunTasks, run_in_process
 from orchestrator.data.sources import is_small
-from orchestrator.data.streams import is_remote
 from orchestrator.errors import (
     ConfigError,
     RegistryError,
@@ -109,6 +107,11 @@ class Start:
 
 
 def start_sweep(path: Path, overrides: list[str], start: Start) -> int:
+    if start.or_resume and start.run_dir is None:
+        raise ConfigError(
+            "--or-resume needs --run-dir, the folder that may hold the sweep: without it a new "
+            "folder is made each time"
+        )
     ignore_eviction()
     config = settled(load_config(path, overrides))
     check_inputs(config)
@@ -121,13 +124,11 @@ def start_sweep(path: Path, overrides: list[str], start: Start) -> int:
 
 def _go_on(store: RunStore, config: SweepConfig, start: Start) -> int:
     with store.locked(PREDECESSOR_S):
-        store.change_config(config)
-    if store.read("done"):
-        print(f"{store.folder} is complete: nothing is left to do")
-        return 0
+        if _is_complete(store, config):
+            return 0
     print(f"going on with {store.folder}")
     with _ray_backend(config, start.ray_address, start.await_workers_s) as backend:
-        return _run(store, backend, lock_wait_s=PREDECESSOR_S)
+        return _run_again(store, config, backend, PREDECESSOR_S)
 
 
 def resume_sweep(
@@ -136,25 +137,49 @@ def resume_sweep(
     store = RunStore.open(run_dir)
     # A sweep that runs stays as it is, and who resumes it learns that before Ray starts.
     with store.locked():
+        config = store.sweep.config
         if overrides or add_trials is not None:
-            change_sweep(store, overrides, add_trials)
-    if store.read("done"):
-        print(f"{run_dir} is complete: nothing is left to do")
-        return 0
-    config = store.sweep.config
-    check_tracking(config)
+            config = changed_config(store, overrides, add_trials)
+        if _is_complete(store, config):
+            return 0
+        if store.extension(config):  # which asks for trials that need all of it
+            check_inputs(config)
+        else:
+            check_tracking(config)
     if store.sweep.backend == "in_process":
-        return _run(store, _in_process_backend(config))
+        return _run_again(store, config, _in_process_backend(config))
     with _ray_backend(config, ray_address) as backend:
-        return _run(store, backend)
+        return _run_again(store, config, backend)
 
 
-def change_sweep(store: RunStore, overrides: list[str], add_trials: int | None) -> None:
-    """Change a stored sweep's configuration; `add_trials` to those that it has or will have.
+def _is_complete(store: RunStore, config: SweepConfig) -> bool:
+    """Whether nothing is left to do with this configuration; then it is said, and kept as it is.
+
+    Raises:
+        RunFolderError: it differs in a field that decides what the present trials train.
+    """
+    complete = not store.extension(config) and store.read("done") is not None
+    if complete:
+        print(f"{shown_path(store.folder)} is complete: nothing is left to do")
+    return complete
+
+
+def _run_again(
+    store: RunStore, config: SweepConfig, backend: Backend, lock_wait_s: float = 0
+) -> int:
+    """What cannot be gone on with is refused before it is changed."""
+    _check_device(store, backend.device)
+    if config != store.sweep.config:
+        with store.locked(lock_wait_s):
+            store.change_config(config)
+    return _run(store, backend, lock_wait_s)
+
+
+def changed_config(store: RunStore, overrides: list[str], add_trials: int | None) -> SweepConfig:
+    """A stored sweep's configuration, changed; `add_trials` to those that it has or will have.
 
     Raises:
         ConfigError: a value is not allowed, or no trial can be added.
-        RunFolderError: a field is changed that decides what the present trials train.
     """
     if add_trials is not None:
         present = max(num_trials(store.sweep.config.search), len(store.trials))
@@ -167,7 +192,7 @@ def change_sweep(store: RunStore, overrides: list[str], add_trials: int | None) 
             "search.space.FIELD=[...], or draw from a range with --set search.sampler=tpe --set "
             "'search.space.FIELD={low: ..., high: ...}'"
         )
-    store.change_config(config)
+    return config
 
 
 def train_one(path: Path, overrides: list[str], run_dir: Path | None, register: bool) -> int:
@@ -179,38 +204,6 @@ def train_one(path: Path, overrides: list[str], run_dir: Path | None, register: 
     folder = _free_folder(config, run_dir)
     backend = _in_process_backend(config)
     return _run(_create(config, folder, backend), backend)
-
-
-def settled(config: SweepConfig) -> SweepConfig:
-    """With nothing left that depends on where the command was called: a resume may come from
-    another folder."""
-    content = config.model_dump()
-    content["runs_dir"] = str(Path(config.runs_dir).expanduser().absolute())
-    content["base_model"]["source"] = _absolute(content["base_model"]["source"])
-    for role in ("train", "held_out"):
-        content["data"][role] = _absolute_source(content["data"][role])
-    shards_dir = config.data.shards_dir
-    if shards_dir and not is_remote(shards_dir):
-        content["data"]["shards_dir"] = str(Path(shards_dir).expanduser().absolute())
-    uri = resolve_tracking_uri(SweepConfig.model_validate(content))
-    if not has_password(uri):  # a password stays in the environment
-        content["tracking"]["uri"] = uri
-    return SweepConfig.model_validate(content)
-
-
-def _absolute(path: str) -> str:
-    """Of what is there; a hub id stays as it is."""
-    whole = Path(path).expanduser().absolute()
-    return str(whole) if whole.exists() or glob(str(whole)) else path
-
-
-def _absolute_source(written: Any) -> Any:
-    """Of a source as the configuration writes it: a path, a mapping with one, a list of these."""
-    if isinstance(written, str):
-        return _absolute(written)
-    if isinstance(written, dict):
-        return written | {"path": _absolute(written["path"])}
-    return tuple(map(_absolute_source, written)) if written else written
 
 
 @contextmanager
@@ -357,7 +350,6 @@ def _check_device(store: RunStore, found: str) -> None:
 
 
 def _run(store: RunStore, backend: Backend, lock_wait_s: float = 0) -> int:
-    _check_device(store, backend.device)
     view = MlflowView(store, resolve_tracking_uri(store.sweep.config))
     beside_training = backend.name == "in_process"
     cpu_fraction = CPU_FRACTION_BESIDE_TRAINING if beside_training else CPU_FRACTION

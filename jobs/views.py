@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,10 +17,15 @@ def open_run(run_dir: Path | None, runs_dir: Path) -> RunStore:
     """The run folder named, or the newest one."""
     if run_dir is not None:
         return RunStore.open(run_dir)
-    folders = [path.parent for path in runs_dir.glob("*/sweep.json")]
-    if not folders:
+    created: dict[Path, float] = {}
+    for path in runs_dir.glob("*/sweep.json"):
+        try:
+            created[path.parent] = RunStore.open(path.parent).sweep.created
+        except RunFolderError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not created:
         raise RunFolderError(f"{runs_dir} holds no run: name a run folder, or --runs-dir")
-    return RunStore.open(max(folders, key=lambda folder: RunStore.open(folder).sweep.created))
+    return RunStore.open(max(created, key=lambda folder: created[folder]))
 
 
 def rewrite_report(
@@ -65,11 +72,21 @@ def serve_ui(port: int, tracking_uri: str | None, runs_dir: Path) -> NoReturn:
         raise TrackingError(
             f"{without_password(uri)} is not there: `orchestrator sync` makes it of a run folder"
         )
+    _check_port(port)
     command = ui_command(uri, port)
     print(f"MLflow UI on http://127.0.0.1:{port} (end it with Ctrl-C)")
     # What a browser shows until it is told otherwise, and remembers, has no runs on its first page.
     print("sweeps and trials are under *Model training*, at the top left", flush=True)
     os.execv(command[0], command)
+
+
+def _check_port(port: int) -> None:
+    """The server itself would end with 0."""
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except OSError as error:
+        raise TrackingError(f"--port {port} cannot be used: {error}: choose another") from error
 
 
 def print_schema(markdown: bool) -> int:

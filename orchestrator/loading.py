@@ -144,7 +144,10 @@ def _no_field(field: str) -> str:
 
 
 def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[FieldPath, int]]:
-    loader = CoreLoader(text)
+    try:
+        loader = CoreLoader(text)
+    except yaml.YAMLError as error:  # a sign that no text has
+        raise ConfigError(f"{name}: not valid YAML: {error}") from error
     try:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
@@ -158,6 +161,8 @@ def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[FieldPath, i
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{name}:{line}: not valid YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: a value must not hold itself: write it out") from error
     finally:
         loader.dispose()
 
@@ -171,8 +176,13 @@ def _note_lines(
 ) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            inner = (*path, key.value)
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(
+                    f"{name}:{line}: the name of a field must be a word: put quotes around what "
+                    "begins with a bracket"
+                )
+            inner = (*path, key.value)
             if inner in lines:
                 field = ".".join(map(str, inner))
                 duplicates.append(
@@ -202,13 +212,14 @@ def _set_override(content: dict[str, Any], override: str) -> FieldPath:
     field, equals, text = override.partition("=")
     if not equals or not field:
         raise ConfigError(f"{COMMAND_LINE} {override}: must be written field=value")
-    loader = CoreLoader(text)
     try:
-        value = loader.get_single_data()
-    except yaml.YAMLError as error:
+        loader = CoreLoader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, RecursionError, TypeError) as error:  # the last: keys that are lists
         raise ConfigError(f"{COMMAND_LINE} {override}: the value is not valid YAML") from error
-    finally:
-        loader.dispose()
     *parents, leaf = field.split(".")
     if (group := tuple(parents[:2])) in DOTTED:
         parents, leaf = list(group), field.removeprefix(".".join(group) + ".")

@@ -97,6 +97,15 @@ def check_options(options: KubernetesOptions) -> KubernetesOptions:
             f"--gpus must be a multiple of --gpus-per-node, but got {options.gpus} and "
             f"{options.gpus_per_node}"
         )
+    if options.gpus_per_node != 1 and not options.gpus:
+        raise ConfigError(
+            f"--gpus-per-node {options.gpus_per_node} needs --gpus, the number of GPUs in all"
+        )
+    if options.nodes != 1 and options.gpus:
+        raise ConfigError(
+            f"--nodes is of sweeps without GPUs: with --gpus {options.gpus} there are as many as "
+            f"hold them, but got --nodes {options.nodes}: give --gpus-per-node instead"
+        )
     if options.gpu_type and not options.gpus:
         raise ConfigError(f"--gpu-type {options.gpu_type} needs --gpus, the number of GPUs")
     if options.priority and not options.queue:

@@ -24,6 +24,7 @@ from cluster.submission import Submission, plan_submission
 from orchestrator.config import SweepConfig
 from orchestrator.data_config import BUILTIN_DATASETS
 from orchestrator.errors import ConfigError
+from orchestrator.planning.capacity import check_pack_fits
 from orchestrator.yaml_core import CoreDumper
 
 Object = dict[str, Any]
@@ -39,6 +40,7 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 
 # Shared memory counts as the container's memory: NCCL and data loaders need gigabytes, never half.
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
 SHM_FRACTION = 1 / 8
 # Nodes of this kind, as GKE, AKS, EKS and Karpenter mark them, by a label and often a taint.
 SPOT_MARKS = (
@@ -81,10 +83,10 @@ def render_rayjob(
     if options.queue:
         _without_autoscaler(cluster)
     for pod in pods(job):
-        for container in pod["spec"]["containers"]:
-            container["image"] = options.image or container["image"]
-            if options.image_pull_policy:
-                container["imagePullPolicy"] = options.image_pull_policy
+        container = pod["spec"]["containers"][0]  # Ray's; others are the template's own
+        container["image"] = options.image or container["image"]
+        if options.image_pull_policy:
+            container["imagePullPolicy"] = options.image_pull_policy
     return Rendered(submission, job)
 
 
@@ -97,7 +99,7 @@ def load_template(path: Path | None = None) -> Object:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"--template {path} cannot be read: {error}") from error
     groups = _dig(template, "spec", "rayClusterSpec", "workerGroupSpecs")
-    if template.get("kind") != "RayJob" or not isinstance(groups, list) or len(groups) != 1:
+    if _dig(template, "kind") != "RayJob" or not isinstance(groups, list) or len(groups) != 1:
         raise ConfigError(
             f"--template {path} must hold one RayJob with one worker group, which is copied: start "
             "from k8s/base/rayjob.yaml"
@@ -179,7 +181,9 @@ def _for_cluster(config: SweepConfig, options: KubernetesOptions) -> SweepConfig
     resources["device"] = wanted
     resources["num_workers"] = num_workers
     content["runs_dir"] = f"{STORAGE}/runs"
-    return SweepConfig.model_validate(content)
+    found = SweepConfig.model_validate(content)
+    check_pack_fits(found.resources, {"worker": num_workers})
+    return found
 
 
 def _check_paths(config: SweepConfig) -> None:
@@ -191,10 +195,15 @@ def _check_paths(config: SweepConfig) -> None:
         ("base_model.source", config.base_model.source),
     ]
     for field, value in named:
-        if value is None or value in BUILTIN_DATASETS or re.match(r"[a-z][a-z0-9+.-]*:", value):
+        if value is None or value in BUILTIN_DATASETS:
+            continue
+        value = value.removeprefix("file://")
+        if re.match(r"[a-z][a-z0-9+.-]*:", value):
             continue
         path = PurePosixPath(value)
-        local = not path.is_absolute() and (value[0] in ".~" or Path(value).exists())
+        local = not path.is_absolute() and (
+            value[0] in ".~" or field == "data.shards_dir" or Path(value).exists()
+        )
         if local or (path.is_absolute() and not path.is_relative_to(STORAGE)):
             raise ConfigError(
                 f"{field}: {value} is a path of this machine, which no pod has: copy it to the "
@@ -278,9 +287,18 @@ def _place(pod: Object, options: KubernetesOptions, spot: bool) -> None:
     if tolerations:
         pod["tolerations"] = tolerations
     if terms != [[]]:
-        required = {"nodeSelectorTerms": [{"matchExpressions": term} for term in terms]}
-        pod.setdefault("affinity", {})["nodeAffinity"] = {
-            "requiredDuringSchedulingIgnoredDuringExecution": required
+        nodes = pod.setdefault("affinity", {}).setdefault("nodeAffinity", {})
+        # The template's own hold as well, so each of them goes with each of these.
+        own = _dig(nodes, REQUIRED, "nodeSelectorTerms") or [{}]
+        nodes[REQUIRED] = {
+            "nodeSelectorTerms": [
+                {
+                    **one,
+                    "matchExpressions": [*one.get("matchExpressions", []), *copy.deepcopy(term)],
+                }
+                for one in own
+                for term in terms
+            ]
         }
 
 

@@ -2,7 +2,7 @@
 
 In: what each layer's loss of bits costs, measured by training/sensitivity.py, and a QuantConfig
 with bit_width auto. Out: an Allocation. Pure, no torch; scipy, imported where it is used, solves
-the choice exactly: one width a layer, the least sum of losses, within the budget.
+the choice, to a ten-thousandth of that sum: one width a layer, the least sum of losses, within the budget.
 """
 
 import math

@@ -123,11 +123,22 @@ class RunStore:
 
     @property
     def sweep(self) -> SweepRecord:
-        record = read_json(self._path("sweep.json"))
-        return SweepRecord(**{**record, "config": SweepConfig.model_validate(record["config"])})
+        """Raises RunFolderError if its record cannot be read."""
+        path = self._path("sweep.json")
+        try:
+            record = read_json(path)
+            return SweepRecord(**{**record, "config": SweepConfig.model_validate(record["config"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(
+                f"{path} is damaged, or of another version: {str(error).splitlines()[0]}"
+            ) from error
 
-    def change_config(self, config: SweepConfig) -> None:
-        """Raises RunFolderError if it differs in a field that decides what its trials train."""
+    def extension(self, config: SweepConfig) -> list[str]:
+        """What a changed configuration adds trials by, in words; empty where it adds none.
+
+        Raises:
+            RunFolderError: it differs in a field that decides what the present trials train.
+        """
         differences = config_differences(self.sweep.config, config)
         extending = [words for words in differences if words.startswith(EXTENDING_FIELDS)]
         if others := [words for words in differences if words not in extending]:
@@ -136,6 +147,11 @@ class RunStore:
                 f"a resume may change {', '.join(RESUMABLE_FIELDS)}, and to add trials "
                 f"{', '.join(names)}, but got {'; '.join(others)}: start a new sweep for that"
             )
+        return extending
+
+    def change_config(self, config: SweepConfig) -> None:
+        """Raises RunFolderError: see extension."""
+        extending = self.extension(config)
         if extending:
             # Before the new configuration: without it, a resume makes them again as they were.
             for name in ("done", "registration", "winner"):

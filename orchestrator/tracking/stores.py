@@ -197,6 +197,14 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(name.partition("?")[0]).absolute()
 
 
+def absolute_uri(uri: str) -> str:
+    """Of a SQLite database whose path goes by the folder that one is in."""
+    if (database := _sqlite_file(uri)) is None:
+        return uri
+    scheme, _, name = uri.partition(":///")
+    return f"{scheme}:///{database}{''.join(name.partition('?')[1:])}"
+
+
 def _artifacts_folder(database: Path) -> Path:
     return database.parent / "mlartifacts"
 

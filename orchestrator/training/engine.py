@@ -114,11 +114,10 @@ class RowEngine:
         return stepper
 
     def step(self, rates: dict[int, float]) -> list[float]:
-        if len(rates) == len(self._slots.rows):
-            self._replicas.sum(self._slots.gradients)
-        else:
-            for slot in rates:
-                self._replicas.sum(self._slots.gradients[slot])
+        for slot in rates:
+            # Each row by itself: three workers or more add in an order that goes by an element's
+            # place in the buffer, which its neighbours must not change.
+            self._replicas.sum(self._slots.gradients[slot])
         steppers = [self._steppers[slot] for slot in rates]
         gradients = [self._slots.gradients[slot] for slot in rates]
         norms = torch.stack([*map(torch.linalg.vector_norm, gradients)])

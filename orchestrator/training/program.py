@@ -52,6 +52,8 @@ def check_lanes(base: LoadedBase, slots: Slots) -> None:
     program.serve([BASE_ALONE, Served(0, 1.0)])
     found = base.hidden(words, positions)
     slots.clear(0)
+    if not expected.isfinite().all():
+        return  # the base's own loss will say what is wrong
     if not difference(found[0], expected[0]) <= max_leak(found.dtype):
         raise BaseModelError(
             f"base model family {base.model.config.model_type!r}: its layers mix the tokens of "  # type: ignore[union-attr]

@@ -26,6 +26,7 @@ from orchestrator.training.model_source import (
     may_answer_later,
     resolve_base_model,
 )
+from orchestrator.training.pack import PackWorker
 from tests.tiny import make_base_model
 from tests.training.conftest import MakeSpec
 
@@ -311,3 +312,15 @@ def test_a_conversion_removes_what_killed_ones_left_and_nothing_else(
     assert not killed.exists()
     assert recent.exists()
     assert alive.exists()
+
+
+def test_a_base_that_computes_nothing_is_told_from_one_that_mixes_blocks(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    folder = make_base_model(tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    base = BaseModel("tiny", None, str(folder), base_digest(folder))
+    with pytest.raises(BaseModelError, match="its held-out loss is nan"):
+        PackWorker(make_spec(num_slots=2, base_model=base)).load()

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.children import rank_environment
 from orchestrator.config import TrialConfig
 from orchestrator.records import Event, GroupPlace, PackSpec, TrialDone, TrialStopped
+from orchestrator.training.engine import RowEngine
+from orchestrator.training.pack import PackWorker
+from orchestrator.training.replicas import Alone
 from tests.training.conftest import MakeSpec, trial_config
 from tests.training.test_pack import Adapter, assert_equal, train
 from tests.training.test_replicas import free_address
@@ -108,3 +112,25 @@ def test_an_adapter_that_one_worker_cannot_save_holds_up_neither(
     assert (stopped.trial, stopped.reason) == (0, "not_trained")
     alone, _ = train(spec, trials[1:], tmp_path / "alone")
     assert_equal(adapters[1], alone[0])
+
+
+class ByPlace(Alone):
+    """As three workers or more add: in an order that goes by a value's place in what they sum."""
+
+    def sum(self, tensor: Tensor) -> None:
+        flat = tensor.view(-1)
+        flat.mul_(torch.arange(1, len(flat) + 1))
+
+
+def test_a_trials_sum_does_not_go_by_who_else_steps_with_it(make_spec: MakeSpec) -> None:
+    loaded = PackWorker(make_spec(num_slots=2))
+    loaded.load()
+    engine = RowEngine(loaded.rows, loaded.engine.program, ByPlace())
+    for slot in (0, 1):
+        engine.stepper(slot, trial_config().optimizer)
+
+    def norms(*slots: int) -> list[float]:
+        loaded.rows.gradients.fill_(1.0)
+        return engine.step(dict.fromkeys(slots, 0.0))
+
+    assert norms(0, 1)[1] == norms(1)[0]

@@ -1,6 +1,7 @@
 """The command line's own behaviour, without training anything."""
 
 import io
+import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 from jobs.cli import run
 from jobs.environment import describe_environment
 from jobs.pre_stop import drivers, save
-from jobs.sweep import change_sweep, resume_sweep, settled
-from orchestrator.errors import ConfigError, RunFolderError
+from jobs.settled import settled
+from jobs.sweep import changed_config, resume_sweep
+from jobs.views import open_run, serve_ui
+from orchestrator.errors import ConfigError, OrchestratorError, RunFolderError, TrackingError
 from orchestrator.files import read_json, write_json
 from orchestrator.loading import override_config, trial_with
 from orchestrator.records import TrialSpec
@@ -163,9 +166,43 @@ def test_a_settled_config_means_the_same_from_every_folder(
     assert here.tracking.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
+def test_a_database_is_the_same_one_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db?timeout=9")
+    assert settled(sweep_config()).tracking.uri == f"sqlite:///{tmp_path}/mlflow.db?timeout=9"
+
+
 def test_a_password_in_the_environment_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@host/db")
     assert "secret" not in settled(sweep_config()).model_dump_json()
+
+
+def test_a_run_folder_that_cannot_be_read_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = make_store(tmp_path / "whole", sweep_config())
+    for name, content in (("cut", "{"), ("other", '{"format": 9}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sweep.json").write_text(content)
+    assert open_run(None, tmp_path).folder == whole.folder
+    assert capsys.readouterr().err.count("is damaged, or of another version") == 2
+    with pytest.raises(RunFolderError, match="is damaged, or of another version"):
+        resume_sweep(tmp_path / "cut", None, [])
+
+
+def test_going_on_needs_the_folder_to_go_on_with(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sweep", "sweep.yaml", "--or-resume"]) == 2
+    assert "--or-resume needs --run-dir" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(TrackingError, match=f"--port {port} cannot be used"):
+            serve_ui(port, None, tmp_path)
 
 
 def test_two_sweeps_of_one_name_in_one_second_have_different_ids() -> None:
@@ -204,23 +241,37 @@ def test_a_complete_sweep_can_be_extended(
     config = sweep_config(search__sampler="tpe", search__num_trials=4, runs_dir=str(tmp_path))
     store = make_store(tmp_path / "run", config)
     store.write("done", {})
-    change_sweep(store, overrides, add_trials)
+    store.change_config(changed_config(store, overrides, add_trials))
     search = RunStore.open(store.folder).sweep.config.search
     assert {name: getattr(search, name) for name in expected} == expected
     assert store.read("done") is None
 
 
+def test_an_extension_that_cannot_be_started_leaves_a_complete_sweep_as_it_is(
+    tmp_path: Path,
+) -> None:
+    store = make_store(tmp_path / "run", sweep_config(runs_dir=str(tmp_path)))
+    for name in ("winner", "registration", "done"):
+        store.write(name, {})
+    before = store.sweep
+    wider = ["search.space.adapter.rank=[4, 8, 16]"]
+    with pytest.raises(OrchestratorError, match="file not found"):  # neither base nor rows
+        resume_sweep(store.folder, None, wider)
+    assert store.sweep == before
+    assert all(store.read(name) is not None for name in ("winner", "registration", "done"))
+
+
 def test_trials_are_added_to_those_that_are_not_asked_for_yet(tmp_path: Path) -> None:
     config = sweep_config(search__space={"adapter.rank": [2, 4, 8]})
     store = make_store(tmp_path / "run", config)
-    change_sweep(store, ["search.space.adapter.rank=[2, 4, 8, 16, 32]"], 1)
-    assert store.sweep.config.search.num_trials == 4
+    wider = changed_config(store, ["search.space.adapter.rank=[2, 4, 8, 16, 32]"], 1)
+    assert wider.search.num_trials == 4
 
 
 def test_changing_resources_does_not_open_a_complete_sweep_again(tmp_path: Path) -> None:
     store = make_store(tmp_path / "run", sweep_config())
     store.write("done", {})
-    change_sweep(store, ["resources.num_workers=3"], None)
+    store.change_config(changed_config(store, ["resources.num_workers=3"], None))
     assert store.read("done") is not None
 
 
@@ -232,9 +283,9 @@ def test_a_space_that_is_trained_whole_says_how_to_add_trials(tmp_path: Path, sa
         TrialSpec(0, {"adapter.rank": 4}, trial_with(config.trial, {"adapter.rank": 4}))
     )
     with pytest.raises(ConfigError, match="widen it with --set search.space"):
-        change_sweep(store, [f"search.sampler={sampler}"], 5)
-    change_sweep(store, [f"search.sampler={sampler}", "search.space.adapter.rank=[4, 8]"], 5)
-    assert store.sweep.config.search.num_trials == 6
+        changed_config(store, [f"search.sampler={sampler}"], 5)
+    wider = [f"search.sampler={sampler}", "search.space.adapter.rank=[4, 8]"]
+    assert changed_config(store, wider, 5).search.num_trials == 6
 
 
 def test_a_run_keeps_its_packages_and_the_commit_of_the_folder_it_was_started_in(

@@ -100,6 +100,20 @@ def test_broken_yaml_is_reported_with_its_line() -> None:
     assert line.startswith("sweep.yaml:3: not valid YAML")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: {{ name }}", "sweep.yaml:1: the name of a field must be a word"),
+        ("name: a\x01b", "sweep.yaml: not valid YAML: unacceptable character"),
+        ("name: &own [*own]", "sweep.yaml: a value must not hold itself"),
+    ],
+)
+def test_what_only_looks_like_a_mapping_of_fields_is_one_error(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_config(text, "sweep.yaml")
+    assert str(raised.value).startswith(said)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.yaml: .* cannot be read: No such file"):
         load_config(tmp_path / "missing.yaml")

@@ -119,11 +119,23 @@ def test_a_template_of_the_users_own_keeps_what_it_adds(tmp_path: Path) -> None:
     template = load_template()
     pod = template["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
     pod["tolerations"] = [{"key": "team", "operator": "Exists"}]
+    pod["containers"].append({"name": "proxy", "image": "envoy:1.30"})
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    zone = {"key": "zone", "operator": "In", "values": ["a"]}
+    pod["affinity"] = {
+        "nodeAffinity": {required: {"nodeSelectorTerms": [{"matchExpressions": [zone]}]}}
+    }
     path = tmp_path / "rayjob.yaml"
     path.write_text(yaml.safe_dump(template))
-    job = rendered(KubernetesOptions(gpus=1, template=path)).rayjob
-    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert {"key": "team", "operator": "Exists"} in group["template"]["spec"]["tolerations"]
+    options = KubernetesOptions(gpus=1, gpu_type="l4", image="trainer:1", template=path)
+    (group,) = rendered(options).rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    spec = group["template"]["spec"]
+    assert {"key": "team", "operator": "Exists"} in spec["tolerations"]
+    assert [container["image"] for container in spec["containers"]] == ["trainer:1", "envoy:1.30"]
+    (term,) = spec["affinity"]["nodeAffinity"][required]["nodeSelectorTerms"]
+    first, second = term["matchExpressions"]
+    assert first == zone
+    assert second["values"] == ["NVIDIA-L4"]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +143,8 @@ def test_a_template_of_the_users_own_keeps_what_it_adds(tmp_path: Path) -> None:
     [
         (KubernetesOptions(gpus=6, gpus_per_node=4), "--gpus must be a multiple"),
         (KubernetesOptions(gpu_type="h100"), "needs --gpus"),
+        (KubernetesOptions(gpus_per_node=8), "--gpus-per-node 8 needs --gpus"),
+        (KubernetesOptions(gpus=8, nodes=2), "--nodes is of sweeps without GPUs"),
         (KubernetesOptions(gpus=1, gpu_type="h10"), "--gpu-type must be one of a10,"),
         (KubernetesOptions(gpus=1, priority="high"), "needs --queue"),
         (KubernetesOptions(gpus=1, queue="q", capacity="spot-first"), "needs the autoscaler"),
@@ -154,7 +168,12 @@ def test_options_that_cannot_be_met_are_refused(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("data__train", "./rows.jsonl"), ("base_model__source", "/home/me/base")],
+    [
+        ("data__train", "./rows.jsonl"),
+        ("data__train", "file:///home/me/rows.jsonl"),
+        ("data__shards_dir", "shards"),
+        ("base_model__source", "/home/me/base"),
+    ],
 )
 def test_a_path_of_this_machine_is_refused(field: str, value: str) -> None:
     with pytest.raises(ConfigError, match="which no pod has: copy it to the shared volume"):
@@ -175,6 +194,8 @@ def test_a_tracking_store_that_pods_reach_is_not(uri: str | None) -> None:
 def test_more_workers_than_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_workers: 3 workers"):
         rendered(KubernetesOptions(gpus=2), resources__num_workers=3)
+    with pytest.raises(ConfigError, match="workers_per_pack=4 needs as many workers"):
+        rendered(KubernetesOptions(gpus=2), resources__workers_per_pack=4)
 
 
 @pytest.mark.parametrize(
