@@ -1,8 +1,8 @@
 """Bits for each layer under a memory budget: those with which the base loses least.
 
 In: what each layer's loss of bits costs, measured by training/sensitivity.py, and a QuantConfig
-with bit_width auto. Out: an Allocation. Pure, no torch; scipy, imported where it is used, solves
-the choice, to a ten-thousandth of that sum: one width a layer, the least sum of losses, within the budget.
+with bit_width auto. Out: an Allocation. Pure, no torch; scipy, imported where it is used, finds
+one width a layer, with the least sum of losses, to a ten-thousandth, within the budget.
 """
 
 import math
