@@ -88,9 +88,9 @@ def _closing_token(tokenizer: Any) -> int | None:
     try:
         # A line end after it belongs to the next turn.
         text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
-    except TemplateError:  # it wants other turns
+    except (TemplateError, ValueError):  # it wants other turns, or is one of several without names
         return None
-    last: int = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+    last: int | None = next(reversed(tokenizer(text, add_special_tokens=False)["input_ids"]), None)
     return last if last in tokenizer.added_tokens_decoder else None
 
 
