@@ -170,6 +170,11 @@ def _for_cluster(config: SweepConfig, options: KubernetesOptions) -> SweepConfig
             f"resources.device: {resources['device']}, but the sweep asks for {options.gpus} GPUs: "
             "set auto, or change --gpus"
         )
+    if wanted == "cpu" and resources["step_program"] == "graph":
+        raise ConfigError(
+            "resources.step_program: graph needs GPUs, but the sweep asks for none: set auto, or "
+            "give --gpus"
+        )
     num_workers = resources["num_workers"] or options.gpus or max(1, room)
     if num_workers > room:
         raise ConfigError(

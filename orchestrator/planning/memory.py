@@ -8,6 +8,7 @@ Not modelled: mixtures of experts, and attention that holds its scores (an eager
 token and head; SDPA holds none).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
@@ -48,6 +49,16 @@ HOST_OPTIMIZER_BYTES = OPTIMIZER_BYTES | {
 WORKSPACES, GRAPH_WORKSPACES = 3, 6
 # A worker process with its libraries: on a CPU, and beside a GPU with CUDA's and DeepSpeed's.
 PROCESS_BYTES, GPU_PROCESS_BYTES = GIB, 1860 * MIB
+
+
+def kept_states_bytes(optimizers: Iterable[str]) -> float:
+    """Of a slot whose trials have these optimizers, one after another, per adapter parameter. Paged
+    states stay when their trial is over (training/optimizers.py); of others there are one trial's.
+    """
+    names = set(optimizers)
+    paged = {name for name in names if name.startswith("paged_")}
+    most = max((OPTIMIZER_BYTES[name] for name in names - paged), default=0.0)
+    return most + sum(OPTIMIZER_BYTES[name] for name in paged)
 
 
 @dataclass(frozen=True)

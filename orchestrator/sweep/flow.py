@@ -25,7 +25,7 @@ from orchestrator.planning.capacity import check_pack_fits
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import ALIKE, WorkerKind
-from orchestrator.planning.memory import GIB, HOST_OPTIMIZER_BYTES, OPTIMIZER_BYTES
+from orchestrator.planning.memory import GIB, HOST_OPTIMIZER_BYTES, kept_states_bytes
 from orchestrator.planning.options import Premises
 from orchestrator.planning.packs import PackPlan
 from orchestrator.planning.patterns import unmatched
@@ -293,7 +293,7 @@ def sweep_premises(
         max_rank=room.max_rank,
         target_modules=room.target_modules,
         dropout=room.dropout,
-        optimizer_bytes=max(OPTIMIZER_BYTES[name] for name in room.optimizers),
+        optimizer_bytes=kept_states_bytes(room.optimizers),
         host_optimizer_bytes=max(HOST_OPTIMIZER_BYTES[name] for name in room.optimizers),
         block_length=config.data.block_length,
         evaluation_batch_size=config.evaluation.batch_size,

@@ -13,10 +13,12 @@ from orchestrator.config import QuantConfig
 from orchestrator.planning.activations import joins_mlp, pass_memory
 from orchestrator.planning.load import PackLoad
 from orchestrator.planning.memory import (
+    EIGHT_BIT_STATE_BYTES,
     GIB,
     HOPPER,
     PackMemory,
     estimate_memory,
+    kept_states_bytes,
 )
 from tests.recorded import recorded_packs
 from tests.sweeps import LLAMA_8B, LLAMA_HALF_B
@@ -323,3 +325,12 @@ def test_what_saves_memory_never_takes_more(load: PackLoad) -> None:
     total = estimate_memory(LLAMA_8B, load).total_bytes
     for saving in ({"gradient_checkpointing": True}, {"dequantise_once": False}):
         assert estimate_memory(LLAMA_8B, replace(load, **saving)).total_bytes <= total
+
+
+def test_paged_states_stay_when_a_slots_next_trial_has_another_optimizer() -> None:
+    """Those of training/optimizers.py, which has no way to free them."""
+    assert kept_states_bytes(["adamw"]) == 8
+    assert kept_states_bytes(["adamw", "adamw_8bit"]) == 8
+    assert kept_states_bytes(["paged_adamw_32bit"]) == 8
+    every = kept_states_bytes(["adamw", "paged_adamw_32bit", "paged_adamw_8bit"])
+    assert every == 8 + 8 + EIGHT_BIT_STATE_BYTES

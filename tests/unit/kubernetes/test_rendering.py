@@ -194,6 +194,8 @@ def test_a_tracking_store_that_pods_reach_is_not(uri: str | None) -> None:
 def test_more_workers_than_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_workers: 3 workers"):
         rendered(KubernetesOptions(gpus=2), resources__num_workers=3)
+    with pytest.raises(ConfigError, match="step_program: graph needs GPUs"):
+        rendered(KubernetesOptions(), resources__step_program="graph")
     with pytest.raises(ConfigError, match="workers_per_pack=4 needs as many workers"):
         rendered(KubernetesOptions(gpus=2), resources__workers_per_pack=4)
 
