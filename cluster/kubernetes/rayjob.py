@@ -24,7 +24,7 @@ from cluster.submission import Submission, plan_submission
 from orchestrator.config import SweepConfig
 from orchestrator.data_config import BUILTIN_DATASETS
 from orchestrator.errors import ConfigError
-from orchestrator.planning.capacity import check_pack_fits
+from orchestrator.planning.capacity import check_pack_fits, check_step_program
 from orchestrator.yaml_core import CoreDumper
 
 Object = dict[str, Any]
@@ -170,11 +170,6 @@ def _for_cluster(config: SweepConfig, options: KubernetesOptions) -> SweepConfig
             f"resources.device: {resources['device']}, but the sweep asks for {options.gpus} GPUs: "
             "set auto, or change --gpus"
         )
-    if wanted == "cpu" and resources["step_program"] == "graph":
-        raise ConfigError(
-            "resources.step_program: graph needs GPUs, but the sweep asks for none: set auto, or "
-            "give --gpus"
-        )
     num_workers = resources["num_workers"] or options.gpus or max(1, room)
     if num_workers > room:
         raise ConfigError(
@@ -188,6 +183,7 @@ def _for_cluster(config: SweepConfig, options: KubernetesOptions) -> SweepConfig
     content["runs_dir"] = f"{STORAGE}/runs"
     found = SweepConfig.model_validate(content)
     check_pack_fits(found.resources, {"worker": num_workers})
+    check_step_program(found.resources, wanted)
     return found
 
 

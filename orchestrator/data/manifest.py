@@ -41,11 +41,12 @@ class Recipe:
         """How the examples of a role are written: by each source's own setting, else the data's."""
         settings = self.settings
         sources = settings["sources"][role] or settings["sources"]["train"]
-        chat = [(source["format"] or settings["format"]) == "chat" for source in sources]
-        return {
-            "chat" if is_chat else source["template"] or settings["template"]
-            for is_chat, source in zip(chat, sources, strict=True)
-        }
+
+        def template(source: dict[str, Any]) -> str:
+            is_chat = (source["format"] or settings["format"]) == "chat"
+            return "chat" if is_chat else source["template"] or settings["template"]
+
+        return set(map(template, sources))
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Recipe":

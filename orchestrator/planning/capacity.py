@@ -69,6 +69,14 @@ def check_pack_fits(resources: ResourcesConfig, counts: Mapping[str, int]) -> No
     )
 
 
+def check_step_program(resources: ResourcesConfig, device: str) -> None:
+    """Raises ConfigError if the device cannot run it."""
+    if resources.step_program == "graph" and device == "cpu":
+        raise ConfigError(
+            "resources.step_program: graph needs GPUs, but the device is cpu: set auto or compiled"
+        )
+
+
 def worker_memory_bytes(
     resources: ResourcesConfig, device: str, nodes: Sequence[Node], num_workers: int
 ) -> int:

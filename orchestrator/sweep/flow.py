@@ -21,7 +21,7 @@ from orchestrator.data.reader import BlockReader
 from orchestrator.data.tokenizing import load_tokenizer
 from orchestrator.errors import ConfigError, TrialFailed
 from orchestrator.files import cache_dir
-from orchestrator.planning.capacity import check_pack_fits
+from orchestrator.planning.capacity import check_pack_fits, check_step_program
 from orchestrator.planning.durations import Durations
 from orchestrator.planning.gpus import Gpu
 from orchestrator.planning.kinds import ALIKE, WorkerKind
@@ -272,10 +272,7 @@ def sweep_premises(
     if not isinstance(shape, UnknownShape):
         check_layers(config, shape)
         check_budgets(config, shape, compute_dtype)
-    if resources.step_program == "graph" and device == "cpu":
-        raise ConfigError(
-            "resources.step_program: graph needs GPUs, but the device is cpu: set auto or compiled"
-        )
+    check_step_program(resources, device)
     if resources.step_program == "in_place" and resources.slots_per_pack not in (None, 1):
         raise ConfigError(
             "resources.step_program: in_place trains one trial at a time, but got "

@@ -90,8 +90,8 @@ def _closing_token(tokenizer: Any) -> int | None:
         text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
     except (TemplateError, ValueError):  # it wants other turns, or is one of several without names
         return None
-    last: int | None = next(reversed(tokenizer(text, add_special_tokens=False)["input_ids"]), None)
-    return last if last in tokenizer.added_tokens_decoder else None
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[-1] if ids and ids[-1] in tokenizer.added_tokens_decoder else None
 
 
 def with_adapter(model: Any, adapter_dir: Path) -> Any:

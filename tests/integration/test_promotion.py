@@ -10,13 +10,18 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator.config import GateConfig, TaskConfig
-from orchestrator.errors import BaseModelError, RegistryError, RegistryUnreachable
+from orchestrator.errors import (
+    BaseModelError,
+    OrchestratorError,
+    RegistryError,
+    RegistryUnreachable,
+)
 from orchestrator.files import read_json
 from orchestrator.sweep.run_store import RunStore
 from orchestrator.tracking.alias_history import AliasEvent, carried_out, read_events
 from orchestrator.tracking.entry import read_entry
 from orchestrator.tracking.example_losses import ExampleLosses
-from orchestrator.tracking.gate import Gate
+from orchestrator.tracking.gate import Evaluate, Gate
 from orchestrator.tracking.lease import LEASE_TAG, Timing, lease
 from orchestrator.tracking.registry import Registration, Registry
 from tests import runs as samples
@@ -249,14 +254,19 @@ def test_a_version_has_the_answers_of_all_trials_that_were_asked_the_same(
     assert answers.task == TaskConfig(max_examples=40).model_dump()
 
 
-def test_a_champion_that_cannot_be_measured_stays_and_says_why(
-    make_run: MakeRun, uri: str, client: MlflowClient
-) -> None:
+def failing(error: OrchestratorError) -> Evaluate:
     def evaluate(
         adapter: Path, data_place: str, task: TaskConfig | None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        raise BaseModelError("the base model is not in /models")
+        raise error
 
+    return evaluate
+
+
+def test_a_champion_that_cannot_be_measured_stays_and_says_why(
+    make_run: MakeRun, uri: str, client: MlflowClient
+) -> None:
+    evaluate = failing(BaseModelError("the base model is not in /models"))
     name = register(make_run(gain=1.0, params=ONE_TRIAL), uri).model_name
     registration = register(other_examples(make_run, gain=1.2), uri, evaluate=evaluate)
     assert not registration.champion
@@ -269,16 +279,10 @@ def test_nothing_is_decided_while_the_registry_does_not_answer(
     make_run: MakeRun, uri: str, client: MlflowClient
 ) -> None:
     """A verdict would stand though its reason has passed."""
-
-    def evaluate(
-        adapter: Path, data_place: str, task: TaskConfig | None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        raise RegistryUnreachable("timed out")
-
     name = register(make_run(gain=1.0, params=ONE_TRIAL), uri).model_name
     better = other_examples(make_run, gain=1.2)
     with pytest.raises(RegistryUnreachable):
-        register(better, uri, evaluate=evaluate)
+        register(better, uri, evaluate=failing(RegistryUnreachable("timed out")))
     assert aliases(client, name) == {"candidate": 1, "champion": 1}
     again = register(better, uri, evaluate=lambda adapter, *_: measured(adapter.parent, 2.6))
     assert again.champion
